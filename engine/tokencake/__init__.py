@@ -1,0 +1,6 @@
+"""The pure core of TokenCake: the wire contract and what the engine knows of its agents.
+
+Standard library only; no clock, no randomness, no I/O, no vLLM. Time and state are arguments, decisions are values.
+"""
+
+__version__ = "0.1.0"

@@ -1,0 +1,1 @@
+"""The OpenAI-compatible proxy and the `tokencake` command line."""
