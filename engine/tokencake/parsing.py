@@ -1,0 +1,207 @@
+"""How is one value that comes from outside checked?
+
+A parser takes the dotted name of the value and the value, and returns it typed or raises `ProtocolError`. A record is a
+dataclass whose fields each carry their parser.
+"""
+
+from __future__ import annotations
+
+import json
+import reprlib
+from collections.abc import Callable
+from dataclasses import field, fields
+from typing import Any, Final, TypeAlias, TypeVar
+
+MAX_ID_CHARS: Final = 256
+MAX_TOOLS: Final = 128
+MAX_SECONDS: Final = 30 * 86_400.0
+MAX_AGO_S: Final = 3_600.0
+
+
+class ProtocolError(ValueError):
+    """A hint or event does not follow the contract.
+
+    Attributes:
+        field: dotted name of the offending part, for example `hint.depth`.
+    """
+
+    def __init__(self, where: str, problem: str) -> None:
+        super().__init__(f"{where} {problem}")
+        self.field = where
+
+
+class TooLargeError(ProtocolError):
+    """It is longer than the contract allows."""
+
+
+Parser: TypeAlias = Callable[[str, Any], Any]
+
+
+def shown(value: object) -> str:
+    """`value` for an error message: short, however large or deep it is."""
+    return reprlib.repr(value)
+
+
+def wrong(where: str, value: object, expected: str) -> ProtocolError:
+    """The error that names the thing, its value and what was expected."""
+    return ProtocolError(where, f"is {shown(value)}; expected {expected}")
+
+
+def _is_unicode(text: str) -> bool:
+    """JSON can spell lone surrogates, which no later encoder takes."""
+    return text.isascii() or not any("\ud800" <= char <= "\udfff" for char in text)
+
+
+def text(limit: int = MAX_ID_CHARS) -> Parser:
+    """A string of 1 to `limit` characters that UTF-8 can spell."""
+
+    def parse(where: str, value: Any) -> str:
+        if not isinstance(value, str) or not 0 < len(value) <= limit or not _is_unicode(value):
+            raise wrong(where, value, f"a string of 1 to {limit} characters")
+        return value
+
+    return parse
+
+
+def number(low: float, high: float) -> Parser:
+    """A number within the bounds, both included."""
+
+    def parse(where: str, value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+            raise wrong(where, value, f"a number from {low:g} to {high:g}")
+        return float(value)
+
+    return parse
+
+
+def count(high: int = 1_000_000) -> Parser:
+    """A whole number from 0 to `high`."""
+
+    def parse(where: str, value: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= high:
+            raise wrong(where, value, f"a whole number from 0 to {high}")
+        return value
+
+    return parse
+
+
+def flag(where: str, value: Any) -> bool:
+    """True or false, and no 0 or 1."""
+    if not isinstance(value, bool):
+        raise wrong(where, value, "true or false")
+    return value
+
+
+def one_of(*choices: str) -> Parser:
+    """One of the strings `choices`."""
+
+    def parse(where: str, value: Any) -> str:
+        if value not in choices:
+            raise wrong(where, value, "one of " + ", ".join(choices))
+        return str(value)
+
+    return parse
+
+
+def estimates(where: str, value: Any) -> dict[str, float | None]:
+    """`{tool name: expected seconds, or null where nobody has said}`."""
+    if not isinstance(value, dict) or len(value) > MAX_TOOLS:
+        raise wrong(where, value, f"an object of at most {MAX_TOOLS} tools")
+    name, seconds = text(), number(0, MAX_SECONDS)
+    return {
+        name(f"{where} key", tool): None if number is None else seconds(f"{where}.{shown(tool)}", number)
+        for tool, number in value.items()
+    }
+
+
+def list_of(item: Parser, limit: int) -> Parser:
+    """A list of at most `limit` items, as a tuple."""
+
+    def parse(where: str, value: Any) -> tuple[Any, ...]:
+        if not isinstance(value, list) or len(value) > limit:
+            raise wrong(where, value, f"a list of at most {limit} items")
+        return tuple(item(f"{where}[{index}]", entry) for index, entry in enumerate(value))
+
+    return parse
+
+
+def edge(where: str, value: Any) -> tuple[str, str]:
+    """A pair of node names."""
+    if not isinstance(value, list) or len(value) != 2:  # noqa: PLR2004  # a pair
+        raise wrong(where, value, "a pair [from, to]")
+    name = text()
+    return name(f"{where}[0]", value[0]), name(f"{where}[1]", value[1])
+
+
+def object_of(item: Parser, limit: int) -> Parser:
+    """An object of at most `limit` entries."""
+
+    def parse(where: str, value: Any) -> dict[str, Any]:
+        if not isinstance(value, dict) or len(value) > limit:
+            raise wrong(where, value, f"an object of at most {limit} entries")
+        name = text()
+        return {name(f"{where} key", key): item(f"{where}.{shown(key)}", entry) for key, entry in value.items()}
+
+    return parse
+
+
+def opaque(where: str, value: Any) -> dict[str, Any]:
+    """An object that is kept as it came."""
+    if not isinstance(value, dict):
+        raise wrong(where, value, "an object")
+    return value
+
+
+SECONDS: Final = number(0, MAX_SECONDS)
+AGO: Final = number(0, MAX_AGO_S)
+_Record = TypeVar("_Record")
+_known: dict[Any, tuple[tuple[str, Parser, bool], ...]] = {}
+
+
+def parsers(kind: Any) -> tuple[tuple[str, Parser, bool], ...]:
+    """`(field name, its parser, is it required)` of each field of a record type."""
+    if kind not in _known:
+        _known[kind] = tuple((f.name, f.metadata["parse"], bool(f.metadata["required"])) for f in fields(kind))
+    return _known[kind]
+
+
+def record(kind: type[_Record], where: str, raw: Any) -> _Record:
+    """An instance of the dataclass `kind`; null counts as absent."""
+    if not isinstance(raw, dict):
+        raise wrong(where, raw, "an object")
+    values: dict[str, Any] = {}
+    for name, parse, required in parsers(kind):
+        value = raw.get(name)
+        if value is not None:
+            values[name] = parse(f"{where}.{name}", value)
+        elif required:
+            raise ProtocolError(f"{where}.{name}", "is missing")
+    return kind(**values)
+
+
+def needs(parse: Parser) -> Any:
+    """A required field."""
+    return field(metadata={"parse": parse, "required": True})
+
+
+def may(parse: Parser, default: Any = None) -> Any:
+    """An optional field."""
+    return field(default=default, metadata={"parse": parse, "required": False})
+
+
+def load(text: str | bytes, where: str) -> Any:
+    """`text` as JSON; NaN and Infinity, which Python would take, are refused."""
+
+    def refuse(constant: str) -> float:
+        raise ProtocolError(where, f"holds {constant}, which is not JSON")
+
+    try:
+        return json.loads(text, parse_constant=refuse)
+    except RecursionError:
+        raise ProtocolError(where, "is nested too deeply") from None
+    except UnicodeDecodeError as error:
+        raise ProtocolError(where, f"is not UTF-8: {error}") from None
+    except ProtocolError:
+        raise
+    except ValueError as error:
+        raise ProtocolError(where, f"is not JSON: {error}") from None

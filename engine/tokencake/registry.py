@@ -1,0 +1,351 @@
+"""What does the engine know of its agents right now?
+
+The registry joins two streams: what the scheduler does with calls (added, scheduled, preempted, finished) and what the
+clients report between calls (events). It is bounded and expiring: a flood of sessions pushes out the oldest idle ones
+and never one with a live call. All times are seconds on one monotonic clock that the caller passes in as `now`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from dataclasses import dataclass
+from typing import Any, Final, assert_never
+
+from tokencake import protocol
+from tokencake.protocol import Event, Hint, Outcome
+from tokencake.records import App, Call, Session, ToolCall, Wait, call_view, session_view
+
+MAX_OBSERVATIONS: Final = 10_000
+"""Durations kept between two drains of the metrics; later ones are not observed until the next drain."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds of the registry. `idle_s`: a session or app that nobody touched for so long is forgotten."""
+
+    sessions: int = 4_096
+    calls: int = 16_384
+    tool_calls_per_call: int = 128
+    waits_per_session: int = 16
+    graphs: int = 256
+    idle_s: float = 3_600.0
+
+
+class Registry:
+    """Sessions, calls and stalls, as far as hints and events told. Not thread-safe: it lives on the engine loop."""
+
+    def __init__(self, limits: Limits | None = None) -> None:
+        self.limits = limits or Limits()
+        self.sessions: OrderedDict[str, Session] = OrderedDict()
+        self.calls: OrderedDict[str, Call] = OrderedDict()
+        self.apps: OrderedDict[str, App] = OrderedDict()
+        self.graphs: OrderedDict[str, protocol.Graph] = OrderedDict()
+        self.counts: Counter[tuple[str, ...]] = Counter()
+        """Increments since the last `drain`: `(metric, *label values)` -> number."""
+        self._observed: dict[str, list[float]] = {"tool_s": [], "queue_s": []}
+        self._requests: dict[str, Call] = {}
+        self._stalled_calls: set[str] = set()
+        self._unknown_graphs: OrderedDict[str, None] = OrderedDict()
+
+    # --- the scheduler's side ---------------------------------------------------------------------
+
+    def add_call(self, request_id: str, hint: Hint, prompt_tokens: int, now: float) -> None:
+        """A hinted request entered the engine. Requests that share a call id (`n` > 1, a retry) are one call."""
+        call_id = hint.call or request_id
+        session = self._touch_session(hint, now)
+        call = self.calls.get(call_id)
+        if call is None or not call.live_requests:
+            tools = call.tools if call else {}
+            self._forget_call(call_id)
+            call = Call(call_id, hint, now, prompt_tokens, tools=tools)
+            self.calls[call_id] = call
+            session.calls[call_id] = call
+            self._note_stall(call)
+        call.live_requests.add(request_id)
+        self.sessions[call.hint.session].live_requests += 1
+        self._requests[request_id] = call
+        for wait in session.waits.values():
+            if wait.ended_s is None:
+                wait.ended_s = now
+        if hint.graph and hint.graph not in self.graphs:
+            self._unknown_graphs[hint.graph] = None
+            if len(self._unknown_graphs) > self.limits.graphs:
+                self._unknown_graphs.popitem(last=False)
+        self._bound(now)
+
+    def schedule_call(self, request_id: str, device_tokens: int, host_tokens: int, now: float) -> None:
+        """The request got its first slot, with so many prompt tokens found on the device and on the host."""
+        call = self._requests.get(request_id)
+        if call is None or call.scheduled_s is not None:
+            return
+        call.status, call.scheduled_s = "running", now
+        call.cached_device_tokens, call.cached_host_tokens = device_tokens, host_tokens
+        self._observe("queue_s", now - call.arrived_s)
+
+    def preempt_call(self, request_id: str) -> None:
+        """The request lost its blocks and waits again."""
+        if call := self._requests.get(request_id):
+            call.preemptions += 1
+
+    def finish_call(self, request_id: str, output_tokens: int, is_aborted: bool, now: float) -> None:
+        """The request left the engine. The call is over when its last request is."""
+        call = self._requests.pop(request_id, None)
+        if call is None:
+            return
+        call.live_requests.discard(request_id)
+        self.sessions[call.hint.session].live_requests -= 1
+        call.output_tokens += output_tokens
+        if not call.live_requests:
+            call.status, call.finished_s = ("aborted" if is_aborted else "finished"), now
+            self.counts["calls", call.status] += 1
+            self._touch_session(call.hint, now)
+
+    # --- the clients' side ------------------------------------------------------------------------
+
+    def apply(self, event: Event, now: float) -> Outcome:
+        """Take one event in; in which order events arrive does not matter, twice is as once."""
+        outcome = self._apply(event, now)
+        self.counts["events", event.type, outcome] += 1
+        return outcome
+
+    def _apply(self, event: Event, now: float) -> Outcome:
+        match event:
+            case protocol.ToolStart():
+                outcome = self._start_tool(event, now)
+            case protocol.ToolProgress():
+                outcome = self._progress_tool(event, now)
+            case protocol.ToolEnd():
+                outcome = self._end_tool(event, now)
+            case protocol.StallStart():
+                outcome = self._start_wait(event, now)
+            case protocol.StallEnd():
+                outcome = self._end_wait(event, now)
+            case protocol.SessionEnd():
+                outcome = _end(self.sessions.get(event.session), event.status)
+            case protocol.AppEnd():
+                outcome = _end(self.apps.get(event.app), event.status)
+            case protocol.Graph():
+                outcome = self._learn_graph(event)
+            case _:
+                assert_never(event)
+        return outcome
+
+    def _start_tool(self, event: protocol.ToolStart, now: float) -> Outcome:
+        call = self.calls.get(event.call)
+        if call is None:
+            return "unknown"
+        tool = call.tools.get(event.tool_call)
+        if tool is not None and tool.is_start_seen:
+            return "duplicate"
+        is_late = tool is not None
+        if tool is None:
+            if len(call.tools) >= self.limits.tool_calls_per_call:
+                return "invalid"
+            tool = call.tools[event.tool_call] = ToolCall(event.tool)
+        tool.is_start_seen = True
+        tool.tool, tool.estimate_s, tool.deadline_s = event.tool, event.estimate_s, event.deadline_s
+        if tool.started_s is None:
+            tool.started_s = now - event.ago_s
+        self._note_stall(call)
+        self._touch_session(call.hint, now)
+        return "late" if is_late else "applied"
+
+    def _progress_tool(self, event: protocol.ToolProgress, now: float) -> Outcome:
+        call = self.calls.get(event.call)
+        tool = call.tools.get(event.tool_call) if call else None
+        if call is None or tool is None:
+            return "unknown"
+        if not tool.is_open or (event.fraction or 0) < (tool.fraction or 0):
+            return "late"
+        if (event.stage, event.fraction) == (tool.stage, tool.fraction):
+            return "duplicate"
+        tool.stage, tool.fraction = event.stage or tool.stage, event.fraction
+        self._touch_session(call.hint, now)
+        return "applied"
+
+    def _end_tool(self, event: protocol.ToolEnd, now: float) -> Outcome:
+        call = self.calls.get(event.call)
+        if call is None:
+            return "unknown"
+        tool = call.tools.get(event.tool_call)
+        if tool is None:
+            if len(call.tools) >= self.limits.tool_calls_per_call:
+                return "invalid"
+            tool = call.tools[event.tool_call] = ToolCall(event.tool)
+        if not tool.is_open:
+            return "duplicate"
+        tool.ended_s, tool.status = now - event.ago_s, event.status
+        if event.duration_s is not None:
+            tool.duration_s = event.duration_s
+            tool.started_s = tool.ended_s - event.duration_s
+        elif tool.started_s is not None:
+            tool.duration_s = max(0.0, tool.ended_s - tool.started_s)
+        if tool.duration_s is not None:
+            self._observe("tool_s", tool.duration_s)
+        self._note_stall(call)
+        self._touch_session(call.hint, now)
+        return "applied"
+
+    def _start_wait(self, event: protocol.StallStart, now: float) -> Outcome:
+        session = self.sessions.get(event.session)
+        if session is None:
+            return "unknown"
+        wait = session.waits.get(event.kind)
+        if wait is not None and wait.ended_s is None:
+            return "duplicate"
+        if wait is None and len(session.waits) >= self.limits.waits_per_session:
+            session.waits.pop(next(iter(session.waits)))
+        session.waits[event.kind] = Wait(now - event.ago_s, event.estimate_s)
+        return "applied"
+
+    def _end_wait(self, event: protocol.StallEnd, now: float) -> Outcome:
+        session = self.sessions.get(event.session)
+        wait = session.waits.get(event.kind) if session else None
+        if wait is None:
+            return "unknown"
+        if wait.ended_s is not None:
+            return "late"
+        wait.ended_s = max(wait.started_s, now - event.ago_s)
+        return "applied"
+
+    def _learn_graph(self, event: protocol.Graph) -> Outcome:
+        if event.graph in self.graphs:
+            return "duplicate"
+        self.graphs[event.graph] = event
+        self._unknown_graphs.pop(event.graph, None)
+        if len(self.graphs) > self.limits.graphs:
+            self.graphs.popitem(last=False)
+        return "applied"
+
+    def unknown_graphs(self) -> list[str]:
+        """Graph hashes that hints named and nobody has described yet: what to ask the clients for."""
+        return list(self._unknown_graphs)
+
+    # --- bounds -----------------------------------------------------------------------------------
+
+    def _touch_session(self, hint: Hint, now: float) -> Session:
+        session = self.sessions.get(hint.session)
+        if session is None:
+            session = self.sessions[hint.session] = Session(hint.session, hint.agent, hint.app, now)
+        session.touched_s, session.ended = now, None
+        session.agent, session.app = hint.agent or session.agent, hint.app or session.app
+        self.sessions.move_to_end(hint.session)
+        if hint.app:
+            app = self.apps.get(hint.app)
+            if app is None:
+                self.apps[hint.app] = App(now - (hint.app_started_ago_s or 0.0), now)
+            else:
+                app.touched_s = now
+                self.apps.move_to_end(hint.app)
+        return session
+
+    def _bound(self, now: float) -> None:
+        """Forget what is idle for too long or too much, oldest first; amortised O(1) per added call."""
+        for _ in range(4):
+            session = next(iter(self.sessions.values()), None)
+            if session is None or not (
+                len(self.sessions) > self.limits.sessions or now - session.touched_s > self.limits.idle_s
+            ):
+                break
+            if session.live_requests:
+                self.sessions.move_to_end(session.id)
+                continue
+            for call_id in list(session.calls):
+                self._forget_call(call_id)
+            del self.sessions[session.id]
+            self.counts["forgotten", "session"] += 1
+        for _ in range(4):
+            if len(self.calls) <= self.limits.calls:
+                break
+            call = next(iter(self.calls.values()))
+            if call.live_requests:
+                self.calls.move_to_end(call.id)
+                continue
+            self._forget_call(call.id)
+            self.counts["forgotten", "call"] += 1
+        while self.apps and (
+            len(self.apps) > self.limits.sessions or now - next(iter(self.apps.values())).touched_s > self.limits.idle_s
+        ):
+            self.apps.popitem(last=False)
+
+    def _note_stall(self, call: Call) -> None:
+        if any(tool.is_open for tool in call.tools.values()):
+            self._stalled_calls.add(call.id)
+        else:
+            self._stalled_calls.discard(call.id)
+
+    def _forget_call(self, call_id: str) -> None:
+        call = self.calls.pop(call_id, None)
+        self._stalled_calls.discard(call_id)
+        if call is not None and (session := self.sessions.get(call.hint.session)):
+            session.calls.pop(call_id, None)
+
+    # --- views ------------------------------------------------------------------------------------
+
+    def _observe(self, metric: str, seconds: float) -> None:
+        if len(self._observed[metric]) < MAX_OBSERVATIONS:
+            self._observed[metric].append(seconds)
+
+    def drain(self) -> dict[str, Any]:
+        """Metrics since the last drain.
+
+        Returns:
+            `counts` as `[[metric, *labels], n]`, `observed` durations in seconds, `gauges` as of now.
+        """
+        drained = {
+            "counts": [[list(key), count] for key, count in self.counts.items()],
+            "observed": self._observed,
+            "gauges": {
+                "sessions": len(self.sessions),
+                "live_calls": len(self._requests),
+                "stalled_calls": len(self._stalled_calls),
+            },
+        }
+        self.counts = Counter()
+        self._observed = {metric: [] for metric in self._observed}
+        return drained
+
+    def state(
+        self, epoch_offset_s: float, *, session: str | None = None, app: str | None = None, limit: int = 1_000
+    ) -> dict[str, Any]:
+        """The newest `limit` calls (of one session or app), their sessions and apps, as JSON.
+
+        Args:
+            epoch_offset_s: added to every time, to turn the monotonic clock into seconds since the epoch.
+            session: only this session.
+            app: only calls of this application.
+            limit: at most so many calls.
+        """
+        chosen: list[Call] = []
+        for call in reversed(self.calls.values()):
+            if len(chosen) >= limit:
+                break
+            if session in (None, call.hint.session) and app in (None, call.hint.app):
+                chosen.append(call)
+        chosen.reverse()
+        names = dict.fromkeys(call.hint.session for call in chosen)
+        apps = dict.fromkeys(call.hint.app for call in chosen if call.hint.app)
+
+        def when(seconds: float | None) -> float | None:
+            return None if seconds is None else round(seconds + epoch_offset_s, 6)
+
+        return {
+            "v": protocol.VERSION,
+            "totals": {"sessions": len(self.sessions), "calls": len(self.calls), "live_calls": len(self._requests)},
+            "apps": {
+                name: {"first_seen": when(self.apps[name].first_seen_s), "ended": self.apps[name].ended}
+                for name in apps
+                if name in self.apps
+            },
+            "sessions": {name: session_view(self.sessions[name], when) for name in names if name in self.sessions},
+            "calls": [call_view(call, when) for call in chosen],
+        }
+
+
+def _end(record: Session | App | None, status: protocol.ToolStatus) -> Outcome:
+    if record is None:
+        return "unknown"
+    if record.ended:
+        return "duplicate"
+    record.ended = status
+    return "applied"

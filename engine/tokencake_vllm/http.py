@@ -1,0 +1,135 @@
+"""How do events get in and the state out? By two routes on vLLM's own API server, behind its own API key.
+
+`POST /v1/tokencake/events` and `GET /v1/tokencake/state` go over vLLM's utility RPC to the scheduler of each engine
+core; the RPC wakes an idle one. Every reply is what the engines really did.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any, Final
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+from vllm.logger import init_logger
+
+from tokencake import protocol
+from tokencake_vllm.metrics import ScrapeMiddleware
+
+if TYPE_CHECKING:
+    from argparse import Namespace
+
+    from starlette.datastructures import State
+    from vllm.engine.protocol import EngineClient
+
+logger = init_logger("vllm.tokencake")
+
+MAX_STATE_CALLS: Final = 10_000
+
+# Data-parallel engines all see every event; the one that knows the session has the say.
+_BEST_FIRST: Final[tuple[protocol.Outcome, ...]] = ("applied", "duplicate", "late", "invalid", "unknown")
+
+
+class SchedulerCalls:
+    """Calls a method of our scheduler in each engine core behind `engine_client`."""
+
+    def __init__(self, engine_client: EngineClient) -> None:
+        self._core: Any = engine_client.engine_core  # type: ignore[attr-defined]  # AsyncLLM's; no public path exists
+
+    async def __call__(self, method: str, *args: Any) -> list[Any]:
+        """One result per engine core; empty where none runs our scheduler."""
+        if hasattr(self._core, "call_utility_all_async"):
+            results = await self._core.call_utility_all_async("tokencake", method, args)
+        else:  # vLLM 0.31 answers for the first core only
+            results = [await self._core.call_utility_async("tokencake", method, args)]
+        return [result for result in results if result is not None]
+
+
+class TokenCakeEndpoints:
+    """The `vllm.endpoint_plugins` contract."""
+
+    name = "tokencake_http"
+    required_tasks = ("generate",)
+
+    def attach_router(self, app: FastAPI) -> None:
+        """Add the routes, and a look at the engine's counters before each scrape of `/metrics`."""
+        app.add_api_route(protocol.EVENTS_PATH, _post_events, methods=["POST"], include_in_schema=True)
+        app.add_api_route(protocol.STATE_PATH, _get_state, methods=["GET"], include_in_schema=True)
+        app.add_middleware(ScrapeMiddleware)
+
+    async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:  # noqa: ARG002  # vLLM's signature
+        """Keep the way to the engine; there is none in a render-only server."""
+        state.tokencake = None if engine_client is None else SchedulerCalls(engine_client)
+
+
+def create_endpoints() -> TokenCakeEndpoints:
+    """Entry point of `vllm.endpoint_plugins`."""
+    return TokenCakeEndpoints()
+
+
+def _error(status: int, message: str) -> Response:
+    """An error in OpenAI's shape."""
+    kind = "BadRequestError" if status < 500 else "ServiceUnavailableError"  # noqa: PLR2004  # HTTP's own border
+    return JSONResponse({"error": {"message": message, "type": kind, "param": None, "code": status}}, status)
+
+
+async def _read_body(request: Request) -> bytes:
+    chunks: list[bytes] = []
+    size = 0
+    async for chunk in request.stream():
+        size += len(chunk)
+        if size > protocol.MAX_BODY_BYTES:
+            limit = protocol.MAX_BODY_BYTES
+            raise protocol.TooLargeError("body", f"has more than {limit} bytes; send smaller batches")
+        chunks.append(chunk)
+    return b"".join(chunks)
+
+
+async def _post_events(request: Request) -> Response:
+    received = time.time()
+    try:
+        parsed = protocol.parse_events(await _read_body(request))
+    except protocol.TooLargeError as error:
+        return _error(413, str(error))
+    except protocol.ProtocolError as error:
+        return _error(400, str(error))
+    valid = [protocol.to_wire(event) for event in parsed if not isinstance(event, protocol.ProtocolError)]
+    answers = await _ask(request, "tokencake_events", valid, received)
+    if isinstance(answers, Response):
+        return answers
+    outcomes = (min(each, key=_BEST_FIRST.index) for each in zip(*(a["outcomes"] for a in answers), strict=True))
+    results = [
+        {"outcome": "invalid", "error": str(event)}
+        if isinstance(event, protocol.ProtocolError)
+        else {"outcome": next(outcomes)}
+        for event in parsed
+    ]
+    need = sorted({graph for answer in answers for graph in answer["need"]})
+    return JSONResponse({"v": protocol.VERSION, "results": results, "need": need})
+
+
+async def _get_state(
+    request: Request, session: str | None = None, app: str | None = None, limit: int = 1_000
+) -> Response:
+    if not 1 <= limit <= MAX_STATE_CALLS:
+        return _error(400, f"limit is {limit}; expected a number from 1 to {MAX_STATE_CALLS}")
+    answers = await _ask(request, "tokencake_state", session, app, limit)
+    if isinstance(answers, Response):
+        return answers
+    merged = answers[0]
+    for other in answers[1:]:
+        for name, count in other["totals"].items():
+            merged["totals"][name] += count
+        merged["apps"].update(other["apps"])
+        merged["sessions"].update(other["sessions"])
+        merged["calls"].extend(other["calls"])
+    merged["calls"] = sorted(merged["calls"], key=lambda call: call["arrived"])[-limit:]
+    return JSONResponse(merged)
+
+
+async def _ask(request: Request, method: str, *args: Any) -> list[Any] | Response:
+    calls: SchedulerCalls | None = request.app.state.tokencake
+    answers = [] if calls is None else await calls(method, *args)
+    if not answers:
+        return _error(503, "this engine does not run TokenCake's scheduler; start it with `tokencake engine`")
+    return answers

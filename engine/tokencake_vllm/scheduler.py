@@ -1,0 +1,138 @@
+"""How does vLLM's own scheduler learn who calls? By a mixin that watches requests come, run and go.
+
+`schedule()` is never copied and, in this version, the order of requests is stock vLLM's. What the mixin does is advice:
+an exception in it is logged and counted, and the request goes on as if the hint were absent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from vllm.logger import init_logger
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import Request, RequestStatus
+
+from tokencake import protocol
+from tokencake.registry import Registry
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+
+    _Base = Scheduler
+else:
+    _Base = object
+
+logger = init_logger("vllm.tokencake")
+
+
+class TokenCakeMixin(_Base):
+    """Keeps a `Registry` of hinted calls beside a vLLM scheduler."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        is_async = bool(self.scheduler_config.async_scheduling)
+        if is_async != isinstance(self, AsyncScheduler):
+            raise RuntimeError(
+                f"{type(self).__name__} does not fit async_scheduling={is_async}: pass --scheduler-cls "
+                "tokencake_vllm.scheduler.create_scheduler, which picks the class that fits"
+            )
+        self.registry = Registry()
+        logger.info("TokenCake: %s watches this engine's calls", type(self).__name__)
+
+    def add_request(self, request: Request) -> None:
+        """Stock, then note who calls."""
+        is_new = request.request_id not in self.requests
+        super().add_request(request)
+        if is_new:
+            with self._advice():
+                self._note_hint(request)
+
+    def _note_hint(self, request: Request) -> None:
+        params = request.sampling_params
+        text = (params.extra_args or {}).get(protocol.HINT_KEY) if params is not None else None
+        if text is None:
+            self.registry.counts["hints", "absent"] += 1
+            return
+        try:
+            hint = protocol.parse_hint(text)
+        except protocol.ProtocolError as error:
+            self.registry.counts["hints", "void"] += 1
+            logger.debug("TokenCake: request %s has a void hint: %s", request.request_id, error)
+            return
+        self.registry.counts["hints", "accepted"] += 1
+        self.registry.add_call(request.request_id, hint, request.num_prompt_tokens, time.monotonic())
+
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        """Stock, then note which calls got their first slot."""
+        output = super().schedule(*args, **kwargs)
+        if output.scheduled_new_reqs:
+            with self._advice():
+                now = time.monotonic()
+                for new in output.scheduled_new_reqs:
+                    # Set by vLLM at the first scheduling, taken away with the first output: readable just here.
+                    stats = self.requests[new.req_id].prefill_stats
+                    self.registry.schedule_call(
+                        new.req_id,
+                        stats.num_local_cached_tokens if stats else 0,
+                        stats.num_external_cached_tokens if stats else 0,
+                        now,
+                    )
+        return output
+
+    def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        super()._preempt_request(request, *args, **kwargs)
+        with self._advice():
+            self.registry.preempt_call(request.request_id)
+
+    def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        with self._advice():
+            self.registry.finish_call(
+                request.request_id,
+                request.num_output_tokens,
+                is_aborted=request.status == RequestStatus.FINISHED_ABORTED,
+                now=time.monotonic(),
+            )
+        return super()._free_request(request, *args, **kwargs)
+
+    # --- what the API server asks for, on the engine's own loop, between two steps ------------------
+
+    def tokencake_events(self, events: list[dict[str, Any]], received: float) -> dict[str, Any]:
+        """Apply parsed events that reached the API server at `received` (seconds since the epoch)."""
+        now = time.monotonic()
+        waited_s = min(max(0.0, time.time() - received), protocol.MAX_AGO_S)
+        outcomes = [self.registry.apply(protocol.parse_event(event), now - waited_s) for event in events]
+        return {"outcomes": outcomes, "need": self.registry.unknown_graphs()}
+
+    def tokencake_state(self, session: str | None, app: str | None, limit: int) -> dict[str, Any]:
+        """`Registry.state` in seconds since the epoch."""
+        return self.registry.state(time.time() - time.monotonic(), session=session, app=app, limit=limit)
+
+    def tokencake_metrics(self) -> dict[str, Any]:
+        """`Registry.drain`."""
+        return self.registry.drain()
+
+    @contextlib.contextmanager
+    def _advice(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception:
+            self.registry.counts["errors",] += 1
+            logger.exception("TokenCake: a defect of the plug-in; the request goes on as in stock vLLM")
+
+
+class TokenCakeScheduler(TokenCakeMixin, Scheduler):
+    """For engines without async scheduling."""
+
+
+class TokenCakeAsyncScheduler(TokenCakeMixin, AsyncScheduler):
+    """For engines with async scheduling."""
+
+
+def create_scheduler(*args: Any, **kwargs: Any) -> TokenCakeMixin:
+    """The scheduler that fits `vllm_config`; for `--scheduler-cls`, which vLLM only ever calls."""
+    is_async = kwargs["vllm_config"].scheduler_config.async_scheduling
+    return (TokenCakeAsyncScheduler if is_async else TokenCakeScheduler)(*args, **kwargs)

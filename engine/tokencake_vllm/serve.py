@@ -1,0 +1,80 @@
+"""How is stock vLLM started with the plug-in? `python -m tokencake_vllm.serve MODEL [vLLM's own flags]`.
+
+This is `vllm serve`, reached without vLLM's console script, which the CPU distribution breaks (it asks for the metadata
+of a distribution called `vllm`).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+PLUGINS: Final = ("tokencake", "tokencake_http", "tokencake_stats")
+"""Names of the entry points: `vllm.general_plugins`, `vllm.endpoint_plugins`, `vllm.stat_logger_plugins`."""
+
+SCHEDULER: Final = "tokencake_vllm.scheduler.create_scheduler"
+"""For vLLM's `--scheduler-cls`."""
+
+_GROUPS: Final = (
+    "vllm.general_plugins",
+    "vllm.io_processor_plugins",
+    "vllm.platform_plugins",
+    "vllm.stat_logger_plugins",
+)
+
+
+def plugin_allowlist(environ: Mapping[str, str]) -> str:
+    """`VLLM_PLUGINS` with our plug-ins in it.
+
+    Where the user set none, the other installed plug-ins are named too: the variable filters every group, and vLLM
+    would have loaded them without it. Endpoint plug-ins stay opt-in, as vLLM wants it.
+    """
+    chosen = environ.get("VLLM_PLUGINS")
+    names = (
+        [name for name in chosen.split(",") if name]
+        if chosen is not None
+        else [plugin.name for group in _GROUPS for plugin in entry_points(group=group)]
+    )
+    return ",".join(dict.fromkeys([*names, *PLUGINS]))
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run `vllm serve` with the plug-in and TokenCake's scheduler; returns the exit status."""
+    if any(arg == "--scheduler-cls" or arg.startswith("--scheduler-cls=") for arg in argv):
+        print(
+            f"--scheduler-cls is taken by TokenCake's own, {SCHEDULER}; for another scheduler start vLLM itself",
+            file=sys.stderr,
+        )
+        return 2
+    os.environ["VLLM_PLUGINS"] = plugin_allowlist(os.environ)
+
+    import vllm  # noqa: PLC0415  # after the environment is set, which vLLM caches
+
+    from tokencake_vllm.plugin import version_problem  # noqa: PLC0415
+
+    if (problem := version_problem(vllm.__version_tuple__)) is not None:
+        print(problem, file=sys.stderr)
+        return 1
+
+    from vllm.entrypoints.cli.serve import ServeSubcommand  # noqa: PLC0415
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup  # noqa: PLC0415
+    from vllm.utils.argparse_utils import FlexibleArgumentParser  # noqa: PLC0415
+
+    cli_env_setup()  # type: ignore[no-untyped-call]  # vLLM's
+    parser = FlexibleArgumentParser(prog="tokencake")  # type: ignore[no-untyped-call]  # vLLM's
+    commands = parser.add_subparsers(dest="subparser", required=True)
+    serve = ServeSubcommand()
+    serve.subparser_init(commands)
+    args = parser.parse_args(["serve", *argv, "--scheduler-cls", SCHEDULER])
+    serve.validate(args)
+    serve.cmd(args)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,105 @@
+"""What can the programmers do? Search the standard library's documentation, write a file, run its unit tests.
+
+The tools are real and so are their waits: hundreds of modules are parsed, a file is forced to disk, a fresh Python runs
+the tests. A programmer works in a scratch folder of its own and cannot name a file outside it.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import resource
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from typing import Annotated, Final
+
+from langchain_core.tools import BaseTool, tool
+from pydantic import Field
+
+_TIME_LIMIT_S: Final = 10
+_MEMORY_LIMIT_BYTES: Final = 1 << 30
+_FILE_LIMIT_BYTES: Final = 1 << 20
+_TESTS: Final = """
+import importlib.util, pathlib, unittest
+
+class ModuleTest(unittest.TestCase):
+    def test_every_module_imports(self):
+        for path in pathlib.Path(".").glob("*.py"):
+            spec = importlib.util.spec_from_file_location(path.stem, path)
+            spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+unittest.main(verbosity=1)
+"""
+
+
+def programmer_tools(scratch: Path) -> list[BaseTool]:
+    """The three tools, bound to the folder `scratch`."""
+
+    @tool
+    def search_docs(query: Annotated[str, Field(max_length=60)]) -> str:
+        """Search the documentation of the Python standard library."""
+        return _search(query)
+
+    @tool
+    def write_file(name: Annotated[str, Field(max_length=20)], content: Annotated[str, Field(max_length=240)]) -> str:
+        """Write a Python module into the project."""
+        if not re.fullmatch(r"[A-Za-z_]\w{0,40}(\.py)?", name):
+            return f"error: {name!r} is no module name"
+        path = scratch / (name if name.endswith(".py") else f"{name}.py")
+        with path.open("w") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        return f"wrote {path.name}, {len(content)} characters"
+
+    @tool
+    def run_tests() -> str:
+        """Run the unit tests of the project."""
+        return _run_tests(scratch)
+
+    return [search_docs, write_file, run_tests]
+
+
+def _search(query: str) -> str:
+    """The first lines of the three docstrings that share most words with `query`."""
+    words = set(re.findall(r"[a-z]{3,}", query.lower()))
+    found: list[tuple[int, str]] = []
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        try:
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+        except (SyntaxError, UnicodeDecodeError):
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef) and (doc := ast.get_docstring(node)):
+                name = path.stem if isinstance(node, ast.Module) else f"{path.stem}.{node.name}"
+                score = len(words & set(re.findall(r"[a-z]{3,}", f"{name} {doc}".lower())))
+                if score:
+                    found.append((score, f"{name}: {doc.splitlines()[0][:120]}"))
+    best = [line for _, line in sorted(found, key=lambda hit: (-hit[0], hit[1]))[:3]]
+    return "\n".join(best) or "nothing found"
+
+
+def _run_tests(scratch: Path) -> str:
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_CPU, (_TIME_LIMIT_S, _TIME_LIMIT_S))
+        resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_LIMIT_BYTES, _MEMORY_LIMIT_BYTES))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (_FILE_LIMIT_BYTES, _FILE_LIMIT_BYTES))
+
+    try:
+        result = subprocess.run(  # noqa: S603  # the model's code, in its own folder, under limits
+            [sys.executable, "-I", "-c", _TESTS],
+            cwd=scratch,
+            env={"PATH": os.defpath},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=_TIME_LIMIT_S,
+            preexec_fn=limit,  # only sets limits
+        )
+    except subprocess.TimeoutExpired:
+        return f"the tests did not end within {_TIME_LIMIT_S} s"
+    return "\n".join(result.stderr.splitlines()[-4:])[-400:]
