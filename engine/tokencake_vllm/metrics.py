@@ -13,6 +13,8 @@ from prometheus_client import Counter, Gauge, Histogram
 from vllm.logger import init_logger
 from vllm.v1.metrics.loggers import StatLoggerBase
 
+from tokencake_vllm.plugin import is_requested
+
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
     from vllm.config import VllmConfig
@@ -47,6 +49,8 @@ class TokenCakeStatLogger(StatLoggerBase):
     by_engine: ClassVar[dict[int, TokenCakeStatLogger]] = {}
 
     def __init__(self, vllm_config: VllmConfig, engine_index: int = 0) -> None:  # noqa: ARG002  # vLLM's signature
+        if not is_requested():
+            return
         if not _families:  # one family for all engines of the process
             for name, (text, labels) in _COUNTERS.items():
                 _families[name] = Counter(f"tokencake:{name}", text, ["engine", *labels])
@@ -94,6 +98,6 @@ class ScrapeMiddleware:
 async def _fetch(calls: Any) -> None:
     if calls is None:
         return
-    for engine_index, drained in enumerate(await calls("tokencake_metrics")):
-        if stat_logger := TokenCakeStatLogger.by_engine.get(engine_index):
-            stat_logger.add(drained)
+    loggers = [TokenCakeStatLogger.by_engine[index] for index in sorted(TokenCakeStatLogger.by_engine)]
+    for stat_logger, drained in zip(loggers, await calls("tokencake_metrics"), strict=False):
+        stat_logger.add(drained)

@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any
 
 import vllm
 from vllm.logger import init_logger
 
-logger = init_logger("vllm.tokencake")
+from tokencake import SUPPORTED_VLLM
 
-OLDEST: Final = (0, 31)
-NEWEST: Final = (0, 33)
+logger = init_logger("vllm.tokencake")
 
 
 def version_problem(version_tuple: tuple[object, ...]) -> str | None:
     """Why this version of vLLM will not do, or None."""
-    if OLDEST <= version_tuple[:2] <= NEWEST:
+    first, last = SUPPORTED_VLLM
+    if first <= version_tuple[:2] <= last:
         return None
-    oldest, newest = ".".join(map(str, OLDEST)), ".".join(map(str, NEWEST))
+    oldest, newest = (".".join(map(str, pair)) for pair in SUPPORTED_VLLM)
     return (
         f"vLLM {vllm.__version__} is not supported by TokenCake, which knows the scheduler of {oldest} to {newest}; "
-        f"install 'vllm>={oldest},<0.{NEWEST[1] + 1}' or start vLLM without TokenCake"
+        "install one of these or start vLLM without TokenCake"
     )
 
 

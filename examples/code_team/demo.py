@@ -46,7 +46,7 @@ ENGINE_FLAGS: Final = (
     *("--max-model-len", "2048", "--block-size", "32", "--num-gpu-blocks-override", "192", "--max-num-seqs", "16"),
     *("--enforce-eager", "--enable-prompt-tokens-details"),
     *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
-    *("--structured-outputs-config", '{"disable_any_whitespace": true}'),
+    *("--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}'),
 )
 ENGINE_ENV: Final = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
 

@@ -39,13 +39,13 @@ def summarise(state: dict[str, Any]) -> dict[str, Any]:
 def table(summary: dict[str, Any]) -> Table:
     """The summary, a row for each agent."""
     result = Table(title="What the engine knew of each agent")
-    result.add_column("agent")
-    for column in ("calls", "prompt tokens", "cached", "output tokens", "tool calls", "stalled s", "queued s"):
+    result.add_column("agent", no_wrap=True)
+    for column in ("LLM calls", "prompt tok", "cached", "output tok", "tool calls", "stalled", "queued"):
         result.add_column(column, justify="right")
     for name, row in summary["agents"].items():
         cached = f"{row['cached_tokens'] / max(1, row['prompt_tokens']):.0%}"
         counts = (row["calls"], row["prompt_tokens"], cached, row["output_tokens"], row["tool_calls"])
-        result.add_row(name, *map(str, counts), f"{row['stall_s']:.2f}", f"{row['queue_s']:.2f}")
+        result.add_row(name, *map(str, counts), f"{row['stall_s']:.1f} s", f"{row['queue_s']:.1f} s")
     return result
 
 

