@@ -4,8 +4,27 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 TEMPLATE = Path(__file__).resolve().parent.parent / "examples" / "chat_template.jinja"
+
+
+def _shun_white_space(model: Any, tokenizer: Any) -> None:
+    """Give white space and special tokens a bias against them.
+
+    A grammar for JSON allows white space without end, and random weights like nothing better. Dimension 0 of the
+    residual stream becomes a constant, which the output layer can use as a bias.
+    """
+    weights = model.state_dict()
+    weights["model.embed_tokens.weight"][:, 0] = 1.0
+    for layer in range(model.config.num_hidden_layers):
+        for projection in ("self_attn.o_proj", "mlp.down_proj"):
+            weights[f"model.layers.{layer}.{projection}.weight"][0] = 0.0
+    special = set(tokenizer.all_special_ids)
+    weights["lm_head.weight"][:, 0] = 0.0
+    for token in range(len(tokenizer)):
+        if token in special or not tokenizer.decode([token]).strip():
+            weights["lm_head.weight"][token, 0] = -5.0
 
 
 def make_tiny_model(folder: Path) -> Path:
@@ -45,12 +64,14 @@ def make_tiny_model(folder: Path) -> Path:
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        tie_word_embeddings=True,
+        tie_word_embeddings=False,
     )
     torch.manual_seed(0)
+    model = LlamaForCausalLM(config)
+    _shun_white_space(model, tokenizer)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "ready").touch()
     return folder

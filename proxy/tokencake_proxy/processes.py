@@ -121,6 +121,10 @@ class Processes:
             )
         self._children.append(_Child(name, process, log))
 
+    def pid(self, name: str) -> int:
+        """The process id of `name`."""
+        return next(child.process.pid for child in self._children if child.name == name)
+
     def wait_until_healthy(
         self, name: str, url: str, on_wait: Callable[[float], None] | None = None, timeout_s: float | None = None
     ) -> None:

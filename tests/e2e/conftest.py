@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 import pytest
+
 import tokencake_langgraph
-from tests.tiny_model import make_tiny_model
 from tokencake_langgraph import ChatTokencake
 from tokencake_proxy.processes import Processes, engine_command, free_port, proxy_command
 
@@ -59,9 +60,12 @@ class Server:
         return {"Authorization": f"Bearer {API_KEY}"}
 
 
-@pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
+def wait_until(condition: Callable[[], bool], timeout_s: float, what: str) -> None:
+    """Look five times a second until `condition` holds."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {timeout_s} s: {what}"
+        time.sleep(0.2)
 
 
 @pytest.fixture(scope="session")

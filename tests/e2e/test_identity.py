@@ -17,6 +17,7 @@ from langgraph.graph import END, START, MessagesState, StateGraph
 from langgraph.prebuilt import ToolNode
 from langgraph.types import Send
 from pydantic import Field
+
 from tests.e2e.conftest import Server
 
 TRUTH_S = 0.2

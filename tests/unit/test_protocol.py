@@ -4,6 +4,7 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from tokencake import protocol
 from tokencake.protocol import Hint, ProtocolError, TooLargeError, parse_event, parse_events, parse_hint
 
@@ -109,7 +110,9 @@ def test_every_event_survives_the_wire(event: protocol.Event) -> None:
 
 def test_one_malformed_event_does_not_spoil_the_others() -> None:
     first, second, third = parse_events(
-        body({"type": "session_end", "session": "s"}, {"type": "tool_end", "call": "c"}, {"type": "app_end", "app": "a"})
+        body(
+            {"type": "session_end", "session": "s"}, {"type": "tool_end", "call": "c"}, {"type": "app_end", "app": "a"}
+        )
     )
     assert first == protocol.SessionEnd("s")
     assert isinstance(second, ProtocolError)

@@ -1,5 +1,6 @@
 from hypothesis import given
 from hypothesis import strategies as st
+
 from tokencake import protocol
 from tokencake.protocol import Hint
 from tokencake.registry import Limits, Registry

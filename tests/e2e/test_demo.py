@@ -1,0 +1,104 @@
+"""`tokencake demo` and `tokencake serve` as a user starts them, with the tiny model in place of the real small one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.e2e.conftest import ENV, wait_until
+from tokencake_proxy.processes import free_port
+
+TOKENCAKE = [sys.executable, "-m", "tokencake_proxy.cli"]
+
+
+def environment(tmp_path: Path) -> dict[str, str]:
+    """The demo's logs, in a place of their own."""
+    return {**os.environ, **ENV, "XDG_STATE_HOME": str(tmp_path)}
+
+
+def processes_of(tmp_path: Path) -> list[int]:
+    """Every process whose environment shows that it descends from a command started with `environment(tmp_path)`."""
+    mark = f"XDG_STATE_HOME={tmp_path}".encode()
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and mark in (entry / "environ").read_bytes():
+                found.append(int(entry.name))
+        except OSError:
+            continue
+    return found
+
+
+def test_the_demo_writes_figures_that_the_engine_gave(tiny_model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    command = [*TOKENCAKE, "demo", "--model", str(tiny_model), "--tasks", "1", "--no-progress", "--json", str(out)]
+    result = subprocess.run(
+        command, env=environment(tmp_path), capture_output=True, text=True, timeout=400, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    figures = json.loads(out.read_text())
+    assert set(figures) == {
+        *("llm_calls", "tool_calls", "agents", "prompt_tokens", "cached_tokens", "wall_s", "stalls")
+    }
+    assert set(figures["agents"]) == {"architect", "programmer", "reviewer"}
+    assert figures["agents"]["programmer"]["calls"] == 12
+    assert figures["llm_calls"] == 14
+    assert figures["tool_calls"] == len(figures["stalls"]) == 9
+    assert {stall["tool"] for stall in figures["stalls"]} == {"search_docs", "write_file", "run_tests"}
+    assert all(0 < stall["seconds"] < figures["wall_s"] for stall in figures["stalls"])
+    assert 0 < figures["cached_tokens"] < figures["prompt_tokens"]
+    assert "programmer" in result.stdout
+    assert processes_of(tmp_path) == []
+
+
+def test_ctrl_c_in_the_demo_leaves_no_process_behind(tiny_model: Path, tmp_path: Path) -> None:
+    command = [*TOKENCAKE, "demo", "--model", str(tiny_model), "--tasks", "3", "--no-progress"]
+    with subprocess.Popen(
+        command, env=environment(tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as demo:
+        wait_until(lambda: len(processes_of(tmp_path)) >= 5, 120, "engine core and worker are up")
+        demo.send_signal(signal.SIGINT)
+        assert demo.wait(60) == 130
+    wait_until(lambda: processes_of(tmp_path) == [], 10, "every process is gone")
+
+
+def test_serve_answers_and_ends_on_sigterm_with_everything_it_started(tiny_model: Path, tmp_path: Path) -> None:
+    port, engine_port = free_port(), free_port()
+    flags = ["--served-model-name", "tiny", "--enforce-eager", "--max-model-len", "1024", "--block-size", "32"]
+    ports = ["--port", str(port), "--engine-port", str(engine_port)]
+    command = [*TOKENCAKE, "serve", str(tiny_model), *ports, *flags, "--num-gpu-blocks-override", "64"]
+    with subprocess.Popen(command, env=environment(tmp_path), stdout=subprocess.PIPE, text=True) as serve:
+        line = ""
+        while not line.startswith("ready:"):
+            line = serve.stdout.readline()
+            assert line, "serve ended before it was ready"
+        assert f"http://127.0.0.1:{port}/v1" in line
+        body = {"model": "tiny", "prompt": "Hello", "max_tokens": 2}
+        assert httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=body, timeout=60).status_code == 200
+        serve.terminate()
+        assert serve.wait(60) == 0
+    wait_until(lambda: processes_of(tmp_path) == [], 10, "every process is gone")
+
+
+@pytest.mark.parametrize("flag", ["--max-model-len=banana", "--scheduler-cls=my.Scheduler"])
+def test_serve_shows_the_engine_s_own_words_when_it_does_not_start(tiny_model: Path, tmp_path: Path, flag: str) -> None:
+    ports = ["--port", str(free_port()), "--engine-port", str(free_port())]
+    result = subprocess.run(
+        [*TOKENCAKE, "serve", str(tiny_model), *ports, flag],
+        env=environment(tmp_path),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == 1
+    assert "the engine ended with status 2" in result.stderr
+    assert flag.split("=", maxsplit=1)[0] in result.stderr
+    assert processes_of(tmp_path) == []

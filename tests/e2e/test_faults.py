@@ -1,0 +1,77 @@
+"""The app goes on where the plug-in, the engine or the proxy is missing, or gets a clear error at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import httpx
+import openai
+import pytest
+
+import tokencake_langgraph
+from tests.e2e.conftest import API_KEY, Server
+from tests.e2e.test_identity import QUESTION, Waits, thread, tool_loop
+from tokencake_proxy.processes import Processes, free_port, proxy_command
+
+
+def test_without_the_plug_in_the_app_still_works(stock_server: Server) -> None:
+    waits: Waits = []
+    result = tool_loop(stock_server, waits).invoke(QUESTION, thread())
+    assert len(waits) == 2
+    assert result["messages"][-1].type == "ai"
+    assert tokencake_langgraph.flush(10.0)
+    answer = httpx.get(f"{stock_server.engine}/v1/tokencake/state", headers=stock_server.auth)
+    assert answer.status_code == 404
+
+
+def test_the_engine_dies_in_the_middle_of_a_stream_and_then_stays_away(stock_server: Server) -> None:
+    """Last in this module: it kills the module's server."""
+    model = stock_server.chat(max_tokens=3_000, extra_body={"ignore_eos": True})
+    stream = model.stream("Tell me a long story.")
+    next(stream)
+    os.kill(stock_server.processes.pid("engine"), signal.SIGKILL)
+    started = time.monotonic()
+    with pytest.raises((openai.APIError, httpx.HTTPError)):
+        list(stream)
+    assert time.monotonic() - started < 30
+    with pytest.raises(openai.APIStatusError) as caught:
+        stock_server.chat().invoke("Anybody there?")
+    assert caught.value.status_code in (502, 503)
+    assert stock_server.engine.removeprefix("http://") in str(caught.value)
+
+
+def test_an_engine_that_was_never_there_is_named_in_the_error(tmp_path: object) -> None:
+    engine, port = f"http://127.0.0.1:{free_port()}", free_port()
+    with Processes(tmp_path) as processes:
+        processes.start("proxy", proxy_command(engine, "127.0.0.1", port))
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline:
+            try:
+                health = httpx.get(f"http://127.0.0.1:{port}/health")
+                break
+            except httpx.TransportError:
+                time.sleep(0.1)
+        assert health.status_code == 503
+        with (
+            openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=API_KEY, max_retries=0) as client,
+            pytest.raises(openai.InternalServerError, match=engine.removeprefix("http://")),
+        ):
+            client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "Hello"}])
+
+
+def test_events_for_a_proxy_that_went_away_are_dropped_and_nobody_waits(server: Server, tmp_path: object) -> None:
+    port = free_port()
+    proxy = f"http://127.0.0.1:{port}"
+    waits: Waits = []
+    with Processes(tmp_path) as processes:
+        processes.start("proxy", proxy_command(server.engine, "127.0.0.1", port))
+        processes.wait_until_healthy("proxy", f"{proxy}/health", timeout_s=30)
+        graph = tool_loop(Server(server.engine, proxy, processes), waits, turns=1)
+        graph.invoke(QUESTION, thread())
+    started = time.monotonic()
+    with pytest.raises(openai.APIConnectionError):
+        graph.invoke(QUESTION, thread())
+    tokencake_langgraph.flush(3.0)
+    assert time.monotonic() - started < 15

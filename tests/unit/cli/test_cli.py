@@ -1,0 +1,121 @@
+"""The command line says what is wrong and how to go on."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Sequence
+from importlib.metadata import EntryPoint
+from types import SimpleNamespace
+
+import pytest
+
+import tokencake
+from tokencake_proxy import cli, doctor
+from tokencake_vllm import serve
+
+
+def test_it_tells_its_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"tokencake {tokencake.__version__}\n"
+
+
+def test_every_flag_after_engine_is_vllm_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    executed: list[Sequence[str]] = []
+    monkeypatch.setattr(cli.os, "execv", lambda _, command: executed.append(command))
+    cli.main(["engine", "some/model", "--port", "1", "--help=all", "-tp", "2"])
+    assert list(executed[0][1:]) == [
+        "-m",
+        "tokencake_vllm.serve",
+        "some/model",
+        "--port",
+        "1",
+        "--help=all",
+        "-tp",
+        "2",
+    ]
+
+
+def test_engine_without_a_model_says_how_to_call_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["engine"]) == 2
+    assert "tokencake engine MODEL" in capsys.readouterr().err
+
+
+def test_engine_without_vllm_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda _: None)
+    assert cli.main(["engine", "some/model"]) == 1
+    assert cli.main(["serve", "some/model", "--dtype", "auto"]) == 1
+    assert "pip install 'tokencake[vllm]'" in capsys.readouterr().err
+
+
+def test_serve_on_a_taken_port_names_the_port_and_the_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        port = holder.getsockname()[1]
+        assert cli.main(["serve", "some/model", "--port", str(port)]) == 1
+    assert capsys.readouterr().err == f"port {port} is taken; choose another with --port\n"
+
+
+def test_a_proxy_without_a_usable_upstream_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["proxy", "--upstream", "localhost:8000"]) == 2
+    assert "localhost:8000" in capsys.readouterr().err
+
+
+def test_unknown_arguments_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["doctor", "--banana"])
+    assert stop.value.code == 2
+    assert "--banana" in capsys.readouterr().err
+
+
+def test_the_doctor_finds_this_machine_ready(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor", "--json"]) == 0
+    findings = {finding["check"]: finding for finding in json.loads(capsys.readouterr().out)}
+    assert findings["plug-in"]["state"] == "ok"
+    assert findings["vLLM"]["found"].startswith("vllm")
+
+
+def test_the_doctor_fails_where_something_must_be_mended(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(doctor, "version", lambda _: "0.12.3")
+    monkeypatch.setattr(doctor, "CHECKS", (doctor._vllm,))
+    assert doctor.main() == 1
+    out = capsys.readouterr().out
+    assert out.startswith("FAIL  vLLM")
+    assert "TokenCake knows vLLM 0.31 to 0.33" in out
+
+
+def test_the_scheduler_class_cannot_be_replaced(capsys: pytest.CaptureFixture[str]) -> None:
+    assert serve.main(["model", "--scheduler-cls", "my.Scheduler"]) == 2
+    assert "--scheduler-cls is taken" in capsys.readouterr().err
+
+
+def test_other_installed_plug_ins_stay_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = {"vllm.general_plugins": ["lora_resolver"], "vllm.platform_plugins": ["my_chip"]}
+    monkeypatch.setattr(
+        serve, "entry_points", lambda group: [SimpleNamespace(name=name) for name in installed.get(group, [])]
+    )
+    assert serve.plugin_allowlist({}) == "lora_resolver,my_chip,tokencake,tokencake_http,tokencake_stats"
+
+
+def test_a_choice_of_plug_ins_is_kept_and_ours_added() -> None:
+    allowlist = serve.plugin_allowlist({"VLLM_PLUGINS": "theirs,tokencake"})
+    assert allowlist == "theirs,tokencake,tokencake_http,tokencake_stats"
+
+
+def test_the_names_in_the_allowlist_are_the_entry_points() -> None:
+    ours: list[EntryPoint] = [
+        plugin
+        for group in (*serve._GROUPS, "vllm.endpoint_plugins")
+        for plugin in serve.entry_points(group=group)
+        if plugin.value.startswith("tokencake_vllm.")
+    ]
+    assert {plugin.name for plugin in ours} == set(serve.PLUGINS)
+    for plugin in ours:
+        assert callable(plugin.load())
