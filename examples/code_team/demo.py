@@ -106,7 +106,7 @@ def _start_servers(processes: Processes, model: str, console: Console) -> str:
 
 
 async def _run(base_url: str, tasks: int, console: Console | None) -> dict[str, Any]:
-    model = ChatTokencake(model="demo", base_url=f"{base_url}/v1", api_key="none", temperature=0, max_retries=0)
+    model = ChatTokencake(model="demo", base_url=f"{base_url}/v1", temperature=0, max_retries=0)
     async with httpx.AsyncClient(base_url=base_url, timeout=30) as client:
         with tempfile.TemporaryDirectory(prefix="tokencake-demo-") as scratch:
             team = build_team(model, Path(scratch))
