@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LOG = Path(sys.prefix) / "install.log"
+LARGE_DOWNLOAD = re.compile(r"Downloading \S+ \((\d{2,}\.\d MB|[\d.]+ GB)\)")
 TORCH = "torch==2.13.0+cpu"
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
@@ -29,9 +31,8 @@ def pip(*arguments: str) -> bool:
         for line in process.stdout or ():
             log.write(line)
             log.flush()
-            word = line.strip()
-            if word.startswith("Downloading ") and (" MB" in word or " GB" in word):
-                print(f"  {word}", flush=True)
+            if LARGE_DOWNLOAD.match(line.strip()):
+                print(f"  {line.strip()}", flush=True)
         return process.wait() == 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 _SUMS = ("calls", "prompt_tokens", "cached_tokens", "output_tokens", "tool_calls", "stall_s", "queue_s")
@@ -38,9 +39,9 @@ def summarise(state: dict[str, Any]) -> dict[str, Any]:
 
 def table(summary: dict[str, Any]) -> Table:
     """The summary, a row for each agent."""
-    result = Table(title="What the engine knew of each agent")
+    result = Table(title="What the engine knew of each agent", box=box.SIMPLE)
     result.add_column("agent", no_wrap=True)
-    for column in ("LLM calls", "prompt tok", "cached", "output tok", "tool calls", "stalled", "queued"):
+    for column in ("LLM calls", "prompt", "cached", "output", "tool calls", "stalled", "queued"):
         result.add_column(column, justify="right")
     for name, row in summary["agents"].items():
         cached = f"{row['cached_tokens'] / max(1, row['prompt_tokens']):.0%}"
@@ -51,7 +52,7 @@ def table(summary: dict[str, Any]) -> Table:
 
 def progress(state: dict[str, Any]) -> Table:
     """What each session does right now."""
-    result = Table(title="Agents, as the engine sees them")
+    result = Table(title="Agents, as the engine sees them", box=box.SIMPLE)
     for column in ("application", "agent", "status", "in tool"):
         result.add_column(column)
     result.add_column("calls", justify="right")

@@ -82,9 +82,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest:
         _parser().error(f"unknown arguments: {' '.join(rest)}")
     if args.command == "doctor":
-        from tokencake_proxy import doctor  # noqa: PLC0415  # each command imports what it needs
+        from tokencake_proxy.doctor import main as doctor  # noqa: PLC0415  # each command imports what it needs
 
-        return doctor.main(as_json=args.json)
+        return doctor(as_json=args.json)
     return _proxy(args)
 
 
