@@ -1,0 +1,45 @@
+"""What can be set, and which values are refused?
+
+Settings come as JSON in vLLM's `--additional-config '{"tokencake": {"time": {...}, "space": {...}}}'`. A section is a
+dataclass whose fields carry their parser, like the records of the protocol; unlike there, an unknown key is an error,
+because the operator who wrote it is there to read it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from tokencake import parsing
+from tokencake.parsing import ProtocolError
+
+_Section = TypeVar("_Section")
+
+
+class SettingsError(ValueError):
+    """A key is not known or a value cannot be used; the words name it and what is expected."""
+
+
+def section(config: Mapping[str, Any] | None, name: str, kind: type[_Section]) -> _Section:
+    """The section `name` of vLLM's `additional_config`, with defaults where it says nothing.
+
+    Raises:
+        SettingsError: an unknown section or key, or a value out of range.
+    """
+    ours = (config or {}).get("tokencake", {})
+    if not isinstance(ours, dict):
+        raise SettingsError(f"additional-config tokencake is {parsing.shown(ours)}; expected an object")
+    known_sections = ("space", "time")
+    for key in ours:
+        if key not in known_sections:
+            raise SettingsError(f"tokencake.{key} is not known; the sections are {', '.join(known_sections)}")
+    raw = ours.get(name, {})
+    known = sorted(field for field, _, _ in parsing.parsers(kind))
+    if isinstance(raw, dict):
+        for key in raw:
+            if key not in known:
+                raise SettingsError(f"tokencake.{name}.{key} is not known; the settings are {', '.join(known)}")
+    try:
+        return parsing.record(kind, f"tokencake.{name}", raw)
+    except ProtocolError as error:
+        raise SettingsError(str(error)) from None
