@@ -1,0 +1,273 @@
+"""How does an app call a model and let the engine know who is calling?
+
+`ChatTokencake` is a `ChatOpenAI` for vLLM: an app moves over by its import and its constructor. Everything that
+`ChatOpenAI` can do is inherited; here stands what differs.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import AsyncIterator, Iterator, Sequence
+from copy import copy
+from functools import cached_property
+from typing import Annotated, Any, Self, TypeVar
+from uuid import UUID
+
+import openai
+from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
+from langchain_core.language_models.base import LangSmithParams, LanguageModelInput
+from langchain_core.messages import AIMessage, BaseMessage
+from langchain_core.outputs import ChatGenerationChunk, ChatResult
+from langchain_core.runnables import Runnable
+from langchain_openai import ChatOpenAI
+from pydantic import Field, model_validator
+
+from tokencake import __version__
+from tokencake.parsing import MAX_SECONDS
+from tokencake_langgraph.estimates import estimates_of
+from tokencake_langgraph.handler import CURRENT_CALL, LIFECYCLE, TokencakeHandler, install
+from tokencake_langgraph.request import stamp, tool_names
+from tokencake_langgraph.response import REASONING_KEY, OncePerStream, lift_chunk, lift_result
+from tokencake_langgraph.sender import EventSender, Target, events_url
+from tokencake_langgraph.senders import sender_for
+from tokencake_langgraph.settings import with_endpoint
+
+_RunManager = CallbackManagerForLLMRun | AsyncCallbackManagerForLLMRun
+_AnyRunManager = TypeVar("_AnyRunManager", CallbackManagerForLLMRun | None, AsyncCallbackManagerForLLMRun | None)
+_Seconds = Annotated[float, Field(ge=0, le=MAX_SECONDS)]
+logger = logging.getLogger(__name__)
+
+
+class ChatTokencake(ChatOpenAI):
+    """`ChatOpenAI` whose calls carry their agent's identity, and whose tools report when they run.
+
+    Takes every argument of `ChatOpenAI`. Different are: the base URL defaults to `TOKENCAKE_BASE_URL`, else the
+    `OPENAI_` variables, else the proxy on this machine; the key to `TOKENCAKE_API_KEY`, and never to `OPENAI_API_KEY`
+    for a server that the `OPENAI_` variables do not name; streams report their token usage; the Responses API is
+    refused; an `extra_body` or `extra_headers` of a call is merged with the model's.
+
+    ```python
+    model = ChatTokencake(model="Qwen/Qwen3-8B", tool_estimates={"search": 4.0})
+    agent = create_agent(model, [search])
+    ```
+    """
+
+    stream_usage: bool | None = True
+    use_responses_api: bool | None = False
+    tokencake_enabled: bool = True
+    """False: a plain `ChatOpenAI`, no hint and no events."""
+    tool_estimates: dict[str, _Seconds] = Field(default_factory=dict)
+    """Tool name -> seconds it is expected to take. Wins over what a tool's own metadata says."""
+    importance: float | None = Field(default=None, ge=0, le=10)
+    """The weight of this model's calls against other applications', if they are to differ."""
+    expected_output_tokens: int | None = Field(default=None, ge=0, le=1_000_000)
+
+    # --- what it is -----------------------------------------------------------------------------------
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_endpoint(cls, values: dict[str, Any]) -> dict[str, Any]:
+        return with_endpoint(values, os.environ)
+
+    @model_validator(mode="after")
+    def _join_tokencake(self) -> Self:
+        if self.use_responses_api:
+            raise ValueError(
+                "`use_responses_api` is True; ChatTokencake speaks Chat Completions only. "
+                "Leave it out, or take ChatOpenAI for this model."
+            )
+        self._add_version("tokencake", __version__)
+        if self.tokencake_enabled:
+            install()
+            _ = self._sender
+        return self
+
+    # Cached properties, because looking up a private attribute of pydantic's takes longer than using it.
+
+    @cached_property
+    def _sender(self) -> EventSender:
+        headers = tuple(sorted((self.default_headers or {}).items()))
+        url = events_url(self.openai_api_base or "")
+        return sender_for(Target(url, self.openai_api_key, headers, self.openai_proxy))
+
+    @cached_property
+    def _bound_estimates(self) -> dict[str, float]:
+        return {}
+
+    @property
+    def lc_secrets(self) -> dict[str, str]:
+        """Environment variables that hold the secrets."""
+        return {"openai_api_key": "TOKENCAKE_API_KEY"}
+
+    @classmethod
+    def get_lc_namespace(cls) -> list[str]:
+        """Where LangChain would look for the class."""
+        return ["tokencake_langgraph"]
+
+    @classmethod
+    def is_lc_serializable(cls) -> bool:
+        """LangChain loads its own classes only."""
+        return False
+
+    @property
+    def _llm_type(self) -> str:
+        return "tokencake-chat"
+
+    def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
+        params = super()._get_ls_params(stop=stop, **kwargs)
+        params["ls_provider"] = "tokencake"
+        return params
+
+    def _use_responses_api(self, payload: dict[str, Any]) -> bool:  # noqa: ARG002 - ChatOpenAI goes by the model's name
+        return False
+
+    def bind_tools(self, tools: Sequence[Any], **kwargs: Any) -> Runnable[LanguageModelInput, AIMessage]:
+        """Bind tools; the estimates in their metadata are remembered for the hint."""
+        self._bound_estimates.update(estimates_of(tools))
+        return super().bind_tools(tools, **kwargs)
+
+    # --- the request ----------------------------------------------------------------------------------
+    # `_stream` and `_astream` are given no run manager. Theirs is the latest run of the context, which `generate` with
+    # several lists of messages starts all at once: hence the two methods that have both.
+
+    def _generate_with_cache(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> ChatResult:
+        with _Current(run_manager):
+            return super()._generate_with_cache(messages, stop, _without_us(run_manager), **kwargs)
+
+    async def _agenerate_with_cache(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> ChatResult:
+        with _Current(run_manager):
+            return await super()._agenerate_with_cache(messages, stop, _without_us(run_manager), **kwargs)
+
+    def _generate(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> ChatResult:
+        stamped = self._stamped(run_manager, kwargs)
+        return super()._generate(messages, stop=stop, run_manager=run_manager, **stamped)
+
+    async def _agenerate(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> ChatResult:
+        stamped = self._stamped(run_manager, kwargs)
+        return await super()._agenerate(messages, stop=stop, run_manager=run_manager, **stamped)
+
+    def _stream(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> Iterator[ChatGenerationChunk]:
+        once = OncePerStream()
+        stamped = self._stamped(run_manager, kwargs)
+        for chunk in super()._stream(messages, stop=stop, run_manager=run_manager, **stamped):
+            yield once(chunk)
+
+    async def _astream(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> AsyncIterator[ChatGenerationChunk]:
+        once = OncePerStream()
+        stamped = self._stamped(run_manager, kwargs)
+        async for chunk in super()._astream(messages, stop=stop, run_manager=run_manager, **stamped):
+            yield once(chunk)
+
+    def _stamped(self, run_manager: _RunManager | None, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """`kwargs` with the hint; unchanged where it is not known who calls."""
+        run_id = run_manager.run_id if run_manager else CURRENT_CALL.get()
+        if run_id is None or not self.tokencake_enabled:
+            return kwargs
+        try:
+            return self._with_hint(run_id, kwargs)
+        except Exception:
+            logger.exception("TokenCake could not stamp call %s; it is made without a hint.", run_id)
+            return kwargs
+
+    def _with_hint(self, run_id: UUID, kwargs: dict[str, Any]) -> dict[str, Any]:
+        hint = LIFECYCLE.claim_call(
+            run_id,
+            self._sender,
+            tools=tool_names(kwargs.get("tools") or self.model_kwargs.get("tools") or ()),
+            estimates={**self._bound_estimates, **self.tool_estimates},
+            importance=self.importance,
+            expected_output_tokens=self.expected_output_tokens,
+        )
+        if hint is None:
+            return kwargs
+        return stamp(kwargs, {"extra_body": self.extra_body, **self.model_kwargs}, self.default_headers or {}, hint)
+
+    # --- the response ---------------------------------------------------------------------------------
+
+    def _create_chat_result(
+        self, response: dict[str, Any] | openai.BaseModel, generation_info: dict[str, Any] | None = None
+    ) -> ChatResult:
+        result = super()._create_chat_result(response, generation_info)
+        lift_result(response, result)
+        return result
+
+    def _convert_chunk_to_generation_chunk(
+        self, chunk: dict[str, Any], default_chunk_class: type, base_generation_info: dict[str, Any] | None
+    ) -> ChatGenerationChunk | None:
+        generation = super()._convert_chunk_to_generation_chunk(chunk, default_chunk_class, base_generation_info)
+        if generation is not None:
+            lift_chunk(chunk, generation)
+        return generation
+
+    def _get_generation_chunk_from_completion(self, completion: openai.BaseModel) -> ChatGenerationChunk:
+        generation = super()._get_generation_chunk_from_completion(completion)
+        # The stream has brought the reasoning already, piece by piece.
+        generation.message.additional_kwargs.pop(REASONING_KEY, None)
+        return generation
+
+
+class _Current:
+    """Makes the run manager's run the current one, and closes it if the call is left by an error.
+
+    LangChain reports no end when a call is cancelled in flight.
+    """
+
+    def __init__(self, run_manager: _RunManager | None) -> None:
+        self._run_id = run_manager.run_id if run_manager else None
+
+    def __enter__(self) -> None:
+        if self._run_id is not None:
+            CURRENT_CALL.set(self._run_id)
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
+        if kind is not None and self._run_id is not None:
+            LIFECYCLE.close_call(self._run_id)
+
+
+def _without_us(run_manager: _AnyRunManager) -> _AnyRunManager:
+    """The run manager for the time of the call: our handler does not care for tokens.
+
+    LangChain checks each of its handlers against protocols, which before Python 3.12 costs more than all our callbacks.
+    """
+    if run_manager is None:
+        return run_manager
+    quiet = copy(run_manager)
+    quiet.handlers = [handler for handler in run_manager.handlers if type(handler) is not TokencakeHandler]
+    return quiet

@@ -1,0 +1,75 @@
+"""How does a request tell the engine who makes it?
+
+The hint rides in the body as `vllm_xargs["tokencake"]`, a JSON string: that passes every gateway, and a vLLM without
+the plug-in ignores it. The ids stand in headers as well, for proxies and logs. What the user has set always stays.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any, Final
+
+from tokencake.protocol import HINT_KEY, MAX_HINT_BYTES, VERSION, Hint, to_wire
+
+CALL_HEADER: Final = "X-Request-Id"
+SESSION_HEADER: Final = "X-Session-ID"
+_encode: Final = json.JSONEncoder(separators=(",", ":")).encode
+
+
+def tool_names(tools: Iterable[Any]) -> list[str]:
+    """The names of tools in OpenAI's JSON, whatever their type."""
+    names = []
+    for tool in tools:
+        if isinstance(tool, Mapping):
+            name = (tool.get("function") or tool.get("custom") or tool).get("name")
+            if isinstance(name, str) and name:
+                names.append(name)
+    return names
+
+
+def stamp(
+    call_params: Mapping[str, Any],
+    model_params: Mapping[str, Any],
+    default_headers: Mapping[str, str],
+    hint: Hint,
+) -> dict[str, Any]:
+    """`call_params` with the hint in `extra_body` and the ids in `extra_headers`.
+
+    A parameter of the call would replace the model's as a whole, so that both are merged here, the call's winning.
+    """
+    model_body, call_body = model_params.get("extra_body") or {}, call_params.get("extra_body") or {}
+    xargs = {
+        HINT_KEY: _text(hint),
+        **(model_body.get("vllm_xargs") or {}),
+        **(call_body.get("vllm_xargs") or {}),
+    }
+    headers = {CALL_HEADER: hint.call, SESSION_HEADER: hint.session, **trace_context()}
+    theirs = {**(model_params.get("extra_headers") or {}), **(call_params.get("extra_headers") or {})}
+    if theirs or default_headers:
+        taken = {name.lower() for name in (*theirs, *default_headers)}
+        headers = {name: value for name, value in headers.items() if name.lower() not in taken} | theirs
+    return {**call_params, "extra_body": {**model_body, **call_body, "vllm_xargs": xargs}, "extra_headers": headers}
+
+
+def trace_context() -> dict[str, str]:
+    """W3C trace headers of the active OpenTelemetry span; empty without one.
+
+    OpenTelemetry's own instrumentation does not see the HTTP client that openai 3 uses.
+    """
+    # Where nobody has imported it, no span can be active, and importing it would cost more than the call's hint.
+    trace = sys.modules.get("opentelemetry.trace")
+    if trace is None or not trace.get_current_span().get_span_context().is_valid:
+        return {}
+    from opentelemetry import propagate  # noqa: PLC0415 - optional
+
+    headers: dict[str, str] = {}
+    propagate.inject(headers)
+    return headers
+
+
+def _text(hint: Hint) -> str:
+    text = _encode({"v": VERSION, **to_wire(hint)})  # `Hint.to_json` with an encoder that is made once
+    return text if len(text) <= MAX_HINT_BYTES else replace(hint, expects_tools=None).to_json()
