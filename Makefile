@@ -24,9 +24,10 @@ check: $(VENV)/ready-$(ENGINE) $(VENV)/ready-dev ## Check format, lint, types an
 	@$(BIN)/mypy
 	@$(BIN)/python -m pytest -q tests/unit/test_boundaries.py
 
-bench: $(VENV)/ready-$(ENGINE) $(VENV)/ready-dev ## Measure what the client and the proxy cost
+bench: $(VENV)/ready-$(ENGINE) $(VENV)/ready-dev ## Measure the cost of client and proxy, and the schedulers in virtual time
 	@$(BIN)/python benchmarks/client_overhead.py
 	@$(BIN)/python benchmarks/proxy_overhead.py
+	@$(BIN)/python benchmarks/run_bench.py
 
 clean: ## Remove the virtual environment and all caches of the tools
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

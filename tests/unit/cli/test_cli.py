@@ -38,6 +38,13 @@ def test_every_flag_after_engine_is_vllm_s(monkeypatch: pytest.MonkeyPatch) -> N
     ]
 
 
+def test_sim_is_the_simulator_s_own_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    executed: list[Sequence[str]] = []
+    monkeypatch.setattr(cli.os, "execv", lambda _, command: executed.append(command))
+    cli.main(["sim", "--list"])
+    assert list(executed[0][1:]) == ["-m", "tokencake_sim", "--list"]
+
+
 def test_engine_without_a_model_says_how_to_call_it(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["engine"]) == 2
     assert "tokencake engine MODEL" in capsys.readouterr().err

@@ -1,0 +1,232 @@
+"""Does the simulator agree with a real vLLM on this CPU?
+
+One workload runs through vLLM itself (its engine in this process, a model of SmolLM2-135M's shape with random weights,
+tools as real waiting) and through the simulator, whose rates were fitted to another workload just before. Compared are
+the prefix hits of every call, which must be equal, and the makespan, whose median error over three workloads counts: a
+machine that does other things beside it is no stopwatch.
+
+python benchmarks/validate_cpu.py [--json FILE] [--steps FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tokencake_sim import PROFILES, App, Node, Options, Prefix, Tool, Workload, policy_named, simulate
+from tokencake_sim.applications import Applications
+from tokencake_sim.calibrate import MeasuredStep, fit, mean_error
+from tokencake_sim.clock import Clock
+from tokencake_sim.cost import StepLoad
+from tokencake_sim.engine import quiet_vllm
+from tokencake_sim.tokens import token_ids
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from tokencake.protocol import Event, Hint
+    from tokencake_sim.calls import Call
+    from tokencake_sim.profiles import Profile
+
+PROFILE = PROFILES["cpu-smollm2-135m"]
+RESULT = Path(__file__).resolve().parent / "results" / "validate_cpu.json"
+MAKESPAN_TOLERANCE = 0.20
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "num_hidden_layers": 30,
+    "vocab_size": PROFILE.model.vocabulary,
+    "max_position_embeddings": PROFILE.max_model_len,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def small_workload(seed: int) -> Workload:
+    """A few applications with tools, a fork and a join, in contexts that this CPU can bear."""
+    draw = random.Random(seed)  # noqa: S311  repeatable, not secret
+    apps = []
+    for index in range(4):
+        first = Node(
+            "plan",
+            "plan",
+            draw.randint(150, 400),
+            24,
+            prefix=Prefix(f"rules-{seed}", 128),
+            tool=Tool("search", 0.8, 60),
+        )
+        forks = [
+            Node(f"code_{n}", "code", draw.randint(20, 60), 32, ("plan",), tool=Tool("test", 0.4 + n, 50))
+            for n in (1, 2)
+        ]
+        last = Node("merge", "merge", 20, 24, ("code_1", "code_2"))
+        apps.append(App(f"v{seed}-{index}", "small", 1.5 * index, (first, *forks, last)))
+    return Workload(f"small-{seed}", tuple(apps), "benchmarks/validate_cpu.py")
+
+
+class RealEngine:
+    """vLLM in this process, seen by the applications as the simulated one is."""
+
+    def __init__(self, model: Path) -> None:
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine core in this process, where it can be watched
+        from vllm import EngineArgs, LLMEngine  # noqa: PLC0415  slow, and wants the environment set first
+
+        self._engine = LLMEngine.from_engine_args(
+            EngineArgs(
+                model=str(model),
+                load_format="dummy",
+                skip_tokenizer_init=True,
+                dtype="bfloat16",
+                enforce_eager=True,
+                block_size=PROFILE.block_tokens,
+                num_gpu_blocks_override=PROFILE.kv_blocks,
+                max_model_len=PROFILE.max_model_len,
+                max_num_batched_tokens=PROFILE.max_batched_tokens,
+                max_num_seqs=PROFILE.max_seqs,
+                enable_prefix_caching=True,
+            )
+        )
+        self.steps: list[MeasuredStep] = []
+        self.hits: dict[str, int] = {}
+        self._answers: dict[str, list[int]] = {}
+        self._calls: dict[str, Call] = {}
+        self._watch()
+
+    def _watch(self) -> None:
+        scheduler: Any = self._engine.engine_core.engine_core.scheduler  # type: ignore[attr-defined]  # in this process
+        schedule, update = scheduler.schedule, scheduler.update_from_output
+        began_s, load = 0.0, StepLoad(0, 0, 0)
+
+        def watched_schedule(*args: Any, **kwargs: Any) -> Any:
+            nonlocal began_s, load
+            began_s = time.perf_counter()
+            output = schedule(*args, **kwargs)
+            prefill = decoding = read = 0
+            for name, count in output.num_scheduled_tokens.items():
+                request = scheduler.requests[name]
+                if count == 1 and request.num_computed_tokens > request.num_prompt_tokens:
+                    decoding, read = decoding + 1, read + request.num_computed_tokens
+                else:
+                    prefill += count
+            load = StepLoad(prefill, decoding, read)
+            return output
+
+        def watched_update(*args: Any, **kwargs: Any) -> Any:
+            outputs = update(*args, **kwargs)
+            if load.prefill_tokens or load.decode_seqs:
+                self.steps.append(MeasuredStep(load, time.perf_counter() - began_s))
+            return outputs
+
+        scheduler.schedule, scheduler.update_from_output = watched_schedule, watched_update
+
+    def submit(self, call: Call, hint: Hint | None) -> None:
+        """Take a call; its prompt holds what the model has really answered before."""
+        del hint
+        from vllm import SamplingParams  # noqa: PLC0415  as above
+
+        ids: list[int] = []
+        for chunk in call.texts.prompt:
+            ids += self._answers.get(chunk.key) or token_ids(chunk, PROFILE.model.vocabulary)
+        self._calls[call.id] = call
+        self._engine.add_request(
+            call.id,
+            {"prompt_token_ids": ids},
+            SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=len(call.answer), detokenize=False),
+        )
+
+    def tell(self, event: Event) -> None:
+        """Stock vLLM hears no events."""
+
+    def run(self, workload: Workload) -> float:
+        """Run `workload` in real time; returns its makespan in seconds."""
+        from vllm import RequestOutput  # noqa: PLC0415  as above
+
+        clock = Clock()
+        applications = Applications(workload, clock, self, PROFILE.model.vocabulary, lambda _app, _node: None)
+        began_s = time.perf_counter()
+        while not applications.is_over:
+            clock.advance_to(time.perf_counter() - began_s)
+            if not self._engine.has_unfinished_requests():
+                time.sleep(0.001)
+                continue
+            for output in self._engine.step():
+                if output.finished and isinstance(output, RequestOutput):
+                    call = self._calls.pop(output.request_id)
+                    self.hits[call.id] = output.num_cached_tokens or 0
+                    if call.texts.answer is not None:
+                        self._answers[call.texts.answer.key] = list(output.outputs[0].token_ids)
+                    clock.advance_to(time.perf_counter() - began_s)
+                    call.finished_s = clock.now_s
+                    applications.take_answer(call)
+        return clock.now_s
+
+
+def compare(real: RealEngine, profile: Profile, seed: int) -> dict[str, Any]:
+    """One workload through both."""
+    workload = small_workload(seed)
+    real_s = real.run(workload)
+    result = simulate(workload, profile, policy_named("stock"), Options())
+    hits = {f"{call['app']}/{call['node']}": call["device_hit_tokens"] for call in result.timeline["calls"]}
+    simulated_s = result.metrics["makespan_s"]
+    return {
+        "calls": len(hits),
+        "calls_with_other_hits": {
+            name: (real.hits[name], hits[name]) for name in hits if real.hits[name] != hits[name]
+        },
+        "hit_tokens": sum(hits.values()),
+        "real_makespan_s": real_s,
+        "simulated_makespan_s": simulated_s,
+        "makespan_error": simulated_s / real_s - 1,
+    }
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run both, print what differs; 0 where they agree."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path, default=RESULT, help="write the comparison there")
+    parser.add_argument("--steps", type=Path, help="write the measured steps there, for `tokencake sim calibrate`")
+    arguments = parser.parse_args(argv)
+    quiet_vllm()
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(CONFIG), encoding="utf-8")
+        real = RealEngine(Path(folder))
+        real.run(small_workload(0))  # first steps are slow: memory is touched for the first time
+        real.steps.clear()
+        real.run(small_workload(1))
+        steps = list(real.steps)
+        profile = fit(steps, PROFILE)
+        if arguments.steps is not None:
+            lines = (json.dumps({**asdict(step.load), "seconds": step.seconds}) for step in steps)
+            arguments.steps.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        runs = [compare(real, profile, seed) for seed in (2, 3, 4)]
+    error = statistics.median(run["makespan_error"] for run in runs)
+    comparison = {
+        "runs": runs,
+        "median_makespan_error": error,
+        "fitted": {name: getattr(profile, name) for name in ("fixed_s", "prefill_tokens_per_s", "memory_bytes_per_s")},
+        "mean_step_error": mean_error(steps, profile),
+    }
+    text = json.dumps(comparison, indent=1)
+    print(text)
+    arguments.json.write_text(text + "\n", encoding="utf-8")
+    return int(any(run["calls_with_other_hits"] for run in runs) or abs(error) > MAKESPAN_TOLERANCE)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,77 @@
+"""What would the client say about a call? The hint and the graph, as the wire contract has them."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING
+
+from tokencake.protocol import Graph, Hint
+
+if TYPE_CHECKING:
+    from tokencake_sim.graph import Place
+    from tokencake_sim.workload import App, Node
+
+
+def call_id(app: App, node: Node) -> str:
+    """The id of the call that `node` makes, in the engine and in the hint."""
+    return f"{app.id}/{node.id}"
+
+
+def session_id(app: App, node: Node) -> str:
+    """One session per application, and one for each sub-agent inside it."""
+    return app.id if node.parent is None else f"{app.id}/{node.parent}/{node.agent}"
+
+
+def tool_call_id(app: App, name: str) -> str:
+    """The id of the tool call that follows the node `name`."""
+    return f"{app.id}/{name}#tool"
+
+
+def graph_id(app: App) -> str:
+    """Hash of the topology: applications of one shape share it."""
+    shape = "|".join(f"{node.id}<{','.join(node.predecessors)}" for node in app.nodes)
+    return hashlib.sha256(f"{app.kind}|{shape}".encode()).hexdigest()[:16]
+
+
+def hint_of(app: App, node: Node, place: Place, max_depth: int, age_s: float, output_tokens: int | None) -> Hint:
+    """The hint of the call that `node` makes `age_s` seconds after its application began.
+
+    `output_tokens`: how long the client expects the answer to be; None where it does not say.
+    """
+    return Hint(
+        session=session_id(app, node),
+        call=call_id(app, node),
+        app=app.id,
+        app_started_ago_s=age_s,
+        agent=node.agent,
+        graph=graph_id(app),
+        node=node.id,
+        parent_call=None if node.parent is None else f"{app.id}/{node.parent}",
+        parent_tool_call=None if node.parent is None else tool_call_id(app, node.parent),
+        depth=place.depth,
+        remaining=place.remaining,
+        max_depth=max_depth,
+        out_degree=place.out_degree,
+        fan_out=place.fan_out,
+        fan_index=place.fan_index,
+        join=node.join,
+        critical=place.is_critical,
+        importance=node.importance,
+        expects_tools=None if node.tool is None else {node.tool.name: node.tool.estimate_s},
+        reuse="extends" if place.out_degree else "final",
+        expected_output_tokens=output_tokens,
+    )
+
+
+def graph_of(app: App) -> Graph:
+    """The topology of `app`, sent once per shape."""
+    joins: dict[str, list[str]] = {}
+    for node in app.nodes:
+        if node.join is not None:
+            joins.setdefault(node.join, []).append(node.id)
+    return Graph(
+        graph=graph_id(app),
+        nodes={node.id: {"agent": node.agent} for node in app.nodes},
+        edges=tuple((before, node.id) for node in app.nodes for before in node.predecessors),
+        joins={name: tuple(members) for name, members in joins.items()} or None,
+    )

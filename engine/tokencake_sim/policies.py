@@ -1,0 +1,117 @@
+"""Which schedulers can be compared? A policy says how the engine is built; everything else stays the same."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, Literal
+
+from tokencake_sim.engine import ConnectorSpec
+from tokencake_sim.errors import UnknownPolicyError
+from tokencake_sim.worker import NoWorker
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    from tokencake_sim.calls import Call
+    from tokencake_sim.worker import Links, Worker
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """One way to build the engine."""
+
+    name: str
+    summary: str
+    scheduler: Callable[[bool], type[Scheduler]]
+    """The class, for async scheduling or not; vLLM is imported in it."""
+    connector: Callable[[int], ConnectorSpec] | None = None
+    """The connector for so many blocks of host memory."""
+    worker: Callable[[Links, int], Worker] | None = None
+    """Models its worker side, with the bytes of a block."""
+    vllm_policy: Literal["fcfs", "priority"] = "fcfs"
+    priority_of: Callable[[Call], int] | None = None
+    kv_blocks: int | None = None
+    """In place of the profile's."""
+    is_recompute_free: bool = False
+
+    def make_worker(self, links: Links, block_bytes: int) -> Worker:
+        """The modelled worker of the connector, or one that has nothing to do."""
+        return NoWorker() if self.worker is None else self.worker(links, block_bytes)
+
+
+def _stock(is_async: bool) -> type[Scheduler]:
+    from vllm.v1.core.sched.async_scheduler import AsyncScheduler  # noqa: PLC0415  heavy, and an optional dependency
+    from vllm.v1.core.sched.scheduler import Scheduler  # noqa: PLC0415  as above
+
+    return AsyncScheduler if is_async else Scheduler
+
+
+def _plugin(is_async: bool) -> type[Scheduler]:
+    from tokencake_vllm.scheduler import TokenCakeAsyncScheduler, TokenCakeScheduler  # noqa: PLC0415  as above
+
+    return TokenCakeAsyncScheduler if is_async else TokenCakeScheduler
+
+
+def _host_tier(host_blocks: int) -> ConnectorSpec:
+    return ConnectorSpec("HostTier", "tokencake_sim.host_tier", (("host_blocks", host_blocks),))
+
+
+def _host_tier_worker(links: Links, block_bytes: int) -> Worker:
+    from tokencake_sim.host_worker import HostTierWorker  # noqa: PLC0415  imports vLLM
+
+    return HostTierWorker(links, block_bytes)
+
+
+def _oldest_application_first(call: Call) -> int:
+    """Lowest first, as vLLM takes them: the older application, in it the call with most left to do."""
+    return int(call.app.arrival_s * 1_000) * 100_000 - call.place.remaining_tokens
+
+
+UNLIMITED_BLOCKS: Final = 60_000
+
+POLICIES: Final = {
+    policy.name: policy
+    for policy in (
+        Policy("stock", "vLLM as it is: FCFS, prefix caching, chunked prefill", _stock),
+        Policy(
+            "stock+host",
+            "stock with a host tier: stores every finished call, LRU, loads on a hit, coalesced",
+            _stock,
+            connector=_host_tier,
+            worker=_host_tier_worker,
+        ),
+        Policy(
+            "priority",
+            "vLLM's priority policy: older application first, most remaining work first inside it",
+            _stock,
+            vllm_policy="priority",
+            priority_of=_oldest_application_first,
+        ),
+        Policy("plugin", "the TokenCake scheduler as installed", _plugin),
+        Policy(
+            "unlimited",
+            f"bound: stock with {UNLIMITED_BLOCKS} KV blocks on the device",
+            _stock,
+            kv_blocks=UNLIMITED_BLOCKS,
+        ),
+        Policy(
+            "no-recompute",
+            "bound: stock, computing a prefix again takes no time",
+            _stock,
+            is_recompute_free=True,
+        ),
+    )
+}
+
+
+def policy_named(name: str) -> Policy:
+    """The policy of this name.
+
+    Raises:
+        UnknownPolicyError: there is none; the message lists those that there are.
+    """
+    if name not in POLICIES:
+        raise UnknownPolicyError(name, POLICIES)
+    return POLICIES[name]

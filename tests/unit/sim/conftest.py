@@ -1,0 +1,59 @@
+import warnings
+
+import pytest
+
+from tokencake_sim import App, Node, Options, Prefix, Profile, Tool, Workload, policy_named, simulate
+from tokencake_sim.engine import quiet_vllm
+from tokencake_sim.profiles import ModelShape
+
+quiet_vllm()
+with warnings.catch_warnings():
+    # Importing torch and vLLM uses what they themselves have deprecated.
+    warnings.simplefilter("ignore")
+    import vllm.v1.core.sched.async_scheduler
+    import vllm.v1.structured_output  # noqa: F401  for its warnings only
+
+
+@pytest.fixture(scope="session")
+def small():
+    """A device so small that a few short calls are too many for it."""
+    return Profile(
+        name="small",
+        model=ModelShape(layers=2, kv_heads=2, head_size=32, vocabulary=32_000),
+        fixed_s=0.002,
+        prefill_tokens_per_s=2_000.0,
+        weight_bytes=1e9,
+        memory_bytes_per_s=1e11,
+        kv_blocks=140,
+        block_tokens=16,
+        max_model_len=2_048,
+        max_batched_tokens=512,
+        max_seqs=16,
+        async_scheduling=False,
+        link_bytes_per_s=1e9,
+        host_bytes=1e9,
+        source="made up",
+    )
+
+
+@pytest.fixture(scope="session")
+def crowd():
+    """Applications of three agents each, more than fit at a time."""
+    apps = []
+    for index in range(4):
+        nodes = (
+            Node("plan", "planner", 300, 40, prefix=Prefix("rules", 64), tool=Tool("search", 1.0, 50, 1.0)),
+            Node("left", "coder", 20, 60, ("plan",), tool=Tool("test", 2.0, 60, 2.0), join="merge", critical=True),
+            Node("right", "coder", 20, 60, ("plan",), tool=Tool("test", 0.1, 60, 0.1), join="merge", critical=False),
+            Node("merge", "reviewer", 10, 50, ("left", "right")),
+        )
+        apps.append(App(f"app-{index}", "crowd", index * 0.2, nodes))
+    return Workload("crowd", tuple(apps), "the test")
+
+
+@pytest.fixture(scope="session")
+def run(small):
+    def run_with(workload, policy="stock", **options):
+        return simulate(workload, small, policy_named(policy), Options(**options))
+
+    return run_with

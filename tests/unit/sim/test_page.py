@@ -1,0 +1,56 @@
+import json
+import xml.etree.ElementTree as ET
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tokencake_sim.bench_page import write_page
+from tokencake_sim.plots import gantt, round_up
+
+
+def test_the_page_has_a_cell_for_each_run_and_its_pictures_are_pictures(tmp_path, run, crowd):
+    results = tmp_path / "results"
+    results.mkdir()
+    found = run(crowd, "stock+host")
+    metrics = {**found.metrics, "workload": "code-writer", "qps": 1.0, "variant": "plain"}
+    (results / "code-writer_1_stock-with-host_plain.json").write_text(json.dumps(metrics))
+    (results / "code-writer_1_stock-with-host_plain.timeline.json").write_text(json.dumps(found.timeline))
+    comparison = {
+        "calls": 16,
+        "calls_with_other_hits": {},
+        "hit_tokens": 6_432,
+        "real_makespan_s": 13.2,
+        "simulated_makespan_s": 12.7,
+        "makespan_error": -0.042,
+    }
+    (results / "validate_cpu.json").write_text(json.dumps({"runs": [comparison]}))
+
+    write_page(results, tmp_path / "bench.md")
+
+    page = (tmp_path / "bench.md").read_text()
+    assert f"| `stock+host` | - | - | - | - | {metrics['makespan_s']:.0f} /" in page
+    assert "published, combined | 677 / 204 / 252" in page
+    assert "| 16 | 0 | 6,432 | 13.2 | 12.7 | -4.2 |" in page
+    pictures = sorted(results.glob("*.svg"))
+    assert [path.name for path in pictures] == [
+        "gantt-stock-with-host.svg",
+        "kv-stock-with-host.svg",
+        "latency.svg",
+    ]
+    for path in pictures:
+        assert ET.fromstring(path.read_text()).tag.endswith("svg")
+        assert path.name in page
+
+
+def test_a_gantt_has_a_row_for_each_call(run, crowd):
+    calls = [call for call in run(crowd).timeline["calls"] if call["app"] == "app-0"]
+
+    picture = ET.fromstring(gantt("one", calls))
+
+    words = [element.text for element in picture.iter() if element.tag.endswith("text")]
+    assert {"plan", "left", "right", "merge"} <= set(words)
+
+
+@given(st.floats(0.001, 1e7))
+def test_an_axis_ends_at_or_just_beyond_its_largest_value(value):
+    assert value <= round_up(value) <= max(1.0, 4 * value)
