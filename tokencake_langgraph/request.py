@@ -6,17 +6,15 @@ the plug-in ignores it. The ids stand in headers as well, for proxies and logs. 
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, Final
 
-from tokencake.protocol import HINT_KEY, MAX_HINT_BYTES, VERSION, Hint, to_wire
+from tokencake.protocol import HINT_KEY, MAX_HINT_BYTES, Hint
 
 CALL_HEADER: Final = "X-Request-Id"
 SESSION_HEADER: Final = "X-Session-ID"
-_encode: Final = json.JSONEncoder(separators=(",", ":")).encode
 
 
 def tool_names(tools: Iterable[Any]) -> list[str]:
@@ -71,5 +69,5 @@ def trace_context() -> dict[str, str]:
 
 
 def _text(hint: Hint) -> str:
-    text = _encode({"v": VERSION, **to_wire(hint)})  # `Hint.to_json` with an encoder that is made once
+    text = hint.to_json()
     return text if len(text) <= MAX_HINT_BYTES else replace(hint, expects_tools=None).to_json()

@@ -76,6 +76,9 @@ def to_wire(record: Hint | Event | Stage) -> dict[str, Any]:
     return wire
 
 
+_encode: Final = json.JSONEncoder(separators=(",", ":")).encode  # made once: `dumps` would make one for each hint
+
+
 def _check_version(where: str, raw: dict[str, Any]) -> None:
     version = raw.get("v", VERSION)
     if version != VERSION:
@@ -121,7 +124,7 @@ class Hint:
 
     def to_json(self) -> str:
         """The value for `vllm_xargs["tokencake"]`."""
-        return json.dumps({"v": VERSION, **to_wire(self)}, separators=(",", ":"))
+        return _encode({"v": VERSION, **to_wire(self)})
 
 
 def parse_hint(text: object) -> Hint:
