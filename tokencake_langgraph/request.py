@@ -38,18 +38,16 @@ def stamp(
 
     A parameter of the call would replace the model's as a whole, so that both are merged here, the call's winning.
     """
-    model_body, call_body = model_params.get("extra_body") or {}, call_params.get("extra_body") or {}
-    xargs = {
-        HINT_KEY: _text(hint),
-        **(model_body.get("vllm_xargs") or {}),
-        **(call_body.get("vllm_xargs") or {}),
-    }
+    body: dict[str, Any] = {"vllm_xargs": {HINT_KEY: _text(hint)}}
+    for params in (model_params, call_params):
+        if theirs := params.get("extra_body"):
+            body = {**body, **theirs, "vllm_xargs": {**body["vllm_xargs"], **(theirs.get("vllm_xargs") or {})}}
     headers = {CALL_HEADER: hint.call, SESSION_HEADER: hint.session, **trace_context()}
-    theirs = {**(model_params.get("extra_headers") or {}), **(call_params.get("extra_headers") or {})}
-    if theirs or default_headers:
-        taken = {name.lower() for name in (*theirs, *default_headers)}
-        headers = {name: value for name, value in headers.items() if name.lower() not in taken} | theirs
-    return {**call_params, "extra_body": {**model_body, **call_body, "vllm_xargs": xargs}, "extra_headers": headers}
+    set_by_user = {**(model_params.get("extra_headers") or {}), **(call_params.get("extra_headers") or {})}
+    if set_by_user or default_headers:
+        taken = {name.lower() for name in (*set_by_user, *default_headers)}
+        headers = {name: value for name, value in headers.items() if name.lower() not in taken} | set_by_user
+    return {**call_params, "extra_body": body, "extra_headers": headers}
 
 
 def trace_context() -> dict[str, str]:

@@ -145,11 +145,12 @@ def object_of(item: Parser, limit: int) -> Parser:
     return parse
 
 
-def opaque(where: str, value: Any) -> dict[str, Any]:
-    """An object that is kept as it came."""
-    if not isinstance(value, dict):
-        raise wrong(where, value, "an object")
-    return value
+def scalar(where: str, value: Any) -> str | float | bool:
+    """A string, a number or a boolean."""
+    if isinstance(value, bool):
+        return value
+    parsed: str | float = (text() if isinstance(value, str) else number(-1e15, 1e15))(where, value)
+    return parsed
 
 
 SECONDS: Final = number(0, MAX_SECONDS)

@@ -55,7 +55,7 @@ EVENTS_PATH: Final = "/v1/tokencake/events"
 STATE_PATH: Final = "/v1/tokencake/state"
 
 MAX_HINT_BYTES: Final = 16_384
-MAX_BODY_BYTES: Final = 1_048_576
+MAX_BODY_BYTES: Final = 262_144
 MAX_EVENTS: Final = 1_000
 """Events in one body. A client sends batches far smaller; a body beyond this is refused as a whole."""
 
@@ -232,7 +232,10 @@ class SessionEnd:
 
 @dataclass(frozen=True, slots=True)
 class AppEnd:
-    """The application instance is over, and with it all its sessions."""
+    """The application instance is over, and with it the sessions whose ids begin with its own.
+
+    Others may go on in another instance, as a thread does with its next turn.
+    """
 
     type: ClassVar = "app_end"
     app: str = parsing.needs(parsing.text())
@@ -241,15 +244,13 @@ class AppEnd:
 
 @dataclass(frozen=True, slots=True)
 class Graph:
-    """Topology of a graph, once per graph and engine. `nodes` maps each name to what is known of it."""
+    """Topology of a graph, once per graph and engine. `nodes` maps names to what is known of each, in plain values."""
 
     type: ClassVar = "graph"
     graph: str = parsing.needs(parsing.text())
-    nodes: dict[str, dict[str, Any]] = parsing.needs(parsing.object_of(parsing.opaque, 1_000))
-    edges: tuple[tuple[str, str], ...] = parsing.needs(parsing.list_of(parsing.edge, 10_000))
-    joins: dict[str, tuple[str, ...]] | None = parsing.may(
-        parsing.object_of(parsing.list_of(parsing.text(), 1_000), 1_000)
-    )
+    nodes: dict[str, dict[str, Any]] = parsing.needs(parsing.object_of(parsing.object_of(parsing.scalar, 16), 256))
+    edges: tuple[tuple[str, str], ...] = parsing.needs(parsing.list_of(parsing.edge, 2_000))
+    joins: dict[str, tuple[str, ...]] | None = parsing.may(parsing.object_of(parsing.list_of(parsing.text(), 256), 256))
 
 
 Event: TypeAlias = ToolStart | ToolProgress | ToolEnd | StallStart | StallEnd | SessionEnd | AppEnd | Graph

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
-from tokencake.protocol import Hint, ToolStatus
+from tokencake.protocol import Hint, Stage, ToolStatus
 
 CallStatus: TypeAlias = Literal["waiting", "running", "finished", "aborted"]
 Clock: TypeAlias = Callable[[float | None], float | None]
@@ -24,6 +24,7 @@ class ToolCall:
     status: ToolStatus | None = None
     estimate_s: float | None = None
     deadline_s: float | None = None
+    stages: tuple[Stage, ...] | None = None
     stage: str | None = None
     fraction: float | None = None
     is_start_seen: bool = False
@@ -50,6 +51,8 @@ class Call:
     cached_host_tokens: int = 0
     output_tokens: int = 0
     preemptions: int = 0
+    is_completed: bool = False
+    """Whether one of its requests came to its end."""
     tools: dict[str, ToolCall] = field(default_factory=dict)
 
 
@@ -70,6 +73,8 @@ class Session:
     agent: str | None
     app: str | None
     touched_s: float
+    arrived_s: float = 0.0
+    """When its latest call arrived."""
     live_requests: int = 0
     calls: dict[str, Call] = field(default_factory=dict)
     waits: dict[str, Wait] = field(default_factory=dict)
@@ -82,6 +87,8 @@ class App:
 
     first_seen_s: float
     touched_s: float
+    own_sessions: set[str] = field(default_factory=set)
+    """Sessions that cannot outlive it: their ids begin with its own."""
     ended: ToolStatus | None = None
 
 

@@ -15,6 +15,8 @@ from tokencake import protocol
 from tokencake.protocol import Event, Hint, Outcome
 from tokencake.records import App, Call, Session, ToolCall, Wait, call_view, session_view
 
+MAX_GRAPHS_ASKED: Final = 16
+"""Graphs asked for in one answer to a client."""
 MAX_OBSERVATIONS: Final = 10_000
 """Durations kept between two drains of the metrics; later ones are not observed until the next drain."""
 
@@ -25,6 +27,7 @@ class Limits:
 
     sessions: int = 4_096
     calls: int = 16_384
+    calls_per_session: int = 256
     tool_calls_per_call: int = 128
     waits_per_session: int = 16
     graphs: int = 256
@@ -42,7 +45,7 @@ class Registry:
         self.graphs: OrderedDict[str, protocol.Graph] = OrderedDict()
         self.counts: Counter[tuple[str, ...]] = Counter()
         """Increments since the last `drain`: `(metric, *label values)` -> number."""
-        self._observed: dict[str, list[float]] = {"tool_s": [], "queue_s": []}
+        self._observed: dict[str, list[float]] = {"tool_s": [], "queue_s": [], "forecast_error_s": []}
         self._requests: dict[str, Call] = {}
         self._stalled_calls: set[str] = set()
         self._unknown_graphs: OrderedDict[str, None] = OrderedDict()
@@ -50,10 +53,18 @@ class Registry:
     # --- the scheduler's side ---------------------------------------------------------------------
 
     def add_call(self, request_id: str, hint: Hint, prompt_tokens: int, now: float) -> None:
-        """A hinted request entered the engine. Requests that share a call id (`n` > 1, a retry) are one call."""
-        call_id = hint.call or request_id
+        """A hinted request entered the engine. Requests of a session that share a call id are one call (`n`, a retry).
+
+        The call shows that the session waits for nothing any more, whatever got lost on the way.
+        """
         session = self._touch_session(hint, now)
+        session.ended = None
+        session.arrived_s = now
+        call_id = hint.call or request_id
         call = self.calls.get(call_id)
+        if call is not None and call.hint.session != session.id:
+            call_id, call = request_id, None  # somebody else's id
+        self._end_stalls(session, now, but=call_id)
         if call is None or not call.live_requests:
             tools = call.tools if call else {}
             self._forget_call(call_id)
@@ -61,12 +72,11 @@ class Registry:
             self.calls[call_id] = call
             session.calls[call_id] = call
             self._note_stall(call)
+            if len(session.calls) > self.limits.calls_per_session:
+                self._forget_call(next((old.id for old in session.calls.values() if not old.live_requests), ""))
         call.live_requests.add(request_id)
         self.sessions[call.hint.session].live_requests += 1
         self._requests[request_id] = call
-        for wait in session.waits.values():
-            if wait.ended_s is None:
-                wait.ended_s = now
         if hint.graph and hint.graph not in self.graphs:
             self._unknown_graphs[hint.graph] = None
             if len(self._unknown_graphs) > self.limits.graphs:
@@ -80,7 +90,7 @@ class Registry:
             return
         call.status, call.scheduled_s = "running", now
         call.cached_device_tokens, call.cached_host_tokens = device_tokens, host_tokens
-        self._observe("queue_s", now - call.arrived_s)
+        self.observe("queue_s", now - call.arrived_s)
 
     def preempt_call(self, request_id: str) -> None:
         """The request lost its blocks and waits again."""
@@ -95,17 +105,24 @@ class Registry:
         call.live_requests.discard(request_id)
         self.sessions[call.hint.session].live_requests -= 1
         call.output_tokens += output_tokens
+        call.is_completed |= not is_aborted
         if not call.live_requests:
-            call.status, call.finished_s = ("aborted" if is_aborted else "finished"), now
+            call.status, call.finished_s = ("finished" if call.is_completed else "aborted"), now
             self.counts["calls", call.status] += 1
             self._touch_session(call.hint, now)
+
+    def hint_of(self, request_id: str) -> Hint | None:
+        """The hint of a request in the engine; None where it has no valid one."""
+        call = self._requests.get(request_id)
+        return None if call is None else call.hint
 
     # --- the clients' side ------------------------------------------------------------------------
 
     def apply(self, event: Event, now: float) -> Outcome:
         """Take one event in; in which order events arrive does not matter, twice is as once."""
         outcome = self._apply(event, now)
-        self.counts["events", event.type, outcome] += 1
+        if outcome != "unknown":  # another engine may know it; whoever asked them all counts it
+            self.counts["events", event.type, outcome] += 1
         return outcome
 
     def _apply(self, event: Event, now: float) -> Outcome:
@@ -121,9 +138,12 @@ class Registry:
             case protocol.StallEnd():
                 outcome = self._end_wait(event, now)
             case protocol.SessionEnd():
-                outcome = _end(self.sessions.get(event.session), event.status)
+                session = self.sessions.get(event.session)
+                outcome = _end(session, event.status)
+                if session is not None:
+                    self._end_stalls(session, now)
             case protocol.AppEnd():
-                outcome = _end(self.apps.get(event.app), event.status)
+                outcome = self._end_app(event, now)
             case protocol.Graph():
                 outcome = self._learn_graph(event)
             case _:
@@ -144,6 +164,7 @@ class Registry:
             tool = call.tools[event.tool_call] = ToolCall(event.tool)
         tool.is_start_seen = True
         tool.tool, tool.estimate_s, tool.deadline_s = event.tool, event.estimate_s, event.deadline_s
+        tool.stages = event.stages
         if tool.started_s is None:
             tool.started_s = now - event.ago_s
         self._note_stall(call)
@@ -155,11 +176,13 @@ class Registry:
         tool = call.tools.get(event.tool_call) if call else None
         if call is None or tool is None:
             return "unknown"
-        if not tool.is_open or (event.fraction or 0) < (tool.fraction or 0):
+        fraction = tool.fraction if event.fraction is None else event.fraction
+        stage = event.stage or tool.stage
+        if not tool.is_open or (fraction or 0) < (tool.fraction or 0):
             return "late"
-        if (event.stage, event.fraction) == (tool.stage, tool.fraction):
+        if (stage, fraction) == (tool.stage, tool.fraction):
             return "duplicate"
-        tool.stage, tool.fraction = event.stage or tool.stage, event.fraction
+        tool.stage, tool.fraction = stage, fraction
         self._touch_session(call.hint, now)
         return "applied"
 
@@ -172,7 +195,7 @@ class Registry:
             if len(call.tools) >= self.limits.tool_calls_per_call:
                 return "invalid"
             tool = call.tools[event.tool_call] = ToolCall(event.tool)
-        if not tool.is_open:
+        if not tool.is_open and tool.status is not None:
             return "duplicate"
         tool.ended_s, tool.status = now - event.ago_s, event.status
         if event.duration_s is not None:
@@ -181,7 +204,7 @@ class Registry:
         elif tool.started_s is not None:
             tool.duration_s = max(0.0, tool.ended_s - tool.started_s)
         if tool.duration_s is not None:
-            self._observe("tool_s", tool.duration_s)
+            self.observe("tool_s", tool.duration_s)
         self._note_stall(call)
         self._touch_session(call.hint, now)
         return "applied"
@@ -190,23 +213,61 @@ class Registry:
         session = self.sessions.get(event.session)
         if session is None:
             return "unknown"
+        started_s = now - event.ago_s
         wait = session.waits.get(event.kind)
         if wait is not None and wait.ended_s is None:
             return "duplicate"
-        if wait is None and len(session.waits) >= self.limits.waits_per_session:
-            session.waits.pop(next(iter(session.waits)))
-        session.waits[event.kind] = Wait(now - event.ago_s, event.estimate_s)
+        if started_s < session.arrived_s or (
+            wait is not None and wait.ended_s is not None and started_s < wait.ended_s
+        ):
+            return "late"
+        self._keep_wait(session, event.kind, Wait(started_s, event.estimate_s))
         return "applied"
 
     def _end_wait(self, event: protocol.StallEnd, now: float) -> Outcome:
         session = self.sessions.get(event.session)
-        wait = session.waits.get(event.kind) if session else None
-        if wait is None:
+        if session is None:
             return "unknown"
+        ended_s = now - event.ago_s
+        wait = session.waits.get(event.kind)
+        if wait is None:  # its start may still come, and is late then
+            self._keep_wait(session, event.kind, Wait(ended_s, ended_s=ended_s))
+            return "applied"
         if wait.ended_s is not None:
             return "late"
-        wait.ended_s = max(wait.started_s, now - event.ago_s)
+        wait.ended_s = max(wait.started_s, ended_s)
         return "applied"
+
+    def _keep_wait(self, session: Session, kind: str, wait: Wait) -> None:
+        if kind not in session.waits and len(session.waits) >= self.limits.waits_per_session:
+            session.waits.pop(next(iter(session.waits)))
+        session.waits[kind] = wait
+
+    def _end_stalls(self, session: Session, now: float, but: str | None = None) -> None:
+        """Presume that everything `session` waited for is over, but for the tools of the call `but`.
+
+        A tool closed this way has no status until its own end comes, which is taken then.
+        """
+        for wait in session.waits.values():
+            if wait.ended_s is None:
+                wait.ended_s = now
+        for call_id in self._stalled_calls.intersection(session.calls):
+            if call_id != but:
+                call = session.calls[call_id]
+                for tool in call.tools.values():
+                    if tool.is_open:
+                        tool.ended_s = now
+                self._note_stall(call)
+
+    def _end_app(self, event: protocol.AppEnd, now: float) -> Outcome:
+        app = self.apps.get(event.app)
+        outcome = _end(app, event.status)
+        if app is not None and outcome == "applied":
+            for name in app.own_sessions:
+                session = self.sessions[name]
+                session.ended = session.ended or event.status
+                self._end_stalls(session, now)
+        return outcome
 
     def _learn_graph(self, event: protocol.Graph) -> Outcome:
         if event.graph in self.graphs:
@@ -219,7 +280,7 @@ class Registry:
 
     def unknown_graphs(self) -> list[str]:
         """Graph hashes that hints named and nobody has described yet: what to ask the clients for."""
-        return list(self._unknown_graphs)
+        return list(self._unknown_graphs)[:MAX_GRAPHS_ASKED]
 
     # --- bounds -----------------------------------------------------------------------------------
 
@@ -227,16 +288,17 @@ class Registry:
         session = self.sessions.get(hint.session)
         if session is None:
             session = self.sessions[hint.session] = Session(hint.session, hint.agent, hint.app, now)
-        session.touched_s, session.ended = now, None
+        session.touched_s = now
         session.agent, session.app = hint.agent or session.agent, hint.app or session.app
         self.sessions.move_to_end(hint.session)
         if hint.app:
             app = self.apps.get(hint.app)
             if app is None:
-                self.apps[hint.app] = App(now - (hint.app_started_ago_s or 0.0), now)
-            else:
-                app.touched_s = now
-                self.apps.move_to_end(hint.app)
+                app = self.apps[hint.app] = App(now - (hint.app_started_ago_s or 0.0), now)
+            app.touched_s = now
+            self.apps.move_to_end(hint.app)
+            if session.id.startswith(hint.app):
+                app.own_sessions.add(session.id)
         return session
 
     def _bound(self, now: float) -> None:
@@ -253,6 +315,8 @@ class Registry:
             for call_id in list(session.calls):
                 self._forget_call(call_id)
             del self.sessions[session.id]
+            if session.app in self.apps:
+                self.apps[session.app].own_sessions.discard(session.id)
             self.counts["forgotten", "session"] += 1
         for _ in range(4):
             if len(self.calls) <= self.limits.calls:
@@ -282,7 +346,8 @@ class Registry:
 
     # --- views ------------------------------------------------------------------------------------
 
-    def _observe(self, metric: str, seconds: float) -> None:
+    def observe(self, metric: str, seconds: float) -> None:
+        """Keep one duration for the histogram `metric`."""
         if len(self._observed[metric]) < MAX_OBSERVATIONS:
             self._observed[metric].append(seconds)
 

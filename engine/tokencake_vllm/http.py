@@ -6,6 +6,7 @@ core; the RPC wakes an idle one. Every reply is what the engines really did.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from typing import TYPE_CHECKING, Any, Final
 
@@ -14,7 +15,7 @@ from fastapi.responses import JSONResponse, Response
 from vllm.logger import init_logger
 
 from tokencake import protocol
-from tokencake_vllm.metrics import ScrapeMiddleware
+from tokencake_vllm.metrics import ScrapeMiddleware, count_event, register_metrics
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -24,7 +25,9 @@ if TYPE_CHECKING:
 
 logger = init_logger("vllm.tokencake")
 
-MAX_STATE_CALLS: Final = 10_000
+MAX_STATE_CALLS: Final = 1_000
+ANSWER_S: Final = 30.0
+"""An engine core that takes longer is stuck or dead; vLLM itself would wait for its answer for ever."""
 
 # Data-parallel engines all see every event; the one that knows the session has the say.
 _BEST_FIRST: Final[tuple[protocol.Outcome, ...]] = ("applied", "duplicate", "late", "invalid", "unknown")
@@ -36,12 +39,19 @@ class SchedulerCalls:
     def __init__(self, engine_client: EngineClient) -> None:
         self._core: Any = engine_client.engine_core  # type: ignore[attr-defined]  # AsyncLLM's; no public path exists
 
-    async def __call__(self, method: str, *args: Any) -> list[Any]:
-        """One result per engine core; empty where none runs our scheduler."""
-        if hasattr(self._core, "call_utility_all_async"):
-            results = await self._core.call_utility_all_async("tokencake", method, args)
-        else:  # vLLM 0.31 answers for the first core only
-            results = [await self._core.call_utility_async("tokencake", method, args)]
+    async def __call__(self, method: str, *args: Any, timeout_s: float = ANSWER_S) -> list[Any]:
+        """One result per engine core; empty where none runs our scheduler.
+
+        Raises:
+            TimeoutError: an engine core did not answer in time.
+        """
+        async with asyncio.timeout(timeout_s):
+            if hasattr(self._core, "call_utility_all_async"):
+                results = await self._core.call_utility_all_async("tokencake", method, args)
+            else:  # vLLM 0.31 has the same under another name
+                ask = self._core._call_utility_async  # noqa: SLF001
+                engines = self._core.core_engines
+                results = await asyncio.gather(*(ask("tokencake", method, args, engine=engine) for engine in engines))
         return [result for result in results if result is not None]
 
 
@@ -59,6 +69,7 @@ class TokenCakeEndpoints:
 
     async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:  # noqa: ARG002  # vLLM's signature
         """Keep the way to the engine; there is none in a render-only server."""
+        register_metrics()
         state.tokencake = None if engine_client is None else SchedulerCalls(engine_client)
 
 
@@ -97,13 +108,16 @@ async def _post_events(request: Request) -> Response:
     answers = await _ask(request, "tokencake_events", valid, received)
     if isinstance(answers, Response):
         return answers
-    outcomes = (min(each, key=_BEST_FIRST.index) for each in zip(*(a["outcomes"] for a in answers), strict=True))
-    results = [
-        {"outcome": "invalid", "error": str(event)}
-        if isinstance(event, protocol.ProtocolError)
-        else {"outcome": next(outcomes)}
-        for event in parsed
-    ]
+    outcomes = iter([min(each, key=_BEST_FIRST.index) for each in zip(*(a["outcomes"] for a in answers), strict=True)])
+    results = []
+    for event in parsed:
+        if isinstance(event, protocol.ProtocolError):
+            results.append({"outcome": "invalid", "error": str(event)})
+            count_event("unreadable", "invalid")
+        else:
+            results.append({"outcome": (outcome := next(outcomes))})
+            if outcome == "unknown":
+                count_event(event.type, outcome)
     need = sorted({graph for answer in answers for graph in answer["need"]})
     return JSONResponse({"v": protocol.VERSION, "results": results, "need": need})
 
@@ -116,20 +130,33 @@ async def _get_state(
     answers = await _ask(request, "tokencake_state", session, app, limit)
     if isinstance(answers, Response):
         return answers
-    merged = answers[0]
-    for other in answers[1:]:
-        for name, count in other["totals"].items():
-            merged["totals"][name] += count
-        merged["apps"].update(other["apps"])
-        merged["sessions"].update(other["sessions"])
-        merged["calls"].extend(other["calls"])
-    merged["calls"] = sorted(merged["calls"], key=lambda call: call["arrived"])[-limit:]
-    return JSONResponse(merged)
+    return JSONResponse(answers[0] if len(answers) == 1 else _merged(answers, limit))
+
+
+def _merged(answers: list[dict[str, Any]], limit: int) -> dict[str, Any]:
+    """One state of several engines, each of which saw some calls of a session."""
+    apps: dict[str, Any] = {}
+    sessions: dict[str, Any] = {}
+    for answer in answers:
+        apps.update(answer["apps"])
+        for name, view in answer["sessions"].items():
+            other = sessions.get(name)
+            if other is None or (view["status"] == "running", view["touched"]) > (
+                other["status"] == "running",
+                other["touched"],
+            ):
+                sessions[name] = view
+    calls = sorted((call for answer in answers for call in answer["calls"]), key=lambda call: call["arrived"])
+    totals = {name: sum(answer["totals"][name] for answer in answers) for name in answers[0]["totals"]}
+    return {**answers[0], "totals": totals, "apps": apps, "sessions": sessions, "calls": calls[-limit:]}
 
 
 async def _ask(request: Request, method: str, *args: Any) -> list[Any] | Response:
     calls: SchedulerCalls | None = request.app.state.tokencake
-    answers = [] if calls is None else await calls(method, *args)
+    try:
+        answers = [] if calls is None else await calls(method, *args)
+    except TimeoutError:
+        return _error(503, f"the engine did not answer within {ANSWER_S:g} s")
     if not answers:
-        return _error(503, "this engine does not run TokenCake's scheduler; start it with `tokencake engine`")
+        return _error(501, "this engine does not run TokenCake's scheduler; start it with `tokencake engine`")
     return answers

@@ -2,22 +2,20 @@
 
 The engine core is another process and stock `SchedulerStats` has no room for a plug-in's numbers, so the API server
 fetches them when somebody scrapes. The engine hands out *increments since the last fetch*: whichever API server
-process asks adds them to its own counters, and Prometheus' multi-process sum stays right.
+process asks adds them to its own counters, and Prometheus' multi-process sum stays right. A busy or dead engine never
+holds a scrape up: after a second the older numbers are shown.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+import asyncio
+from typing import TYPE_CHECKING, Any, Final
 
 from prometheus_client import Counter, Gauge, Histogram
 from vllm.logger import init_logger
-from vllm.v1.metrics.loggers import StatLoggerBase
-
-from tokencake_vllm.plugin import is_requested
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
-    from vllm.config import VllmConfig
 
 logger = init_logger("vllm.tokencake")
 
@@ -27,6 +25,17 @@ _COUNTERS = {
     "calls": ("Hinted calls that ended: finished or aborted", ["outcome"]),
     "forgotten": ("Records dropped because of age or the registry's bounds", ["record"]),
     "errors": ("Exceptions inside the plug-in that were caught", []),
+    "kv_decisions": ("Finished calls by what became of their KV: keep, offload, drop or leave", ["action", "why"]),
+    "kv_uploads": ("Uploads before a call: started, used, late, wasted, failed or no_room", ["outcome"]),
+    "kv_stores": ("Calls whose KV was queued for the host", ["outcome"]),
+    "kv_loads": ("Calls that load their prefix, or wait while it is loaded", ["outcome"]),
+    "kv_stalls": ("Stalls that ended without a call", ["outcome"]),
+    "kv_pins": ("Pinned chains given up for others", ["outcome"]),
+    "kv_tokens_saved": ("Prompt tokens not computed, by how they were kept", ["by"]),
+    "kv_copied_bytes": ("Bytes copied, all ranks", ["direction"]),
+    "kv_copy_seconds": ("Seconds that copies took", ["direction"]),
+    "kv_copy_failures": ("Copies that failed and were made up for by computing", ["direction"]),
+    "kv_evictions": ("Blocks evicted", ["tier"]),
 }
 _GAUGES = {
     "sessions": "Sessions known to the engine",
@@ -36,47 +45,45 @@ _GAUGES = {
 _HISTOGRAMS = {
     "tool_s": ("tool_seconds", "Duration of tool calls in seconds"),
     "queue_s": ("queue_seconds", "Time of hinted calls from arrival to their first slot, in seconds"),
+    "forecast_error_s": (
+        "forecast_error_seconds",
+        "Difference between a tool's forecast and true duration, in seconds",
+    ),
 }
 _BUCKETS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1_000, 3_000)
 
 
 _families: dict[str, Any] = {}
+SCRAPE_S: Final = 1.0
+"""How long a scrape waits for the engine, which answers between two steps."""
 
 
-class TokenCakeStatLogger(StatLoggerBase):
-    """Registers the metrics when an engine starts; `ScrapeMiddleware` fills them."""
+def register_metrics() -> None:
+    """Make the metrics known to Prometheus, once in a process."""
+    if _families:
+        return
+    for name, (text, labels) in _COUNTERS.items():
+        _families[name] = Counter(f"tokencake:{name}", text, ["engine", *labels])
+    for name, text in _GAUGES.items():
+        _families[name] = Gauge(f"tokencake:{name}", text, ["engine"], multiprocess_mode="mostrecent")
+    for name, (metric, text) in _HISTOGRAMS.items():
+        _families[name] = Histogram(f"tokencake:{metric}", text, ["engine"], buckets=_BUCKETS)
 
-    by_engine: ClassVar[dict[int, TokenCakeStatLogger]] = {}
 
-    def __init__(self, vllm_config: VllmConfig, engine_index: int = 0) -> None:  # noqa: ARG002  # vLLM's signature
-        if not is_requested():
-            return
-        if not _families:  # one family for all engines of the process
-            for name, (text, labels) in _COUNTERS.items():
-                _families[name] = Counter(f"tokencake:{name}", text, ["engine", *labels])
-            for name, text in _GAUGES.items():
-                _families[name] = Gauge(f"tokencake:{name}", text, ["engine"], multiprocess_mode="mostrecent")
-            for name, (metric, text) in _HISTOGRAMS.items():
-                _families[name] = Histogram(f"tokencake:{metric}", text, ["engine"], buckets=_BUCKETS)
-        self._engine = str(engine_index)
-        self.by_engine[engine_index] = self
-        self.add({"counts": [], "observed": {}, "gauges": dict.fromkeys(_GAUGES, 0)})
+def count_event(kind: str, outcome: str) -> None:
+    """Count an event that no engine core took."""
+    _families["events"].labels("none", kind, outcome).inc()
 
-    def add(self, drained: dict[str, Any]) -> None:
-        """Add what `Registry.drain` gave."""
-        for (name, *labels), count in drained["counts"]:
-            _families[name].labels(self._engine, *labels).inc(count)
-        for name, seconds in drained["observed"].items():
-            for value in seconds:
-                _families[name].labels(self._engine).observe(value)
-        for name, value in drained["gauges"].items():
-            _families[name].labels(self._engine).set(value)
 
-    def record(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing: the per-step statistics of vLLM hold nothing of ours."""
-
-    def log_engine_initialized(self) -> None:
-        """Nothing to tell."""
+def _add(engine: str, drained: dict[str, Any]) -> None:
+    """Add what `Registry.drain` gave."""
+    for (name, *labels), count in drained["counts"]:
+        _families[name].labels(engine, *labels).inc(count)
+    for name, seconds in drained["observed"].items():
+        for value in seconds:
+            _families[name].labels(engine).observe(value)
+    for name, value in drained["gauges"].items():
+        _families[name].labels(engine).set(value)
 
 
 class ScrapeMiddleware:
@@ -84,20 +91,23 @@ class ScrapeMiddleware:
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
+        self._fetching: asyncio.Task[None] | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
-        if scope["type"] == "http" and scope["path"] == "/metrics":
-            try:
-                await _fetch(scope["app"].state.tokencake)
-            except Exception:
-                logger.exception("TokenCake: the engine's counters could not be fetched; /metrics shows older ones")
+        if scope["type"] == "http" and scope["path"].rstrip("/").endswith("/metrics"):
+            # One fetch serves all scrapes, and goes on when a scraper leaves: what was drained is not lost.
+            if self._fetching is None or self._fetching.done():
+                self._fetching = asyncio.create_task(_fetch(scope["app"].state.tokencake))
+            await asyncio.wait((self._fetching,), timeout=SCRAPE_S)
         await self._app(scope, receive, send)
 
 
 async def _fetch(calls: Any) -> None:
     if calls is None:
         return
-    loggers = [TokenCakeStatLogger.by_engine[index] for index in sorted(TokenCakeStatLogger.by_engine)]
-    for stat_logger, drained in zip(loggers, await calls("tokencake_metrics"), strict=False):
-        stat_logger.add(drained)
+    try:
+        for index, drained in enumerate(await calls("tokencake_metrics")):
+            _add(str(index), drained)
+    except Exception:
+        logger.exception("TokenCake: the engine's counters could not be fetched; /metrics shows older ones")

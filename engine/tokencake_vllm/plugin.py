@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import vllm
@@ -31,12 +32,21 @@ def is_requested() -> bool:
     return "tokencake" in os.environ.get("VLLM_PLUGINS", "").split(",")
 
 
+def _wake(input_queue: Any) -> None:
+    """Make the engine loop that sleeps on `input_queue` look for work, as vLLM itself does."""
+    from vllm.v1.engine import EngineCoreRequestType  # noqa: PLC0415  # heavy
+
+    input_queue.put_nowait((EngineCoreRequestType.WAKEUP, None))
+
+
 def call_scheduler(engine_core: Any, method: str, args: Sequence[Any]) -> Any:
     """Becomes `EngineCore.tokencake`, which vLLM's utility RPC finds by name and calls on the engine loop.
 
     Returns:
         What the scheduler's method returns, or None where the engine runs a scheduler that is not ours.
     """
+    if (bind := getattr(engine_core.scheduler, "bind_waker", None)) is not None and hasattr(engine_core, "input_queue"):
+        bind(partial(_wake, engine_core.input_queue))
     bound = getattr(engine_core.scheduler, method, None) if method.startswith("tokencake_") else None
     return None if bound is None else bound(*args)
 

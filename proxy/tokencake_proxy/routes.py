@@ -39,6 +39,7 @@ _NAMED: Final = {
     "/version": "version",
     "/ping": "ping",
 }
+_ADMINISTRATION: Final = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
 _OPEN_PREFIXES: Final = {"/v1/": "other_v1", "/v2/": "other_v2"}
 
 _SEPARATORS: Final = re.compile(r"[/\\]")
@@ -50,6 +51,8 @@ def engine_route(path: str) -> str | None:
     Dot segments never pass: a server between proxy and engine might resolve `/v1/../sleep`.
     """
     if not {".", ".."}.isdisjoint(_SEPARATORS.split(path)):
+        return None
+    if path.rstrip("/") in _ADMINISTRATION:
         return None
     named = _NAMED.get(path)
     if named is not None:

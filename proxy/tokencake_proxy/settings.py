@@ -30,7 +30,7 @@ class ProxySettings:
     idle_connection_s: float = 4.0
     """How long an unused connection to the engine is kept. Below vLLM's 5 s, so that the proxy is the one to close."""
     max_body_bytes: int = 64 * 2**20
-    """A request's body is held until its answer begins, for the one retry; a longer body is refused with 413."""
+    """A request's body is held in memory until its answer ends; a longer body is refused with 413."""
     shutdown_grace_s: int = 10
     """How long calls may go on after Ctrl-C or SIGTERM; then they are broken off."""
 

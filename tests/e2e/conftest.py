@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,9 +16,11 @@ from tokencake_langgraph import ChatTokencake
 from tokencake_proxy.processes import Processes, engine_command, free_port, proxy_command
 
 API_KEY = "secret-of-the-tests"
+os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1"
 FLAGS = (
     *("--served-model-name", "tiny", "--max-model-len", "4096", "--block-size", "32", "--max-num-seqs", "32"),
     *("--num-gpu-blocks-override", "400", "--enforce-eager", "--enable-prompt-tokens-details"),
+    *("--gpu-memory-utilization", "0.1"),  # several engines share one GPU, where there is one
     *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
     *("--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}'),
 )

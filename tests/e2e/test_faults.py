@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
+from pathlib import Path
 
 import httpx
 import openai
 import pytest
 
 import tokencake_langgraph
-from tests.e2e.conftest import API_KEY, Server
+from tests.e2e.conftest import API_KEY, ENV, FLAGS, Server
 from tests.e2e.test_identity import QUESTION, Waits, thread, tool_loop
-from tokencake_proxy.processes import Processes, free_port, proxy_command
+from tokencake_proxy.processes import Processes, StartError, engine_command, free_port, proxy_command
 
 
 def test_without_the_plug_in_the_app_still_works(stock_server: Server) -> None:
@@ -27,7 +29,7 @@ def test_without_the_plug_in_the_app_still_works(stock_server: Server) -> None:
 
 
 def test_the_engine_dies_in_the_middle_of_a_stream_and_then_stays_away(stock_server: Server) -> None:
-    """Last in this module: it kills the module's server."""
+    """Kills the module's own server, which no later test uses."""
     model = stock_server.chat(max_tokens=3_000, extra_body={"ignore_eos": True})
     stream = model.stream("Tell me a long story.")
     next(stream)
@@ -42,7 +44,34 @@ def test_the_engine_dies_in_the_middle_of_a_stream_and_then_stays_away(stock_ser
     assert stock_server.engine.removeprefix("http://") in str(caught.value)
 
 
-def test_an_engine_that_was_never_there_is_named_in_the_error(tmp_path: object) -> None:
+def engine_core_of(api_server: int) -> int:
+    """The process of the engine core below an API server."""
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            is_child = entry.name.isdigit() and f"\nPPid:\t{api_server}\n" in (entry / "status").read_text()
+            if is_child and b"EngineCore" in (entry / "cmdline").read_bytes():
+                return int(entry.name)
+    raise AssertionError("no engine core found")
+
+
+def test_the_death_of_the_engine_core_ends_the_server_and_no_event_waits_for_it(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    port = free_port()
+    engine = f"http://127.0.0.1:{port}"
+    with Processes(tmp_path) as processes:
+        processes.start("engine", engine_command(str(tiny_model), port, FLAGS), ENV)
+        processes.wait_until_healthy("engine", f"{engine}/health", timeout_s=300)
+        body = {"v": 1, "events": [{"type": "app_end", "app": "a"}]}
+        assert httpx.post(f"{engine}/v1/tokencake/events", json=body).status_code == 200
+        os.kill(engine_core_of(processes.pid("engine")), signal.SIGKILL)
+        with contextlib.suppress(httpx.TransportError):
+            assert httpx.post(f"{engine}/v1/tokencake/events", json=body, timeout=60).status_code >= 500
+        with pytest.raises(StartError, match="the engine ended"):
+            processes.wait_until_healthy("engine", f"{engine}/never", timeout_s=90)
+
+
+def test_an_engine_that_was_never_there_is_named_in_the_error(tmp_path: Path) -> None:
     engine, port = f"http://127.0.0.1:{free_port()}", free_port()
     with Processes(tmp_path) as processes:
         processes.start("proxy", proxy_command(engine, "127.0.0.1", port))
@@ -61,7 +90,7 @@ def test_an_engine_that_was_never_there_is_named_in_the_error(tmp_path: object) 
             client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "Hello"}])
 
 
-def test_events_for_a_proxy_that_went_away_are_dropped_and_nobody_waits(server: Server, tmp_path: object) -> None:
+def test_events_for_a_proxy_that_went_away_are_dropped_and_nobody_waits(server: Server, tmp_path: Path) -> None:
     port = free_port()
     proxy = f"http://127.0.0.1:{port}"
     waits: Waits = []

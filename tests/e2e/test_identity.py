@@ -47,7 +47,7 @@ def thread() -> dict[str, Any]:
 def calls_of(server: Server, config: dict[str, Any]) -> list[dict[str, Any]]:
     """The calls of one thread, in order of arrival."""
     thread_id = config["configurable"]["thread_id"]
-    return [call for call in server.state(limit=10_000)["calls"] if call["session"].startswith(thread_id)]
+    return [call for call in server.state(limit=1_000)["calls"] if call["session"].startswith(thread_id)]
 
 
 def assert_true_to(waits: Waits, calls: list[dict[str, Any]]) -> None:
@@ -252,15 +252,20 @@ def test_a_tool_that_raises_is_an_error_in_the_state(server: Server) -> None:
 async def test_a_tool_that_is_cancelled_or_times_out_is_cancelled_in_the_state(server: Server) -> None:
     config = thread()
 
+    is_running = asyncio.Event()
+
     @tool
     async def sleep_long(query: Query) -> str:
         """Sleep."""
+        is_running.set()
         await asyncio.sleep(60)
         return "never"
 
     agent = create_agent(server.chat(), [sleep_long], name="sleeper", middleware=[CallsOneTool()])
+    run = asyncio.create_task(agent.ainvoke(QUESTION, config))
+    await asyncio.wait_for(is_running.wait(), timeout=60)
     with pytest.raises(TimeoutError):
-        await asyncio.wait_for(agent.ainvoke(QUESTION, config), timeout=6)
+        await asyncio.wait_for(run, timeout=0.5)
     (call,) = await asyncio.to_thread(calls_of, server, config)
     assert [entry["status"] for entry in call["tools"]] == ["cancelled"]
-    assert call["tools"][0]["duration_s"] < 6
+    assert 0.4 < call["tools"][0]["duration_s"] < 10

@@ -138,7 +138,15 @@ def test_an_unusable_body_is_refused_with_the_reason(raw: bytes, named: str) -> 
 
 def test_ten_thousand_events_in_one_body_are_refused() -> None:
     with pytest.raises(TooLargeError, match="10000 events; at most 1000"):
-        parse_events(body(*[{"type": "app_end", "app": "a"}] * 10_000))
+        parse_events(body(*[{}] * 10_000))
+
+
+@pytest.mark.parametrize("value", [10**30, "\ud800", {"deep": 1}, [1]])
+def test_a_graph_holds_plain_values_only(value: object) -> None:
+    event = {"type": "graph", "graph": "g", "nodes": {"a": {"x": value}}, "edges": []}
+    (parsed,) = parse_events(json.dumps({"events": [event]}).encode())
+    assert isinstance(parsed, ProtocolError)
+    assert parsed.field == "events[0].nodes.'a'.'x'"
 
 
 json_values = st.recursive(

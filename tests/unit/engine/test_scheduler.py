@@ -54,8 +54,11 @@ def test_every_step_is_that_of_stock_vllm(
             tokens = [number % 4] * 64 + [100 + number] * 60
             text = hint(f"s{number}", f"c{number}", critical=True) if number % 3 else None
             scheduler.add_request(make_request(f"r{number}", tokens, text, max_tokens=50))
-        traces.append(run(scheduler, step))
+        traces.append([list(tokens_of.items()) for tokens_of in run(scheduler, step)])
     assert traces[0] == traces[1]
+    calls = scheduler.tokencake_state(None, None, 100)["calls"]
+    assert sum(call["preemptions"] for call in calls) > 0
+    assert sum(call["cached_tokens"]["device"] for call in calls) > 0
 
 
 def test_a_call_is_followed_from_arrival_to_finish(make_scheduler: Any, make_request: Any, step: Any) -> None:
@@ -78,6 +81,14 @@ def test_preemptions_are_counted(make_scheduler: Any, make_request: Any, step: A
         )
     run(scheduler, step)
     assert sum(call["preemptions"] for call in scheduler.tokencake_state(None, None, 10)["calls"]) > 0
+
+
+def test_a_call_aborted_before_its_first_slot_is_aborted(make_scheduler: Any, make_request: Any) -> None:
+    scheduler = make_scheduler(create_scheduler)
+    scheduler.add_request(make_request("r", list(range(100)), hint("s", "c")))
+    scheduler.finish_requests("r", RequestStatus.FINISHED_ABORTED)
+    (call,) = scheduler.tokencake_state(None, None, 10)["calls"]
+    assert (call["status"], call["queue_s"]) == ("aborted", None)
 
 
 def test_an_aborted_call_is_aborted(make_scheduler: Any, make_request: Any, step: Any) -> None:
