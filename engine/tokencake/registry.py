@@ -45,7 +45,7 @@ class Registry:
         self.graphs: OrderedDict[str, protocol.Graph] = OrderedDict()
         self.counts: Counter[tuple[str, ...]] = Counter()
         """Increments since the last `drain`: `(metric, *label values)` -> number."""
-        self._observed: dict[str, list[float]] = {"tool_s": [], "queue_s": [], "forecast_error_s": []}
+        self._observed: dict[str, list[float]] = {"tool_s": [], "queue_s": [], "critical_queue_s": [], "forecast_error_s": []}
         self._requests: dict[str, Call] = {}
         self._stalled_calls: set[str] = set()
         self._unknown_graphs: OrderedDict[str, None] = OrderedDict()
@@ -91,6 +91,8 @@ class Registry:
         call.status, call.scheduled_s = "running", now
         call.cached_device_tokens, call.cached_host_tokens = device_tokens, host_tokens
         self.observe("queue_s", now - call.arrived_s)
+        if call.hint.critical:
+            self.observe("critical_queue_s", now - call.arrived_s)
 
     def preempt_call(self, request_id: str) -> None:
         """The request lost its blocks and waits again."""
@@ -315,8 +317,8 @@ class Registry:
             for call_id in list(session.calls):
                 self._forget_call(call_id)
             del self.sessions[session.id]
-            if session.app in self.apps:
-                self.apps[session.app].own_sessions.discard(session.id)
+            if app := self.apps.get(session.app or ""):
+                app.own_sessions.discard(session.id)
             self.counts["forgotten", "session"] += 1
         for _ in range(4):
             if len(self.calls) <= self.limits.calls:

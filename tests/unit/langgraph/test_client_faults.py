@@ -217,7 +217,7 @@ async def test_a_node_that_times_out_with_a_call_in_flight_leaves_no_run_open(
         return {}
 
     graph = StateGraph(MessagesState)
-    graph.add_node("think", think, timeout=0.3)
+    graph.add_node("think", think, timeout=2.0)
     graph.add_edge(START, "think")
     with pytest.raises(NodeTimeoutError):
         await graph.compile().ainvoke(HELLO, THREAD)
