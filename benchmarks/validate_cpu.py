@@ -1,9 +1,11 @@
 """Does the simulator agree with a real vLLM on this CPU?
 
-One workload runs through vLLM itself (its engine in this process, a model of SmolLM2-135M's shape with random weights,
-tools as real waiting) and through the simulator, whose rates were fitted to another workload just before. Compared are
-the prefix hits of every call, which must be equal, and the makespan, whose median error over three workloads counts: a
-machine that does other things beside it is no stopwatch.
+One workload runs through vLLM itself (its engine in this process, a model of SmolLM2-135M's shape with random weights)
+and through the simulator, whose rates were fitted to another workload just before. Compared are the prefix hits of
+every call, which must be equal, and the makespan.
+
+Time is the processor time of this process: vLLM computes in one thread, a step takes what the processor spent on it,
+and a tool takes what the workload says. So other work on the machine slows the run down and hardly changes the result.
 
 python benchmarks/validate_cpu.py [--json FILE] [--steps FILE]
 """
@@ -28,6 +30,7 @@ from tokencake_sim.calibrate import MeasuredStep, fit, mean_error
 from tokencake_sim.clock import Clock
 from tokencake_sim.cost import StepLoad
 from tokencake_sim.engine import quiet_vllm
+from tokencake_sim.errors import DeadlockError
 from tokencake_sim.tokens import token_ids
 
 if TYPE_CHECKING:
@@ -40,6 +43,7 @@ if TYPE_CHECKING:
 PROFILE = PROFILES["cpu-smollm2-135m"]
 RESULT = Path(__file__).resolve().parent / "results" / "validate_cpu.json"
 MAKESPAN_TOLERANCE = 0.20
+SEEDS = (2, 3, 4, 5, 6, 7)
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -85,6 +89,7 @@ class RealEngine:
 
     def __init__(self, model: Path) -> None:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine core in this process, where it can be watched
+        os.environ["OMP_NUM_THREADS"] = "1"  # threads that wait for each other would spend processor time on it
         from vllm import EngineArgs, LLMEngine  # noqa: PLC0415  slow, and wants the environment set first
 
         self._engine = LLMEngine.from_engine_args(
@@ -94,6 +99,7 @@ class RealEngine:
                 skip_tokenizer_init=True,
                 dtype="bfloat16",
                 enforce_eager=True,
+                gpu_memory_utilization=0.3,  # of all memory, reserved on a CPU too; the default is nearly all
                 block_size=PROFILE.block_tokens,
                 num_gpu_blocks_override=PROFILE.kv_blocks,
                 max_model_len=PROFILE.max_model_len,
@@ -106,16 +112,14 @@ class RealEngine:
         self.hits: dict[str, int] = {}
         self._answers: dict[str, list[int]] = {}
         self._calls: dict[str, Call] = {}
+        self._load = StepLoad(0, 0, 0)
         self._watch()
 
     def _watch(self) -> None:
         scheduler: Any = self._engine.engine_core.engine_core.scheduler  # type: ignore[attr-defined]  # in this process
-        schedule, update = scheduler.schedule, scheduler.update_from_output
-        began_s, load = 0.0, StepLoad(0, 0, 0)
+        schedule = scheduler.schedule
 
         def watched_schedule(*args: Any, **kwargs: Any) -> Any:
-            nonlocal began_s, load
-            began_s = time.perf_counter()
             output = schedule(*args, **kwargs)
             prefill = decoding = read = 0
             for name, count in output.num_scheduled_tokens.items():
@@ -124,16 +128,10 @@ class RealEngine:
                     decoding, read = decoding + 1, read + request.num_computed_tokens
                 else:
                     prefill += count
-            load = StepLoad(prefill, decoding, read)
+            self._load = StepLoad(prefill, decoding, read)
             return output
 
-        def watched_update(*args: Any, **kwargs: Any) -> Any:
-            outputs = update(*args, **kwargs)
-            if load.prefill_tokens or load.decode_seqs:
-                self.steps.append(MeasuredStep(load, time.perf_counter() - began_s))
-            return outputs
-
-        scheduler.schedule, scheduler.update_from_output = watched_schedule, watched_update
+        scheduler.schedule = watched_schedule
 
     def submit(self, call: Call, hint: Hint | None) -> None:
         """Take a call; its prompt holds what the model has really answered before."""
@@ -154,24 +152,29 @@ class RealEngine:
         """Stock vLLM hears no events."""
 
     def run(self, workload: Workload) -> float:
-        """Run `workload` in real time; returns its makespan in seconds."""
+        """Run `workload`, a second of processor time being a second; returns its makespan."""
         from vllm import RequestOutput  # noqa: PLC0415  as above
 
         clock = Clock()
         applications = Applications(workload, clock, self, PROFILE.model.vocabulary, lambda _app, _node: None)
-        began_s = time.perf_counter()
         while not applications.is_over:
-            clock.advance_to(time.perf_counter() - began_s)
             if not self._engine.has_unfinished_requests():
-                time.sleep(0.001)
+                if clock.next_s is None:
+                    raise DeadlockError(f"{workload.name} is not over and nothing will happen")
+                clock.advance_to(clock.next_s)
                 continue
-            for output in self._engine.step():
+            began_s = time.process_time()
+            outputs = self._engine.step()
+            seconds = time.process_time() - began_s
+            if self._load.prefill_tokens or self._load.decode_seqs:
+                self.steps.append(MeasuredStep(self._load, seconds))
+            clock.advance_to(clock.now_s + seconds)
+            for output in outputs:
                 if output.finished and isinstance(output, RequestOutput):
                     call = self._calls.pop(output.request_id)
                     self.hits[call.id] = output.num_cached_tokens or 0
                     if call.texts.answer is not None:
                         self._answers[call.texts.answer.key] = list(output.outputs[0].token_ids)
-                    clock.advance_to(time.perf_counter() - began_s)
                     call.finished_s = clock.now_s
                     applications.take_answer(call)
         return clock.now_s
@@ -180,7 +183,9 @@ class RealEngine:
 def compare(real: RealEngine, profile: Profile, seed: int) -> dict[str, Any]:
     """One workload through both."""
     workload = small_workload(seed)
+    began_s, before = time.perf_counter(), len(real.steps)
     real_s = real.run(workload)
+    wall_s = time.perf_counter() - began_s
     result = simulate(workload, profile, policy_named("stock"), Options())
     hits = {f"{call['app']}/{call['node']}": call["device_hit_tokens"] for call in result.timeline["calls"]}
     simulated_s = result.metrics["makespan_s"]
@@ -191,6 +196,7 @@ def compare(real: RealEngine, profile: Profile, seed: int) -> dict[str, Any]:
         },
         "hit_tokens": sum(hits.values()),
         "real_makespan_s": real_s,
+        "processor_s_per_s": sum(step.seconds for step in real.steps[before:]) / wall_s,
         "simulated_makespan_s": simulated_s,
         "makespan_error": simulated_s / real_s - 1,
     }
@@ -214,18 +220,20 @@ def main(argv: Sequence[str]) -> int:
         if arguments.steps is not None:
             lines = (json.dumps({**asdict(step.load), "seconds": step.seconds}) for step in steps)
             arguments.steps.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        runs = [compare(real, profile, seed) for seed in (2, 3, 4)]
-    error = statistics.median(run["makespan_error"] for run in runs)
+        runs = [compare(real, profile, seed) for seed in SEEDS]
+    errors = [run["makespan_error"] for run in runs]
     comparison = {
         "runs": runs,
-        "median_makespan_error": error,
+        "mean_makespan_error": statistics.mean(errors),
+        "largest_makespan_error": max(errors, key=abs),
         "fitted": {name: getattr(profile, name) for name in ("fixed_s", "prefill_tokens_per_s", "memory_bytes_per_s")},
         "mean_step_error": mean_error(steps, profile),
     }
     text = json.dumps(comparison, indent=1)
     print(text)
     arguments.json.write_text(text + "\n", encoding="utf-8")
-    return int(any(run["calls_with_other_hits"] for run in runs) or abs(error) > MAKESPAN_TOLERANCE)
+    has_other_hits = any(run["calls_with_other_hits"] for run in runs)
+    return int(has_other_hits or any(abs(error) > MAKESPAN_TOLERANCE for error in errors))
 
 
 if __name__ == "__main__":

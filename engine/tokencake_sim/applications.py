@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 from tokencake.protocol import AppEnd, Event, SessionEnd, ToolEnd, ToolStart
 from tokencake_sim.calls import Call
 from tokencake_sim.graph import Place, places
-from tokencake_sim.hints import call_id, graph_id, graph_of, hint_of, session_id, tool_call_id
+from tokencake_sim.hints import call_id, graph_id, graph_of, hint_of, sessions_of, tool_call_id
 from tokencake_sim.tokens import Texts, texts_of, token_ids
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ class _Run:
     started_s: float
     places: dict[str, Place]
     texts: dict[str, Texts]
+    sessions: dict[str, str]
     max_depth: int
     finished_s: float | None = None
     begun: set[str] = field(default_factory=set)
@@ -100,7 +101,7 @@ class Applications:
     def _start(self, app: App) -> None:
         where = places(app.nodes)
         max_depth = max(place.depth for place in where.values())
-        self._runs[app.id] = run = _Run(app, self._clock.now_s, where, texts_of(app), max_depth)
+        self._runs[app.id] = run = _Run(app, self._clock.now_s, where, texts_of(app), sessions_of(app), max_depth)
         if app.is_agentic and (shape := graph_id(app)) not in self._graphs_told:
             self._graphs_told.add(shape)
             self._tell(run, graph_of(app))
@@ -109,7 +110,7 @@ class Applications:
     def _begin_ready(self, run: _Run) -> None:
         for node in run.app.nodes:
             is_hired = node.parent is None or node.parent in run.in_tool
-            if node.id not in run.begun and is_hired and run.ended.issuperset(node.predecessors):
+            if node.id not in run.begun and is_hired and run.ended.issuperset((*node.predecessors, *node.after)):
                 run.begun.add(node.id)
                 self._begin(run, node)
 
@@ -138,10 +139,11 @@ class Applications:
         )
         self.calls[call.id] = call
         age_s = self._clock.now_s - run.started_s
-        self._port.submit(
-            call,
-            hint_of(app, node, place, run.max_depth, age_s, self._expect(app, node)) if app.is_agentic else None,
-        )
+        hint = None
+        if app.is_agentic:
+            expected = self._expect(app, node)
+            hint = hint_of(app, node, run.sessions[node.id], place, run.max_depth, age_s, expected)
+        self._port.submit(call, hint)
 
     def _run_tool(self, run: _Run, node: Node, tool: Tool) -> None:
         run.in_tool.add(node.id)
@@ -178,8 +180,8 @@ class Applications:
     def _end_of_hired(self, run: _Run, node: Node) -> None:
         """A node inside a tool call is over; with the last of its session so is that, with the last of all the tool."""
         team = [other for other in run.app.nodes if other.parent == node.parent]
-        session = session_id(run.app, node)
-        if all(other.id in run.ended for other in team if session_id(run.app, other) == session):
+        session = run.sessions[node.id]
+        if all(other.id in run.ended for other in team if run.sessions[other.id] == session):
             self._tell(run, SessionEnd(session=session))
         if all(other.id in run.ended for other in team):
             parent = next(other for other in run.app.nodes if other.id == node.parent)

@@ -6,7 +6,7 @@ import json
 import os
 from typing import TYPE_CHECKING, Any, Final
 
-from tokencake_sim.bench_words import INTRO, POLICIES, WRONG
+from tokencake_sim.bench_words import INTRO, ON_CPU, POLICIES, RECORDED, WRONG
 from tokencake_sim.plots import Axes, gantt, lines, round_up, stacked
 from tokencake_sim.published import FORK, FORK_AT_ONE, PAPER_REDUCTION, QPS, Figures
 
@@ -30,11 +30,13 @@ def write_page(results: Path, page: Path) -> None:
         _code_writer(plain),
         _validity(plain),
         _on_cpu(found.get("validate_cpu")),
+        _versions(found.get("compare_versions")),
         _mechanism(plain),
         _others(plain),
         _robustness(runs),
         _published(plain),
         "\n".join(["## Pictures\n", *(f"![{title}]({link}/{name})\n" for name, title in pictures)]),
+        RECORDED,
         WRONG,
     ]
     page.write_text("\n".join(section for section in sections if section), encoding="utf-8")
@@ -99,16 +101,29 @@ def _on_cpu(comparison: Metrics | None) -> str:
             f"{run['real_makespan_s']:.1f}",
             f"{run['simulated_makespan_s']:.1f}",
             f"{100 * run['makespan_error']:+.1f}",
+            f"{run['processor_s_per_s']:.2f}",
         ]
         for run in comparison["runs"]
     ]
-    head = ["calls", "with other hits", "hit tokens", "real makespan s", "simulated", "error %"]
-    words = (
-        "A model of SmolLM2-135M's shape in a real vLLM on a shared two-core machine, against the simulator with rates "
-        "fitted to another workload just before (`benchmarks/validate_cpu.py`).\nHits must agree call by call. Of the "
-        "makespans the median counts: the machine had other work, and one workload took 13 to 29 s on it.\n"
-    )
-    return "\n".join(["## Against a real vLLM on a CPU\n", words, _table(head, rows)])
+    head = ["calls", "with other hits", "hit tokens", "real makespan s", "simulated", "error %", "share of a core"]
+    return "\n".join(["## Against a real vLLM on a CPU\n", ON_CPU, _table(head, rows)])
+
+
+def _versions(comparison: Metrics | None) -> str:
+    if comparison is None:
+        return ""
+    rows = [
+        [
+            f"{run['workload']}, `{run['policy']}`",
+            str(run["calls"]),
+            str(run["preemptions"]),
+            run["differs"] or "nothing",
+        ]
+        for run in comparison["runs"]
+    ]
+    words = f"vLLM {' and '.join(comparison['versions'])}: metrics and timelines compared value by value.\n"
+    table = _table(["workload", "calls", "preemptions", "what differs"], rows)
+    return f"## The same on two versions of vLLM?\n\n{words}\n{table}"
 
 
 _MECHANISM: Final[tuple[tuple[str, Callable[[Metrics], float], str], ...]] = (
@@ -191,6 +206,8 @@ def _published(plain: dict[tuple[str, float, str], Metrics]) -> str:
 
 # --- pictures -----------------------------------------------------------------------------------
 
+_PICTURED_SAMPLES: Final = 80
+
 
 def _pictures(results: Path, plain: dict[tuple[str, float, str], Metrics]) -> list[tuple[str, str]]:
     written: list[tuple[str, str]] = []
@@ -213,8 +230,8 @@ def _pictures(results: Path, plain: dict[tuple[str, float, str], Metrics]) -> li
     }
     highest = max(y for points in shown.values() for _, y in points)
     title = "Code-writer: mean application latency"
-    axes = Axes(title, "applications per second", "s", len(QPS) - 1, round_up(highest), [f"{q:g}" for q in QPS])
-    write("latency.svg", title, lines(axes, shown))
+    axes = Axes(title, "applications per second", "seconds", len(QPS) - 1, round_up(highest), [f"{q:g}" for q in QPS])
+    write("latency.svg", title, lines(axes, shown, dashed=[name for name in shown if name.startswith("published")]))
     for policy in ("stock", "stock+host"):
         path = results / f"code-writer_1_{policy.replace('+', '-with-')}_plain.timeline.json"
         if path.exists():
@@ -223,14 +240,21 @@ def _pictures(results: Path, plain: dict[tuple[str, float, str], Metrics]) -> li
 
 
 def _timeline_pictures(policy: str, timeline: Metrics, write: Callable[[str, str, str], None]) -> None:
-    samples = timeline["kv"]
+    samples = _thinned(timeline["kv"])
     kinds = {"running": "running", "pinned": "copied", "stalled": "stalled, cached", "other_cached": "other, cached"}
     series = {label: [(s["time_s"], s[kind]) for s in samples] for kind, label in kinds.items()}
     name = policy.replace("+", "-with-")
     title = f"KV blocks over time, code-writer at QPS 1.0, {policy}"
-    axes = Axes(title, "s", "share of the blocks", round_up(samples[-1]["time_s"]), 1.0)
+    axes = Axes(title, "seconds", "share of the blocks", round_up(samples[-1]["time_s"]), 1.0)
     write(f"kv-{name}.svg", title, stacked(axes, series))
     app = timeline["calls"][0]["app"]
     calls = [call for call in timeline["calls"] if call["app"] == app]
     title = f"The first application, {policy}"
     write(f"gantt-{name}.svg", title, gantt(title, calls))
+
+
+def _thinned(samples: list[Metrics]) -> list[Metrics]:
+    """Means of neighbouring samples, few enough to be told apart in a picture."""
+    size = -(-len(samples) // _PICTURED_SAMPLES)
+    parts = [samples[start : start + size] for start in range(0, len(samples), size)]
+    return [{key: sum(sample[key] for sample in part) / len(part) for key in part[0]} for part in parts]

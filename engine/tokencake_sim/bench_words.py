@@ -35,6 +35,38 @@ POLICIES: Final = """\
 `stock+host` is the baseline that counts: it has the memory that TokenCake has and knows nothing of agents.
 """
 
+ON_CPU: Final = """\
+A model of SmolLM2-135M's shape in a real vLLM, against the simulator with rates fitted to another workload just before
+(`benchmarks/validate_cpu.py`). Hits must agree call by call, every makespan within 20 %.
+
+Time is processor time: vLLM computes in one thread, a step takes what the processor spent on it, tools take what the
+workload says. Wall time is no measure on a machine with other work, where the same workload took 13 to 29 s. What that
+work still does through shared caches and memory moved the processor time of one workload from 12.8 to 16.4 s between
+three executions; the rates, fitted a minute before, follow it in part. Over all three, 15 runs with 240 calls, no call
+had other hits and the errors lay between -10.2 and +8.4 %. This is one of them; the last column is the share of a core
+that the process was given.
+"""
+
+RECORDED: Final = """\
+## Your own run as a workload
+
+`tokencake sim record SOURCE OUT.json` turns what an engine knows of its past calls into a workload; `SOURCE` is the URL
+of an engine or a proxy, or a file with the answer to `GET /v1/tokencake/state?limit=10000`.
+
+- A call builds on the one before it in its session if its prompt is no shorter. What the prompt has more than that
+  context counts as new text, results of tools included: the state does not tell them apart.
+- An answer that the next prompt is too short for, or of which the cache knew nothing, was not sent back as it was
+  (`keeps_answer: false`).
+- All tools of a call are one, from the first start to the last end. Agents inside it are found by `parent_call`.
+- A call comes `after` the calls of other sessions of its application that were just over when it arrived.
+- Time of 0.1 s and more with neither call nor tool (a human, plain code) is a local node, of which no engine hears.
+- Applications that share a session, the turns of one thread, are one application.
+- What sessions of one agent share at their beginning is the least that a first call found in the cache: a lower bound.
+
+Not in it: calls without a hint, that is ordinary traffic; aborted and unfinished calls, tools without an end and calls
+that the engine has forgotten, all of which the command counts. Prompts and answers are never read, only their lengths.
+"""
+
 WRONG: Final = """\
 ## Where the simulator is wrong
 
@@ -53,5 +85,8 @@ WRONG: Final = """\
   blocks that were never computed. Here that looks like hits; on a device it would be wrong KV.
 - **Deep-research and react have no published counterpart**: context sizes and tool times are ours.
 - `kv_held_by_stalled` counts blocks of a stalled agent that are still cached, sampled every 2 s.
-- Profiles other than `a800-qwen2.5-14b` come from data sheets and have not been compared with a run.
+- Profiles other than `a800-qwen2.5-14b` and `cpu-smollm2-135m` come from data sheets and have not been compared with a
+  run; the CPU's rates differ from machine to machine and are fitted anew for the comparison above.
+- **A client's own time** between two calls (graph code, HTTP) is not there: nothing happens between the end of a tool
+  and the call that follows.
 """

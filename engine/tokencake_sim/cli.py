@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from tokencake_sim import calibrate
+from tokencake_sim import calibrate, record
 from tokencake_sim.arrivals import ARRIVALS
 from tokencake_sim.engine import quiet_vllm
 from tokencake_sim.errors import DeadlockError, SimulationError, WorkloadError
@@ -55,7 +55,10 @@ def _parser() -> argparse.ArgumentParser:
         prog="tokencake sim",
         description="Run an agent workload through the real vLLM scheduler in virtual time.",
     )
-    parser.epilog = "`tokencake sim calibrate STEPS` fits a profile to the measured steps of a running engine."
+    parser.epilog = (
+        "`tokencake sim record SOURCE OUT.json` turns a real run into a workload; "
+        "`tokencake sim calibrate STEPS` fits a profile to the measured steps of a running engine."
+    )
     add = parser.add_argument
     add("--workload", default="code-writer", help="a generator (see --list) or a JSON file")
     add("--qps", type=_positive, default=1.0, help="applications per second (generators only)")
@@ -79,7 +82,13 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str]) -> int:
     """Run the command line `argv`, the words after `tokencake sim`."""
     try:
-        return calibrate.main(argv[1:]) if argv[:1] == ["calibrate"] else _main(_parser().parse_args(argv))
+        match argv:
+            case ["calibrate", *rest]:
+                return calibrate.main(rest)
+            case ["record", *rest]:
+                return record.main(rest)
+            case _:
+                return _main(_parser().parse_args(argv))
     except DeadlockError as error:
         print(f"tokencake sim: the run deadlocked: {error}", file=sys.stderr)
         return 1

@@ -45,7 +45,7 @@ def waits_for(nodes: tuple[Node, ...]) -> dict[str, tuple[str, ...]]:
     return {
         node.id: tuple(
             dict.fromkeys(
-                [end for name in node.predecessors for end in ends_of(name)]
+                [end for name in (*node.predecessors, *node.after) for end in ends_of(name)]
                 + ([node.parent] if node.parent is not None else [])
             )
         )
@@ -110,4 +110,24 @@ def places(nodes: tuple[Node, ...]) -> dict[str, Place]:
 
 
 def _origin(node: Node) -> tuple[object, ...]:
-    return (node.parent, node.predecessors)
+    return (node.parent, node.predecessors, node.after)
+
+
+def chains(nodes: tuple[Node, ...]) -> dict[str, str]:
+    """The first node of the chain that each node belongs to.
+
+    A chain is a run of nodes each of which extends the whole context of the one before. Where several extend one
+    context, or an agent begins inside a tool call, each begins a chain of its own.
+    """
+    by_id = {node.id: node for node in nodes}
+    extends = {
+        node.id: node.predecessors[0]
+        for node in nodes
+        if node.predecessors and node.prefix is None and by_id[node.predecessors[0]].parent == node.parent
+    }
+    extenders = Counter(extends.values())
+    heads: dict[str, str] = {}
+    for name in topological(waits_for(nodes)):
+        before = extends.get(name)
+        heads[name] = heads[before] if before is not None and extenders[before] == 1 else name
+    return heads

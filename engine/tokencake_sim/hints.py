@@ -6,6 +6,7 @@ import hashlib
 from typing import TYPE_CHECKING
 
 from tokencake.protocol import Graph, Hint
+from tokencake_sim.graph import chains
 
 if TYPE_CHECKING:
     from tokencake_sim.graph import Place
@@ -17,9 +18,9 @@ def call_id(app: App, node: Node) -> str:
     return f"{app.id}/{node.id}"
 
 
-def session_id(app: App, node: Node) -> str:
-    """One session per application, and one for each sub-agent inside it."""
-    return app.id if node.parent is None else f"{app.id}/{node.parent}/{node.agent}"
+def sessions_of(app: App) -> dict[str, str]:
+    """The session of every node: calls that extend each other share one, each parallel branch has its own."""
+    return {name: f"{app.id}/{head}" for name, head in chains(app.nodes).items()}
 
 
 def tool_call_id(app: App, name: str) -> str:
@@ -29,17 +30,19 @@ def tool_call_id(app: App, name: str) -> str:
 
 def graph_id(app: App) -> str:
     """Hash of the topology: applications of one shape share it."""
-    shape = "|".join(f"{node.id}<{','.join(node.predecessors)}" for node in app.nodes)
+    shape = "|".join(f"{node.id}<{','.join((*node.predecessors, *node.after))}" for node in app.nodes)
     return hashlib.sha256(f"{app.kind}|{shape}".encode()).hexdigest()[:16]
 
 
-def hint_of(app: App, node: Node, place: Place, max_depth: int, age_s: float, output_tokens: int | None) -> Hint:
-    """The hint of the call that `node` makes `age_s` seconds after its application began.
+def hint_of(
+    app: App, node: Node, session: str, place: Place, max_depth: int, age_s: float, output_tokens: int | None
+) -> Hint:
+    """The hint of the call that `node` makes in `session`, `age_s` seconds after its application began.
 
     `output_tokens`: how long the client expects the answer to be; None where it does not say.
     """
     return Hint(
-        session=session_id(app, node),
+        session=session,
         call=call_id(app, node),
         app=app.id,
         app_started_ago_s=age_s,
@@ -58,7 +61,7 @@ def hint_of(app: App, node: Node, place: Place, max_depth: int, age_s: float, ou
         critical=place.is_critical,
         importance=node.importance,
         expects_tools=None if node.tool is None else {node.tool.name: node.tool.estimate_s},
-        reuse="extends" if place.out_degree else "final",
+        reuse="extends" if any(node.id in other.predecessors for other in app.nodes) else "final",
         expected_output_tokens=output_tokens,
     )
 
@@ -72,6 +75,6 @@ def graph_of(app: App) -> Graph:
     return Graph(
         graph=graph_id(app),
         nodes={node.id: {"agent": node.agent} for node in app.nodes},
-        edges=tuple((before, node.id) for node in app.nodes for before in node.predecessors),
+        edges=tuple((before, node.id) for node in app.nodes for before in (*node.predecessors, *node.after)),
         joins={name: tuple(members) for name, members in joins.items()} or None,
     )

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import fields as fields_of
 from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Final
 
 from tokencake_sim.errors import WorkloadError
+from tokencake_sim.fields import Fields
 from tokencake_sim.graph import CycleError, topological, waits_for
 from tokencake_sim.workload import App, Node, Prefix, Tool, Workload
 
@@ -22,64 +24,6 @@ if TYPE_CHECKING:
 
 VERSION: Final = 1
 _MAX_SECONDS: Final = 30 * 86_400.0
-_MAX_TOKENS: Final = 10_000_000
-_REQUIRED: Final = object()
-
-
-class _Fields:
-    """The fields of one JSON object, taken one by one; what nobody took is refused as unknown."""
-
-    def __init__(self, source: str, where: str, raw: Any) -> None:
-        if not isinstance(raw, dict):
-            raise WorkloadError(source, where, f"is {str(raw)[:40]!r}; expected an object")
-        self.source, self.where = source, where
-        self._left: dict[str, Any] = dict(raw)
-
-    def wrong(self, name: str, value: object, expected: str) -> WorkloadError:
-        return WorkloadError(self.source, self.where, f"has {name} {str(value)[:40]!r}; expected {expected}")
-
-    def take(self, name: str, default: Any = _REQUIRED) -> Any:
-        if name not in self._left and default is _REQUIRED:
-            raise WorkloadError(self.source, self.where, f"lacks {name}")
-        return self._left.pop(name, default)
-
-    def text(self, name: str, default: Any = _REQUIRED) -> Any:
-        value = self.take(name, default)
-        if value is default or (isinstance(value, str) and 0 < len(value) <= 200):  # noqa: PLR2004  the schema's bound
-            return value
-        raise self.wrong(name, value, "a string of 1 to 200 characters")
-
-    def number(self, name: str, high: float, default: Any = _REQUIRED) -> Any:
-        value = self.take(name, default)
-        if value is default:
-            return value
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= high:
-            raise self.wrong(name, value, f"a number from 0 to {high:g}")
-        return float(value)
-
-    def count(self, name: str, default: Any = _REQUIRED, low: int = 0) -> Any:
-        value = self.take(name, default)
-        if value is default:
-            return value
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= _MAX_TOKENS:
-            raise self.wrong(name, value, f"a whole number from {low} to {_MAX_TOKENS}")
-        return value
-
-    def flag(self, name: str, default: bool | None) -> bool | None:
-        value = self.take(name, default)
-        if value is not default and not isinstance(value, bool):
-            raise self.wrong(name, value, "true or false")
-        return value
-
-    def items(self, name: str, default: Any = _REQUIRED) -> list[Any]:
-        value = self.take(name, default)
-        if not isinstance(value, list):
-            raise self.wrong(name, value, "a list")
-        return value
-
-    def end(self) -> None:
-        if self._left:
-            raise WorkloadError(self.source, self.where, f"has unknown fields: {', '.join(sorted(self._left))}")
 
 
 def load_workload(path: Path) -> Workload:
@@ -103,7 +47,7 @@ def parse_workload(raw: Any, source: str) -> Workload:
     Raises:
         WorkloadError: it breaks the schema or cannot be run.
     """
-    fields = _Fields(source, "the file", raw)
+    fields = Fields(source, "the file", raw)
     if (version := fields.take("version")) != VERSION:
         raise fields.wrong("version", version, f"{VERSION}, the version spoken here")
     name = fields.text("name")
@@ -116,7 +60,7 @@ def parse_workload(raw: Any, source: str) -> Workload:
 
 
 def _app(source: str, index: int, raw: Any) -> App:
-    fields = _Fields(source, f"apps[{index}]", raw)
+    fields = Fields(source, f"apps[{index}]", raw)
     name = fields.text("id", f"app-{index}")
     kind = fields.text("kind", "app")
     arrival_s = fields.number("arrival_s", _MAX_SECONDS, 0.0)
@@ -133,7 +77,7 @@ def _app(source: str, index: int, raw: Any) -> App:
 
 
 def _nodes(source: str, app: str, position: int, raw: Any) -> list[Node]:
-    fields = _Fields(source, f"{app}, node {position}", raw)
+    fields = Fields(source, f"{app}, node {position}", raw)
     name = fields.text("id")
     fields.where = f"{app}, node {name}"
     tool, prefix = fields.take("tool", None), fields.take("prefix", None)
@@ -144,29 +88,33 @@ def _nodes(source: str, app: str, position: int, raw: Any) -> list[Node]:
         new_tokens=fields.count("new_tokens", 0),
         output_tokens=fields.count("output_tokens", 0),
         predecessors=tuple(map(str, fields.items("predecessors", []))),
-        prefix=None if prefix is None else _prefix(_Fields(source, f"{fields.where}, prefix", prefix)),
-        tool=None if tool is None else _tool(_Fields(source, f"{fields.where}, tool", tool)),
+        after=tuple(map(str, fields.items("after", []))),
+        prefix=None if prefix is None else _prefix(Fields(source, f"{fields.where}, prefix", prefix)),
+        tool=None if tool is None else _tool(Fields(source, f"{fields.where}, tool", tool)),
         parent=fields.text("parent", None),
         join=fields.text("join", None),
         critical=fields.flag("critical", None),
         importance=fields.number("importance", 10.0, None),
+        keeps_answer=fields.flag("keeps_answer", True) is not False,
     )
     fields.end()
     if iterations == 1:
         return [node]
     names = [f"{name}@{turn}" for turn in range(1, iterations)] + [name]
     turns = [replace(node, id=names[0])]
-    turns += [replace(node, id=later, predecessors=(earlier,), prefix=None) for earlier, later in pairwise(names)]
+    turns += [
+        replace(node, id=later, predecessors=(earlier,), after=(), prefix=None) for earlier, later in pairwise(names)
+    ]
     return turns
 
 
-def _prefix(fields: _Fields) -> Prefix:
+def _prefix(fields: Fields) -> Prefix:
     prefix = Prefix(fields.text("key"), fields.count("tokens", low=1))
     fields.end()
     return prefix
 
 
-def _tool(fields: _Fields) -> Tool:
+def _tool(fields: Fields) -> Tool:
     tool = Tool(
         name=fields.text("name"),
         duration_s=fields.number("duration_s", _MAX_SECONDS),
@@ -192,7 +140,7 @@ def check_nodes(source: str, app: str, nodes: list[Node]) -> None:
         raise WorkloadError(source, f"application {app}", "has no nodes")
     for node in nodes:
         where = f"application {app}, node {node.id}"
-        if missing := [name for name in node.predecessors if name not in known]:
+        if missing := [name for name in (*node.predecessors, *node.after) if name not in known]:
             raise WorkloadError(source, where, f"follows {missing[0]}, which is not a node of this application")
         if node.parent is not None and (node.parent not in known or known[node.parent].tool is None):
             raise WorkloadError(source, where, f"works inside {node.parent}, which is not a node with a tool")
@@ -225,9 +173,10 @@ def to_json(workload: Workload) -> dict[str, Any]:
 
 
 def _plain(record: Node | Tool | Prefix) -> Mapping[str, Any]:
-    values = {name: getattr(record, name) for name in record.__slots__}
+    values = {field.name: getattr(record, field.name) for field in fields_of(record)}
+    unsaid = {field.name: field.default for field in fields_of(record)}
     return {
         name: _plain(value) if isinstance(value, Tool | Prefix) else list(value) if isinstance(value, tuple) else value
         for name, value in values.items()
-        if value is not None and value != ()
+        if value != unsaid[name]
     }

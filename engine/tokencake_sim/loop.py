@@ -3,7 +3,8 @@
     schedule() -> what does it cost? -> clock forward -> update_from_output()
 
 With async scheduling two batches are under way: the second is scheduled while the device works on the first. Calls and
-events that come in the meantime wait in the inbox, as they wait in vLLM's input queue.
+events that come in the meantime wait in the inbox, as they wait in vLLM's input queue. A scheduler that has a method
+`next_due_s() -> float | None` is stepped at that time of its clock even where it has no call.
 """
 
 from __future__ import annotations
@@ -40,6 +41,10 @@ if TYPE_CHECKING:
 
 _EMPTY_STEPS: Final = 4
 """Steps without tokens in one moment after which only the passing of time can help."""
+
+
+def _never() -> None:
+    """When a scheduler without due times is due."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +91,7 @@ class Engine:
         self._inbox: deque[Request | tuple[Event, float]] = deque()
         self._calls: dict[str, Call] = {}
         self._empty_steps = 0
+        self._next_due_s: Callable[[], float | None] = getattr(scheduler, "next_due_s", _never)
 
     # --- what the clients see -----------------------------------------------------------------------
 
@@ -123,12 +129,10 @@ class Engine:
         """
         while not is_over():
             self._empty_inbox()
-            if self._under_way or self.scheduler.has_requests():
+            if self._under_way or self.scheduler.has_requests() or self._is_due():
                 self._step(on_answer)
-            elif self._clock.next_s is None:
-                raise DeadlockError(f"the engine is idle and applications wait for each other\n{self._state()}")
             else:
-                self._pass_time(self._clock.next_s)
+                self._wait_idle()
 
     def _empty_inbox(self) -> None:
         while self._inbox:
@@ -142,7 +146,7 @@ class Engine:
                         listen([json.loads(json.dumps(to_wire(event)))], received_s)
 
     def _step(self, on_answer: Callable[[Call], None]) -> None:
-        if self.scheduler.has_requests():
+        if self.scheduler.has_requests() or self._is_due():
             batch = self._dispatch(self.scheduler.schedule())
             self._under_way.append(batch)
             if len(self._under_way) < self._depth and (
@@ -217,8 +221,28 @@ class Engine:
         self._recorder.sample(until_s)
         self._clock.advance_to(until_s)
 
+    def _is_due(self) -> bool:
+        due_s = self._next_due_s()
+        # A due time that stays in the past after so many steps is waiting for something else.
+        return due_s is not None and due_s <= self._clock.now_s and self._empty_steps < _EMPTY_STEPS
+
+    def _coming(self) -> list[float]:
+        """Times at which something happens without a step."""
+        due_s = self._next_due_s()
+        later_s = due_s if due_s is not None and due_s > self._clock.now_s else None
+        return [time_s for time_s in (self._clock.next_s, later_s) if time_s is not None]
+
+    def _wait_idle(self) -> None:
+        coming = self._coming()
+        if not coming:
+            raise DeadlockError(f"the engine is idle and applications wait for each other\n{self._state()}")
+        self._pass_time(min(coming))
+        self._empty_steps = 0
+
     def _wait_for_change(self) -> None:
-        coming = [time_s for time_s in (self._clock.next_s, self._worker.next_s) if time_s is not None]
+        coming = self._coming()
+        if self._worker.next_s is not None:
+            coming.append(self._worker.next_s)
         if not coming:
             raise DeadlockError(f"nothing runs, something waits and no event is pending\n{self._state()}")
         until_s = max(self._clock.now_s, min(coming))

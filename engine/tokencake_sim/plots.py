@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
@@ -10,8 +10,8 @@ from typing import Any, Final
 
 COLOURS: Final = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#a463f2", "#97bbf5", "#9c6b4e")
 
-_WIDTH, _HEIGHT = 760, 400
-_LEFT, _RIGHT, _TOP, _BOTTOM = 70, 150, 40, 50
+_WIDTH, _HEIGHT = 800, 400
+_LEFT, _RIGHT, _TOP, _BOTTOM = 70, 170, 40, 50
 
 Series = Mapping[str, Sequence[tuple[float, float]]]
 
@@ -27,10 +27,11 @@ class Axes:
     y_max: float
     x_labels: Sequence[str] = ()
     height: int = _HEIGHT
+    left: int = _LEFT
 
     def to_x(self, value: float) -> float:
         """Pixels from the left."""
-        return _LEFT + (_WIDTH - _LEFT - _RIGHT) * value / (self.x_max or 1.0)
+        return self.left + (_WIDTH - self.left - _RIGHT) * value / (self.x_max or 1.0)
 
     def to_y(self, value: float) -> float:
         """Pixels from the top."""
@@ -40,17 +41,17 @@ class Axes:
         """Title, axes and their numbers."""
         bottom, right = self.height - _BOTTOM, _WIDTH - _RIGHT
         parts = [
-            _text(_LEFT, 22, self.title, size=15, anchor="start"),
-            _text((_LEFT + right) / 2, self.height - 12, self.x),
+            _text(self.left, 22, self.title, size=15, anchor="start"),
+            _text((self.left + right) / 2, self.height - 12, self.x),
             f'<g transform="translate(16 {(_TOP + bottom) / 2:.0f}) rotate(-90)">{_text(0, 0, self.y)}</g>',
-            f'<path d="M{_LEFT} {_TOP}V{bottom}H{right}" fill="none" stroke="#888"/>',
+            f'<path d="M{self.left} {_TOP}V{bottom}H{right}" fill="none" stroke="#888"/>',
         ]
         for fifth in range(6):
             value = self.y_max * fifth / 5
             if self.y_max:
                 y = self.to_y(value)
-                parts.append(f'<path d="M{_LEFT} {y:.1f}H{right}" stroke="#ddd"/>')
-                parts.append(_text(_LEFT - 6, y + 4, f"{value:g}", anchor="end"))
+                parts.append(f'<path d="M{self.left} {y:.1f}H{right}" stroke="#ddd"/>')
+                parts.append(_text(self.left - 6, y + 4, f"{value:g}", anchor="end"))
             if not self.x_labels:
                 parts.append(_text(self.to_x(self.x_max * fifth / 5), bottom + 16, f"{self.x_max * fifth / 5:g}"))
         parts += [_text(self.to_x(place), bottom + 16, label) for place, label in enumerate(self.x_labels)]
@@ -61,11 +62,12 @@ def _text(x: float, y: float, words: str, *, size: int = 12, anchor: str = "midd
     return f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" text-anchor="{anchor}">{escape(words)}</text>'
 
 
-def _legend(names: Sequence[str]) -> list[str]:
+def _legend(entries: Iterable[tuple[str, str]]) -> list[str]:
+    """A name and its colour in each row."""
     parts = []
-    for place, name in enumerate(names):
-        y = _TOP + 18 * place
-        parts.append(f'<rect x="{_WIDTH - _RIGHT + 12}" y="{y}" width="12" height="12" fill="{_colour(place)}"/>')
+    for row, (name, colour) in enumerate(entries):
+        y = _TOP + 18 * row
+        parts.append(f'<rect x="{_WIDTH - _RIGHT + 12}" y="{y}" width="12" height="12" fill="{colour}"/>')
         parts.append(_text(_WIDTH - _RIGHT + 30, y + 11, name, anchor="start"))
     return parts
 
@@ -90,17 +92,18 @@ def round_up(value: float) -> float:
     return next(power * step for step in (1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10, 20) if power * step >= value)
 
 
-def lines(axes: Axes, series: Series) -> str:
-    """One line with its points for each of `series`."""
+def lines(axes: Axes, series: Series, dashed: Container[str] = ()) -> str:
+    """One line with its points for each of `series`, broken for those in `dashed`."""
     parts = axes.frame()
-    for place, points in enumerate(series.values()):
+    for place, (name, points) in enumerate(series.items()):
         path = " ".join(f"{axes.to_x(x):.1f},{axes.to_y(y):.1f}" for x, y in points)
-        parts.append(f'<polyline points="{path}" fill="none" stroke="{_colour(place)}" stroke-width="2"/>')
+        dash = ' stroke-dasharray="6 4"' if name in dashed else ""
+        parts.append(f'<polyline points="{path}" fill="none" stroke="{_colour(place)}" stroke-width="2"{dash}/>')
         parts += [
             f'<circle cx="{axes.to_x(x):.1f}" cy="{axes.to_y(y):.1f}" r="3" fill="{_colour(place)}"/>'
             for x, y in points
         ]
-    return _svg(axes.height, [*parts, *_legend(list(series))])
+    return _svg(axes.height, [*parts, *_legend((name, _colour(place)) for place, name in enumerate(series))])
 
 
 def stacked(axes: Axes, series: Series) -> str:
@@ -115,26 +118,26 @@ def stacked(axes: Axes, series: Series) -> str:
         path = " ".join(f"{axes.to_x(x):.1f},{axes.to_y(y):.1f}" for x, y in outline)
         parts.append(f'<polygon points="{path}" fill="{_colour(place)}" fill-opacity="0.85"/>')
         floor = ceiling
-    return _svg(axes.height, [*parts, *_legend(list(series))])
+    topmost_first = [(name, _colour(place)) for place, name in enumerate(series)][::-1]
+    return _svg(axes.height, [*parts, *_legend(topmost_first)])
 
 
-GANTT_PARTS: Final = ("waits", "prefills", "decodes", "tool runs")
+GANTT_PARTS: Final = {"waits": "#d5d5d5", "prefills": "#ff725c", "decodes": "#4269d0", "tool runs": "#3ca951"}
 
 
 def gantt(title: str, calls: Sequence[Mapping[str, Any]]) -> str:
     """One row for each call: its wait, its prefill, its decoding and its tool."""
     start_s = min(call["arrived_s"] for call in calls)
     end_s = max(call["finished_s"] + (call["tool_s"] or 0.0) for call in calls)
-    axes = Axes(title, "seconds of the application", "", end_s - start_s, 0.0, height=_TOP + _BOTTOM + 16 * len(calls))
+    height = _TOP + _BOTTOM + 16 * len(calls)
+    axes = Axes(title, "seconds of the application", "", round_up(end_s - start_s), 0.0, height=height, left=140)
     parts = axes.frame()
     for row, call in enumerate(calls):
         y = _TOP + 16 * row + 2
         times = [call["arrived_s"], call["scheduled_s"], call["first_token_s"], call["finished_s"]]
         times.append(times[-1] + (call["tool_s"] or 0.0))
-        for place, (begin_s, stop_s) in enumerate(pairwise(times)):
+        for colour, (begin_s, stop_s) in zip(GANTT_PARTS.values(), pairwise(times), strict=True):
             left, right = axes.to_x(begin_s - start_s), axes.to_x(stop_s - start_s)
-            parts.append(
-                f'<rect x="{left:.1f}" y="{y}" width="{right - left:.1f}" height="12" fill="{_colour(place)}"/>'
-            )
-        parts.append(_text(_LEFT - 4, y + 10, call["node"][:24], size=8, anchor="end"))
-    return _svg(axes.height, [*parts, *_legend(GANTT_PARTS)])
+            parts.append(f'<rect x="{left:.1f}" y="{y}" width="{right - left:.1f}" height="12" fill="{colour}"/>')
+        parts.append(_text(axes.left - 4, y + 10, call["node"][:24], size=9, anchor="end"))
+    return _svg(axes.height, [*parts, *_legend(GANTT_PARTS.items())])

@@ -39,7 +39,7 @@ class Texts:
     answer: Chunk | None
     """None for a local node."""
     context: tuple[Chunk, ...]
-    """What a successor builds on: prompt, answer, result of the tool."""
+    """What a successor builds on: prompt, answer where it is kept, result of the tool."""
 
     @property
     def prompt_tokens(self) -> int:
@@ -60,7 +60,7 @@ def texts_of(app: App) -> dict[str, Texts]:
         if node.new_tokens:
             prompt = (*prompt, Chunk(f"{own}/new", node.new_tokens))
         answer = None if node.is_local else Chunk(f"{own}/answer", node.output_tokens)
-        context = prompt if answer is None else (*prompt, answer)
+        context = (*prompt, answer) if answer is not None and node.keeps_answer else prompt
         if node.tool is not None and node.tool.result_tokens:
             context = (*context, Chunk(f"{own}/result", node.tool.result_tokens))
         texts[name] = Texts(prompt, answer, context)

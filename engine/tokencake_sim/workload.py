@@ -37,6 +37,8 @@ class Node:
     new_tokens: int
     output_tokens: int
     predecessors: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
+    """Nodes that must be over before this one begins, and of whose text it takes nothing."""
     prefix: Prefix | None = None
     tool: Tool | None = None
     parent: str | None = None
@@ -45,6 +47,8 @@ class Node:
     """The join that this branch feeds."""
     critical: bool | None = None
     importance: float | None = None
+    keeps_answer: bool = True
+    """False: its context lacks its answer, as where a model's reasoning is not sent back."""
 
     @property
     def is_local(self) -> bool:

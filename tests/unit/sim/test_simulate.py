@@ -68,6 +68,14 @@ def test_a_successor_waits_for_the_tool_and_hits_what_its_predecessor_left(run):
     assert calls[1]["device_hit_tokens"] == 176
 
 
+def test_a_node_that_comes_after_another_begins_when_its_tool_is_over_and_hits_nothing(run):
+    first = Node("first", "n", 160, 17, tool=Tool("t", 5.0, 10))
+    calls = run(workload_of(first, Node("second", "n", 160, 4, after=("first",)))).timeline["calls"]
+
+    assert calls[1]["arrived_s"] == pytest.approx(calls[0]["finished_s"] + 5.0)
+    assert calls[1]["device_hit_tokens"] == 0
+
+
 def test_an_agent_inside_a_tool_call_holds_up_its_end(run):
     boss = Node("boss", "boss", 50, 5, tool=Tool("delegate", 0.5, 20))
     inside = Node("inside", "worker", 50, 5, tool=Tool("t", 3.0, 10), parent="boss")

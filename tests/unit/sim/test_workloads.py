@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from tokencake_sim import GENERATORS, WorkloadError, generate, load_workload
+from tokencake_sim import GENERATORS, App, WorkloadError, generate, load_workload
 from tokencake_sim.arrivals import ARRIVALS, arrival_times
-from tokencake_sim.graph import places
+from tokencake_sim.graph import chains, places
 from tokencake_sim.load import parse_workload, to_json
 from tokencake_sim.tokens import texts_of
 
@@ -30,6 +30,8 @@ def call(name, *predecessors, **more):
             [call("x", tool={"name": "t", "duration_s": -1})],
             "node x, tool has duration_s '-1'; expected a number from 0",
         ),
+        ([call("x", after=["y"]), call("y", after=["x"])], "node x waits for itself"),
+        ([call("x", after=["nobody"])], "node x follows nobody, which is not a node"),
         ([call("x"), call("x")], "node x is defined twice"),
         ([call("x", new_tokens=-4)], "node x has new_tokens '-4'; expected a whole number"),
         ([call("x", colour="red")], "node x has unknown fields: colour"),
@@ -120,6 +122,47 @@ def test_a_place_counts_calls_and_knows_the_longest_path():
     assert (found["a"].depth, found["a"].remaining, found["a"].out_degree) == (1, 3, 2)
     assert [found[name].is_critical for name in "abcd"] == [True, True, True, False]
     assert (found["d"].fan_out, found["d"].fan_index) == (2, 1)
+
+
+def nodes_of(*nodes):
+    return parse_workload(one_app(*nodes), "mine.json").apps[0].nodes
+
+
+def test_a_node_that_comes_after_another_waits_for_it_and_takes_none_of_its_text():
+    nodes = nodes_of(call("a"), call("b", after=["a"]), call("c", "b"))
+
+    texts = texts_of(App("app", "k", 0.0, nodes))
+    assert [texts[name].prompt_tokens for name in "abc"] == [10, 10, 25]
+    assert [places(nodes)[name].remaining for name in "abc"] == [3, 2, 1]
+
+
+def test_an_answer_that_is_not_kept_is_missing_from_the_next_prompt():
+    nodes = nodes_of(call("a", keeps_answer=False), call("b", "a"))
+
+    assert texts_of(App("app", "k", 0.0, nodes))["b"].prompt_tokens == 20
+
+
+def test_calls_that_extend_each_other_form_a_chain_and_every_branch_begins_one():
+    tool = {"name": "t", "duration_s": 1}
+    nodes = nodes_of(
+        call("a"),
+        call("b", "a", tool=tool),
+        call("left", "b"),
+        call("right", "b"),
+        call("right2", "right"),
+        call("join", "left", "right2"),
+        call("inside", "a", parent="b"),
+        call("later", after=["join"]),
+    )
+
+    members = {
+        "a": "ab",
+        "left": ["left", "join"],
+        "right": ["right", "right2"],
+        "inside": ["inside"],
+        "later": ["later"],
+    }
+    assert chains(nodes) == {name: head for head, names in members.items() for name in names}
 
 
 @pytest.mark.parametrize("kind", ARRIVALS)
