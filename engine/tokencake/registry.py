@@ -45,7 +45,9 @@ class Registry:
         self.graphs: OrderedDict[str, protocol.Graph] = OrderedDict()
         self.counts: Counter[tuple[str, ...]] = Counter()
         """Increments since the last `drain`: `(metric, *label values)` -> number."""
-        self._observed: dict[str, list[float]] = {"tool_s": [], "queue_s": [], "critical_queue_s": [], "forecast_error_s": []}
+        self._observed: dict[str, list[float]] = {
+            name: [] for name in ("tool_s", "queue_s", "critical_queue_s", "forecast_error_s")
+        }
         self._requests: dict[str, Call] = {}
         self._stalled_calls: set[str] = set()
         self._unknown_graphs: OrderedDict[str, None] = OrderedDict()

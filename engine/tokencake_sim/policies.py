@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from tokencake_sim.engine import ConnectorSpec
 from tokencake_sim.errors import UnknownPolicyError
@@ -54,6 +54,46 @@ def _plugin(is_async: bool) -> type[Scheduler]:
     return TokenCakeAsyncScheduler if is_async else TokenCakeScheduler
 
 
+def space(**settings: bool | float | str) -> Callable[[bool], type[Scheduler]]:
+    """The plug-in with its Space Scheduler on and set to `settings`."""
+
+    def scheduler(is_async: bool) -> type[Scheduler]:
+        base: Any = _plugin(is_async)
+
+        def configured(self: Any, *args: Any, **kwargs: Any) -> None:
+            kwargs["vllm_config"].additional_config = {"tokencake": {"space": {"enabled": True, **settings}}}
+            base.__init__(self, *args, **kwargs)
+
+        return type(base.__name__, (base,), {"__init__": configured})
+
+    return scheduler
+
+
+def time(**settings: bool | float | str) -> Callable[[bool], type[Scheduler]]:
+    """The plug-in with its Time Scheduler set to `settings`, its Space Scheduler off."""
+
+    def scheduler(is_async: bool) -> type[Scheduler]:
+        base: Any = _plugin(is_async)
+
+        def configured(self: Any, *args: Any, **kwargs: Any) -> None:
+            kwargs["vllm_config"].additional_config = {"tokencake": {"space": {"enabled": False}, "time": settings}}
+            base.__init__(self, *args, **kwargs)
+
+        return type(base.__name__, (base,), {"__init__": configured})
+
+    return scheduler
+
+
+def _time_connector(host_blocks: int) -> ConnectorSpec:
+    return ConnectorSpec("TokenCakeConnector", "tokencake_vllm.connector", (("host_blocks", host_blocks),))
+
+
+def _time_worker(links: Links, block_bytes: int) -> Worker:
+    from tokencake_sim.time_worker import TimeWorker  # noqa: PLC0415  imports vLLM
+
+    return TimeWorker(links, block_bytes)
+
+
 def _host_tier(host_blocks: int) -> ConnectorSpec:
     return ConnectorSpec("HostTier", "tokencake_sim.host_tier", (("host_blocks", host_blocks),))
 
@@ -90,6 +130,36 @@ POLICIES: Final = {
             priority_of=_oldest_application_first,
         ),
         Policy("plugin", "the TokenCake scheduler as installed", _plugin),
+        Policy("space", "our Space Scheduler, no host memory", space()),
+        Policy(
+            "space+host",
+            "our Space Scheduler on the host tier of stock+host",
+            space(),
+            connector=_host_tier,
+            worker=_host_tier_worker,
+        ),
+        Policy(
+            "paper+host",
+            "the published request score and memory partition on the host tier of stock+host",
+            space(policy="paper"),
+            connector=_host_tier,
+            worker=_host_tier_worker,
+        ),
+        Policy("time", "our Time Scheduler", time(), connector=_time_connector, worker=_time_worker),
+        Policy(
+            "time-lru",
+            "our Time Scheduler, the host's least recently used go first",
+            time(policy="lru"),
+            connector=_time_connector,
+            worker=_time_worker,
+        ),
+        Policy(
+            "time-paper",
+            "the published gate, score and upload lead",
+            time(policy="paper"),
+            connector=_time_connector,
+            worker=_time_worker,
+        ),
         Policy(
             "unlimited",
             f"bound: stock with {UNLIMITED_BLOCKS} KV blocks on the device",

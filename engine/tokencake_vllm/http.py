@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 logger = init_logger("vllm.tokencake")
 
+DECISIONS_PATH: Final = "/v1/tokencake/decisions"
 MAX_STATE_CALLS: Final = 1_000
 ANSWER_S: Final = 30.0
 """An engine core that takes longer is stuck or dead; vLLM itself would wait for its answer for ever."""
@@ -65,6 +66,7 @@ class TokenCakeEndpoints:
         """Add the routes, and a look at the engine's counters before each scrape of `/metrics`."""
         app.add_api_route(protocol.EVENTS_PATH, _post_events, methods=["POST"], include_in_schema=True)
         app.add_api_route(protocol.STATE_PATH, _get_state, methods=["GET"], include_in_schema=True)
+        app.add_api_route(DECISIONS_PATH, _get_decisions, methods=["GET"], include_in_schema=True)
         app.add_middleware(ScrapeMiddleware)
 
     async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:  # noqa: ARG002  # vLLM's signature
@@ -131,6 +133,19 @@ async def _get_state(
     if isinstance(answers, Response):
         return answers
     return JSONResponse(answers[0] if len(answers) == 1 else _merged(answers, limit))
+
+
+async def _get_decisions(
+    request: Request, call: str | None = None, app: str | None = None, limit: int = 100
+) -> Response:
+    if not 1 <= limit <= MAX_STATE_CALLS:
+        return _error(400, f"limit is {limit}; expected a number from 1 to {MAX_STATE_CALLS}")
+    answers = await _ask(request, "tokencake_decisions", call, app, limit)
+    if isinstance(answers, Response):
+        return answers
+    decisions = sorted((entry for answer in answers for entry in answer["decisions"]), key=lambda entry: entry["at"])
+    longest_s = max(answer["longest_wait_s"] for answer in answers)
+    return JSONResponse({"v": protocol.VERSION, "longest_wait_s": longest_s, "decisions": decisions[-limit:]})
 
 
 def _merged(answers: list[dict[str, Any]], limit: int) -> dict[str, Any]:

@@ -25,6 +25,12 @@ _COUNTERS = {
     "calls": ("Hinted calls that ended: finished or aborted", ["outcome"]),
     "forgotten": ("Records dropped because of age or the registry's bounds", ["record"]),
     "errors": ("Exceptions inside the plug-in that were caught", []),
+    "space_refusals": (
+        "Waiting calls passed over in a step, by reason: promised, critical, closed or reserved",
+        ["reason"],
+    ),
+    "space_swaps": ("Running calls swapped out for an older application's", []),
+    "space_inversions": ("Critical calls that gave way to others: at admission or by preemption", ["kind"]),
     "kv_decisions": ("Finished calls by what became of their KV: keep, offload, drop or leave", ["action", "why"]),
     "kv_uploads": ("Uploads before a call: started, used, late, wasted, failed or no_room", ["outcome"]),
     "kv_stores": ("Calls whose KV was queued for the host", ["outcome"]),
@@ -45,6 +51,10 @@ _GAUGES = {
 _HISTOGRAMS = {
     "tool_s": ("tool_seconds", "Duration of tool calls in seconds"),
     "queue_s": ("queue_seconds", "Time of hinted calls from arrival to their first slot, in seconds"),
+    "critical_queue_s": (
+        "critical_queue_seconds",
+        "Time of critical calls from arrival to their first slot, in seconds",
+    ),
     "forecast_error_s": (
         "forecast_error_seconds",
         "Difference between a tool's forecast and true duration, in seconds",

@@ -18,6 +18,8 @@ from vllm.v1.request import Request, RequestStatus
 
 from tokencake import protocol
 from tokencake.registry import Registry
+from tokencake_vllm.space_hooks import SpaceMixin
+from tokencake_vllm.time_hooks import TimeMixin
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -124,11 +126,11 @@ class TokenCakeMixin(_Base):
             logger.exception("TokenCake: a defect of the plug-in; the request goes on as in stock vLLM")
 
 
-class TokenCakeScheduler(TokenCakeMixin, Scheduler):
+class TokenCakeScheduler(TimeMixin, SpaceMixin, TokenCakeMixin, Scheduler):
     """For engines without async scheduling."""
 
 
-class TokenCakeAsyncScheduler(TokenCakeMixin, AsyncScheduler):
+class TokenCakeAsyncScheduler(TimeMixin, SpaceMixin, TokenCakeMixin, AsyncScheduler):
     """For engines with async scheduling."""
 
 

@@ -6,10 +6,11 @@ of a distribution called `vllm`).
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -43,6 +44,39 @@ def plugin_allowlist(environ: Mapping[str, str]) -> str:
     return ",".join(dict.fromkeys([*names, *PLUGINS]))
 
 
+def connector_config() -> dict[str, Any]:
+    """For vLLM's `--kv-transfer-config`: what the Time Scheduler moves blocks with."""
+    return {
+        "kv_connector": "TokenCakeConnector",
+        "kv_connector_module_path": "tokencake_vllm.connector",
+        "kv_role": "kv_both",
+        "kv_load_failure_policy": "recompute",
+    }
+
+
+def connector_flags(argv: Sequence[str], *, is_cpu: bool) -> list[str]:
+    """Our connector, unless the user brings one or has switched the Time Scheduler off.
+
+    On other devices than a CPU it has to be asked for with `"enabled": true`: the copies there have not been run yet.
+    """
+    if any(arg.split("=")[0].split(".")[0].replace("_", "-") == "--kv-transfer-config" for arg in argv):
+        return []
+    try:
+        is_on = json.loads(_value_of("--additional-config", argv) or "{}")["tokencake"]["time"].get("enabled", is_cpu)
+    except (ValueError, KeyError, TypeError, AttributeError):  # what is malformed, the engine names
+        is_on = is_cpu
+    return ["--kv-transfer-config", json.dumps(connector_config())] if is_on else []
+
+
+def _value_of(flag: str, argv: Sequence[str]) -> str | None:
+    for place, arg in enumerate(argv):
+        if arg == flag and place + 1 < len(argv):
+            return argv[place + 1]
+        if arg.startswith(f"{flag}="):
+            return arg.removeprefix(f"{flag}=")
+    return None
+
+
 def main(argv: Sequence[str]) -> int:
     """Run `vllm serve` with the plug-in and TokenCake's scheduler; returns the exit status."""
     if any(arg == "--scheduler-cls" or arg.startswith("--scheduler-cls=") for arg in argv):
@@ -63,6 +97,7 @@ def main(argv: Sequence[str]) -> int:
 
     from vllm.entrypoints.cli.serve import ServeSubcommand  # noqa: PLC0415
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup  # noqa: PLC0415
+    from vllm.platforms import current_platform  # noqa: PLC0415
     from vllm.utils.argparse_utils import FlexibleArgumentParser  # noqa: PLC0415
 
     cli_env_setup()  # type: ignore[no-untyped-call]  # vLLM's
@@ -70,7 +105,8 @@ def main(argv: Sequence[str]) -> int:
     commands = parser.add_subparsers(dest="subparser", required=True)
     serve = ServeSubcommand()
     serve.subparser_init(commands)
-    args = parser.parse_args(["serve", *argv, "--scheduler-cls", SCHEDULER])
+    connector = connector_flags(argv, is_cpu=current_platform.is_cpu())
+    args = parser.parse_args(["serve", *argv, *connector, "--scheduler-cls", SCHEDULER])
     serve.validate(args)
     serve.cmd(args)
     return 0

@@ -1,0 +1,203 @@
+"""Which KV blocks does host memory hold, and which go when it is full?
+
+A tree of blocks by hash: a block is only ever here when the block before it is, so what is found is always a prefix.
+A prefix shared by many agents is stored once. Blocks leave from the ends of the chains, the least valuable end first;
+a block that a copy reads or writes stays until the copy is over. Nothing is copied here: slots are numbers.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from math import inf
+from typing import TypeAlias
+
+
+@dataclass(slots=True, eq=False)
+class HostBlock:
+    """One block in host memory, or on its way there."""
+
+    key: bytes
+    slot: int
+    parent: HostBlock | None
+    used_s: float
+    children: int = 0
+    pins: int = 0
+    is_ready: bool = False
+    is_gone: bool = False
+    """Out of the index; the slot is still taken while a copy uses it."""
+
+
+Distance: TypeAlias = Callable[[HostBlock], float]
+"""How far off the next use of the end of a chain is; `inf` where none is expected. The farthest goes first."""
+
+
+class HostTier:
+    """The index of `capacity` slots. Not thread-safe: it lives on the engine loop."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.evicted = 0
+        self._blocks: dict[bytes, HostBlock] = {}
+        self._ends: dict[bytes, HostBlock] = {}
+        """Blocks without a child: where chains may be shortened."""
+        self._free = list(range(capacity - 1, -1, -1))
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    @property
+    def free_slots(self) -> int:
+        """Slots that hold nothing and that no copy uses."""
+        return len(self._free)
+
+    # --- look ---------------------------------------------------------------------------------------
+
+    def known(self, keys: Sequence[bytes]) -> int:
+        """How many leading blocks of the chain `keys` are here or on their way here."""
+        low, high = 0, len(keys)
+        while low < high:
+            middle = (low + high) // 2
+            if keys[middle] in self._blocks:
+                low = middle + 1
+            else:
+                high = middle
+        return low
+
+    def ready(self, keys: Sequence[bytes]) -> list[HostBlock]:
+        """The leading blocks of `keys`, any part of a chain, that can be loaded now."""
+        found = []
+        for key in keys:
+            block = self._blocks.get(key)
+            if block is None or not block.is_ready:
+                break
+            found.append(block)
+        return found
+
+    # --- store --------------------------------------------------------------------------------------
+
+    def reserve(
+        self, keys: Sequence[bytes], now_s: float, distance: Distance, *, own_distance: float = -inf
+    ) -> list[HostBlock]:
+        """Take slots for the blocks of the chain `keys` that are not here, in order, as many as can be had.
+
+        Blocks are evicted only where their next use is farther off than `own_distance`. The blocks come pinned and not
+        ready: copy, then `settle`.
+        """
+        first = self.known(keys)
+        missing = keys[first:]
+        if not missing:
+            return []
+        anchor = self._blocks[keys[first - 1]] if first else None
+        if anchor is not None:
+            anchor.pins += 1  # it may be an end, and must not be evicted to make room for its own child
+        if len(missing) > len(self._free):
+            self._evict(len(missing) - len(self._free), distance, own_distance)
+        taken: list[HostBlock] = []
+        parent = anchor
+        for key in missing[: len(self._free)]:
+            block = HostBlock(key, self._free.pop(), parent, now_s, pins=1)
+            if parent is not None:
+                parent.children += 1
+                self._ends.pop(parent.key, None)
+            self._blocks[key] = self._ends[key] = block
+            taken.append(block)
+            parent = block
+        if anchor is not None:
+            self.unpin([anchor])
+        return taken
+
+    def settle(self, blocks: Iterable[HostBlock], *, ok: bool) -> None:
+        """The copies into `blocks` are over. Failed ones are forgotten, with everything that hangs on them."""
+        blocks = list(blocks)
+        for block in blocks:
+            block.is_ready = ok and not block.is_gone
+        self.unpin(blocks)
+        if not ok:
+            self.forget(blocks)
+
+    def _evict(self, count: int, distance: Distance, own_distance: float) -> None:
+        heap = [(-distance(end), end.used_s, end.slot, end) for end in self._ends.values() if not end.pins]
+        heapq.heapify(heap)
+        while count and heap:
+            negative, _, _, end = heapq.heappop(heap)
+            if -negative <= own_distance:
+                break
+            parent = end.parent
+            self._remove(end)
+            self.evicted += 1
+            count -= 1
+            if parent is not None and not parent.children and not parent.pins:
+                # Whoever wanted the end wants the block before it just as soon.
+                nearest = max(negative, -distance(parent))
+                heapq.heappush(heap, (nearest, parent.used_s, parent.slot, parent))
+
+    # --- use ----------------------------------------------------------------------------------------
+
+    def pin(self, blocks: Iterable[HostBlock]) -> None:
+        """Keep `blocks` where they are until they are unpinned."""
+        for block in blocks:
+            block.pins += 1
+
+    def unpin(self, blocks: Iterable[HostBlock]) -> None:
+        """Undo one pin of each."""
+        for block in blocks:
+            block.pins -= 1
+            if not block.pins and block.is_gone:
+                self._free.append(block.slot)
+
+    def touch(self, keys: Iterable[bytes], now_s: float) -> None:
+        """The chain `keys` was used now."""
+        for key in keys:
+            block = self._blocks.get(key)
+            if block is None:
+                break
+            block.used_s = now_s
+
+    # --- forget -------------------------------------------------------------------------------------
+
+    def forget(self, blocks: Iterable[HostBlock]) -> None:
+        """Take `blocks` and everything behind them out of the index, for example because a copy of them is bad."""
+        doomed: set[HostBlock | None] = {block for block in blocks if not block.is_gone}
+        if doomed:
+            for block in list(self._blocks.values()):  # parents come before their children
+                if block in doomed or block.parent in doomed:
+                    doomed.add(block)
+                    self._remove(block)
+
+    def reset(self) -> None:
+        """Forget everything; slots under a copy come back when it is over."""
+        for block in list(self._blocks.values()):
+            self._remove(block)
+
+    def _remove(self, block: HostBlock) -> None:
+        del self._blocks[block.key]
+        self._ends.pop(block.key, None)
+        block.is_gone, block.is_ready = True, False
+        if (parent := block.parent) is not None:
+            parent.children -= 1
+            if not parent.children and not parent.is_gone:
+                self._ends[parent.key] = parent
+        if not block.pins:
+            self._free.append(block.slot)
+
+    def broken_rules(self) -> list[str]:
+        """The invariants that do not hold; for tests."""
+        children: dict[bytes, int] = dict.fromkeys(self._blocks, 0)
+        for block in self._blocks.values():
+            if block.parent is not None and block.parent.key in children:
+                children[block.parent.key] += 1
+        slots = [block.slot for block in self._blocks.values()] + self._free
+        rules = {
+            "a slot has two owners": len(slots) == len(set(slots)),
+            "there are more slots than memory": len(slots) <= self.capacity,
+            "a block is here without the one before it": all(
+                block.parent is None or self._blocks.get(block.parent.key) is block.parent
+                for block in self._blocks.values()
+            ),
+            "children are miscounted": all(self._blocks[key].children == count for key, count in children.items()),
+            "the ends of chains are wrong": {key for key, count in children.items() if not count} == set(self._ends),
+            "a forgotten block is in the index": not any(block.is_gone for block in self._blocks.values()),
+        }
+        return [rule for rule, holds in rules.items() if not holds]

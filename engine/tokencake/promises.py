@@ -1,0 +1,55 @@
+"""Will what has been admitted still fit when it has grown? The peak of the blocks that admitted calls will yet take.
+
+Every running call grows by one token a step and gives its own blocks back at its end, so demand has its peaks just
+before an end. A call holds back what it needs until then, and no longer: memory that one will have given back before
+another wants it is promised to both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Promise:
+    """What one admitted call will yet take and give."""
+
+    left_tokens: int
+    """Of its answer, as far as it can be foreseen."""
+    pending_blocks: int
+    """Of its prompt, not allocated yet."""
+    freed_blocks: int
+    """Held by it alone now: they come free with its end."""
+
+
+def peak_blocks(promises: Iterable[Promise], block_tokens: int) -> int:
+    """Blocks that must be free now for all `promises` to be kept."""
+    ordered = sorted(promises, key=lambda promise: promise.left_tokens)
+    pending = sum(promise.pending_blocks for promise in ordered)
+    alive, returned, peak = len(ordered), 0, pending
+    for promise in ordered:
+        # Just before this one ends: it and the later ones have grown by as much, the earlier ones are gone.
+        grown = -(-promise.left_tokens // block_tokens) * alive
+        peak = max(peak, pending + grown - returned)
+        pending -= promise.pending_blocks
+        returned += promise.freed_blocks
+        alive -= 1
+    return peak
+
+
+def tokens_until_free(promises: Iterable[Promise], need_blocks: int, free_blocks: int, block_tokens: int) -> int:
+    """After how many tokens of everybody's answers `need_blocks` are free, nobody else being admitted."""
+    ordered = sorted(promises, key=lambda promise: promise.left_tokens)
+    pending = sum(promise.pending_blocks for promise in ordered)
+    alive, returned = len(ordered), 0
+    if free_blocks - pending >= need_blocks:
+        return 0
+    for promise in ordered:
+        pending -= promise.pending_blocks
+        returned += promise.freed_blocks
+        alive -= 1
+        grown = -(-promise.left_tokens // block_tokens) * alive
+        if free_blocks + returned - pending - grown >= need_blocks:
+            return promise.left_tokens
+    return ordered[-1].left_tokens + 1 if ordered else 0

@@ -1,0 +1,87 @@
+"""Whose call goes first? The one whose application is the most senior, and inside it the one with the longest way.
+
+Seniority is a moment on the engine's clock, earlier goes first: when the application was first seen here, shifted by
+bounded amounts. So a call that waits is passed only by applications that came before a fixed moment, and by each of
+them only until it has had its service: nobody waits for ever.
+
+    seniority_s = first seen
+                + head_start_s x level        level 0: with what is known to come it will have had less than `short_s`
+                                              1 + served / `long_s`, rounded down: every other
+                - sibling_s                   if running calls hold most of its prompt
+                - (claim - mean claim of its tenant's live calls)
+    claim       = importance_s x importance + critical_s if its application has a critical path
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from tokencake.applications import Application, LiveCall, Tenant
+    from tokencake.space_settings import SpaceSettings
+
+DEFAULT_IMPORTANCE = 5.0
+"""Of a call whose user has said nothing; the middle of the range."""
+
+
+@dataclass(frozen=True, slots=True)
+class Peers:
+    """What a call is compared with: the same for all calls of one step."""
+
+    levels: dict[str, int]
+    """Of each active tenant: by how many quanta it has had more than the least served one."""
+    claims_s: dict[str, float]
+    """Mean claim of each tenant's live calls."""
+    call_s: float
+    """Seconds a call takes once it runs."""
+
+
+def peers_of(calls: Iterable[LiveCall], tenants: list[Tenant], settings: SpaceSettings, call_s: float) -> Peers:
+    """`Peers` of the live `calls`, whose tenants are `tenants`."""
+    least = min((tenant.served_s for tenant in tenants), default=0.0)
+    levels = {tenant.id: int((tenant.served_s - least) / settings.tenant_quantum_s) for tenant in tenants}
+    totals: dict[str, float] = {}
+    for call in calls:
+        totals[call.app.tenant.id] = totals.get(call.app.tenant.id, 0.0) + claim_s(call, settings)
+    means = {tenant.id: totals.get(tenant.id, 0.0) / max(1, tenant.live_calls) for tenant in tenants}
+    return Peers(levels, means, call_s)
+
+
+def claim_s(call: LiveCall, settings: SpaceSettings) -> float:
+    """How much sooner the client wants it than a call of its own that it says nothing of, in seconds."""
+    hint = call.hint
+    importance = DEFAULT_IMPORTANCE if hint is None or hint.importance is None else hint.importance
+    return settings.importance_s * importance + (settings.critical_s if call.app.is_critical else 0.0)
+
+
+def level_of(app: Application, coming_s: float, settings: SpaceSettings) -> int:
+    """How much service the application has had; `coming_s` device-seconds are expected to come.
+
+    A claim that little comes is good until `short_s` have been had.
+    """
+    if app.served_s + coming_s < settings.short_s:
+        return 0
+    return 1 + int(app.served_s / settings.long_s)
+
+
+def seniority_s(call: LiveCall, settings: SpaceSettings, peers: Peers, *, share: float, is_sibling: bool) -> float:
+    """The formula above.
+
+    Args:
+        call: who waits or runs.
+        settings: the amounts.
+        peers: of this step.
+        share: of all KV blocks, how many the call needs.
+        is_sibling: whether running calls hold most of its prompt.
+    """
+    app = call.app
+    level = level_of(app, share * max(peers.call_s, call.remaining_s), settings)
+    return (
+        app.first_seen_s
+        + settings.head_start_s * level
+        - (settings.sibling_s if is_sibling else 0.0)
+        - (claim_s(call, settings) - peers.claims_s.get(app.tenant.id, 0.0))
+    )

@@ -1,0 +1,53 @@
+"""What does a policy of the Space Scheduler see, and what does it answer? Values in, ranks and refusals out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol, TypeAlias
+
+from tokencake.applications import Applications, LiveCall
+from tokencake.promises import Promise
+
+Rank: TypeAlias = tuple[float, ...]
+"""Lowest goes first; the last part is the number of the arrival, so no two are the same."""
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """The blocks of the device at one moment; blocks shared by several calls count once."""
+
+    total_blocks: int
+    free_blocks: int
+    block_tokens: int = 16
+    promises: tuple[Promise, ...] = ()
+    """Of all admitted calls."""
+    is_closed: bool = False
+    """Whether a call was passed over in this step that nobody may pass any more."""
+    has_refused_critical: bool = False
+    """Whether a call of an application with a critical path was passed over in this step."""
+    can_swap: bool = False
+    """Whether a call that is pushed out comes back at the cost of a load."""
+    private_blocks: Mapping[str, int] = field(default_factory=dict)
+    """By request: blocks that nobody else holds, as of the last ranking."""
+    taken: tuple[tuple[LiveCall, int], ...] = ()
+    """Calls admitted since, and what they need."""
+    step: int = 0
+    """Steps of the engine so far."""
+
+
+class SpacePolicy(Protocol):
+    """Decides from values; keeps what it needs from one ranking to the next."""
+
+    @property
+    def rank_words(self) -> tuple[str, ...]:
+        """For each part of a rank: why the call with the lower one goes first."""
+
+    def begin(self, applications: Applications, memory: Memory, now: float) -> None:
+        """A new ranking begins: everything that `rank` and `refusal` may read of the live calls is as of now."""
+
+    def rank(self, call: LiveCall, *, need_blocks: int, is_sibling: bool) -> Rank:
+        """Its place among the calls that wait, and among those that run; valid until the next `begin`."""
+
+    def refusal(self, call: LiveCall, need_blocks: int, memory: Memory) -> str | None:
+        """Why a waiting call may not take `need_blocks` now, or None. Whoever is refused is passed over this step."""

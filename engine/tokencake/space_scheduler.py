@@ -1,0 +1,82 @@
+"""Who runs, who may hold how many blocks, who gives way? Two policies behind one interface.
+
+`ours` orders calls by the seniority of their application (`tokencake.seniority`) and lets memory follow order;
+`paper` is the published scheduler: a score for each request and a share of the memory for critical agent types.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from tokencake.applications import Applications, LiveCall
+from tokencake.paper_policy import Paper
+from tokencake.promises import Promise, peak_blocks
+from tokencake.seniority import Peers, peers_of, seniority_s
+from tokencake.space_policy import Memory, Rank, SpacePolicy
+from tokencake.space_settings import SpaceSettings
+
+
+class Ours:
+    """Order by the seniority of the application; whoever fits may run, what is promised included."""
+
+    rank_words = (
+        "its tenant has had less of the device",
+        "its application is more senior",
+        "it has the longer way to go",
+        "it came first",
+    )
+
+    def __init__(self, settings: SpaceSettings) -> None:
+        self._settings = settings
+        self._peers = Peers({}, {}, 1.0)
+        self._total_blocks = 1
+
+    def begin(self, applications: Applications, memory: Memory, now: float) -> None:
+        """See `SpacePolicy`."""
+        del now  # seniority is a fixed moment: who waits longer need not be lifted, since nobody is put before it
+        self._total_blocks = memory.total_blocks
+        self._peers = peers_of(
+            applications.calls.values(),
+            applications.active_tenants(),
+            self._settings,
+            applications.call_s,
+        )
+
+    def rank(self, call: LiveCall, *, need_blocks: int, is_sibling: bool) -> Rank:
+        """See `SpacePolicy`."""
+        share = need_blocks / self._total_blocks
+        return (
+            self._peers.levels.get(call.app.tenant.id, 0),
+            seniority_s(call, self._settings, self._peers, share=share, is_sibling=is_sibling),
+            -call.remaining_s,
+            call.number,
+        )
+
+    def refusal(self, call: LiveCall, need_blocks: int, memory: Memory) -> str | None:
+        """See `SpacePolicy`."""
+        if not (self._settings.is_committed and memory.can_swap):
+            return None
+        if memory.is_closed:
+            return "closed"
+        if need_blocks > self._settings.large_share * memory.total_blocks:
+            return None  # vLLM waits for it at the head of the line, and lets nobody pass
+        if memory.has_refused_critical and not call.app.is_critical:
+            return "critical"
+        coming = Promise(call.expected_tokens, need_blocks, 0)
+        peak = peak_blocks((*memory.promises, coming), memory.block_tokens)
+        return None if peak <= memory.free_blocks else "promised"
+
+
+def policy_of(settings: SpaceSettings) -> SpacePolicy:
+    """The policy that the settings name."""
+    return Paper() if settings.policy == "paper" else Ours(settings)
+
+
+def by_age(calls: Iterable[LiveCall], policy: SpacePolicy, need_of: Mapping[str, int]) -> list[str]:
+    """Ids of the applications of `calls`, most senior first."""
+    best: dict[str, Rank] = {}
+    for call in calls:
+        rank = policy.rank(call, need_blocks=need_of.get(call.request_id, 0), is_sibling=False)
+        if call.app.id not in best or rank < best[call.app.id]:
+            best[call.app.id] = rank
+    return sorted(best, key=best.__getitem__)

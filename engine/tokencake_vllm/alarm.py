@@ -1,0 +1,55 @@
+"""How does an engine that sleeps wake up when something is due, without spinning until then?
+
+A heap of times; and, only while the engine has nothing else to do, one thread that sleeps until the first of them and
+then puts vLLM's own wake-up message into the engine's input queue.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import threading
+from collections.abc import Callable, Iterator
+from math import inf
+
+
+class Alarm:
+    """Times at which chains want to be looked at."""
+
+    def __init__(self) -> None:
+        self.wake: Callable[[], None] | None = None
+        """Makes the engine loop look for work, from any thread; None until the engine has made itself known."""
+        self._due: list[tuple[float, int, str]] = []
+        self._ticket = itertools.count()
+        self._timer: threading.Timer | None = None
+        self._timer_s = inf
+
+    def set(self, chain_id: str, when_s: float) -> None:
+        """Look at the chain at `when_s`; earlier wishes stay."""
+        if when_s < inf:
+            heapq.heappush(self._due, (when_s, next(self._ticket), chain_id))
+
+    def is_due(self, now_s: float) -> bool:
+        """Whether something is."""
+        return bool(self._due) and self._due[0][0] <= now_s
+
+    def take_due(self, now_s: float) -> Iterator[str]:
+        """The chains whose time has come, each taken off."""
+        while self.is_due(now_s):
+            yield heapq.heappop(self._due)[2]
+
+    def arm(self, now_s: float, is_live: Callable[[str], bool]) -> None:
+        """The engine is about to sleep: see that it is woken for the first chain that is still of interest."""
+        while self._due and not is_live(self._due[0][2]):
+            heapq.heappop(self._due)
+        if self.wake is None or not self._due:
+            return
+        when_s = self._due[0][0]
+        if self._timer is not None and self._timer.is_alive():
+            if self._timer_s <= when_s:
+                return
+            self._timer.cancel()
+        self._timer_s = when_s
+        self._timer = threading.Timer(max(0.0, when_s - now_s), self.wake)
+        self._timer.daemon = True
+        self._timer.start()

@@ -1,0 +1,67 @@
+"""Who holds which blocks? Questions to vLLM's block pool that cost a few look-ups, whatever the length of a prompt.
+
+Whoever shares blocks of a call shares them from its first block on, so each border is found by bisection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from vllm.v1.core.kv_cache_utils import make_block_hash_with_group_id
+
+if TYPE_CHECKING:
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+    from vllm.v1.request import Request
+
+
+class BlockView:
+    """The first KV-cache group of a block manager, read only."""
+
+    def __init__(self, manager: KVCacheManager, block_tokens: int) -> None:
+        self._manager = manager
+        self.block_tokens = block_tokens
+        self.total_blocks = max(1, manager.block_pool.num_gpu_blocks - 1)
+        """Without the null block."""
+
+    @property
+    def free_blocks(self) -> int:
+        """Blocks that nobody holds, cached ones included."""
+        return self._manager.block_pool.get_num_free_blocks()
+
+    def blocks_of(self, tokens: int) -> int:
+        """Blocks that so many tokens need."""
+        return -(-tokens // self.block_tokens)
+
+    def held_prefix_blocks(self, request: Request) -> int:
+        """Blocks at the head of a waiting request that are on the device and held by others: they cost it nothing."""
+        find = self._manager.block_pool.cached_block_hash_to_block.get_one_block
+        hashes = request.block_hashes
+
+        def is_held(index: int) -> bool:
+            block = find(make_block_hash_with_group_id(hashes[index], 0))
+            return block is not None and block.ref_cnt > 0
+
+        # The last token is always computed, so vLLM hits no block that ends behind it.
+        return _first_without(is_held, min(len(hashes), (request.num_tokens - 1) // self.block_tokens))
+
+    def allocated_blocks(self, request_id: str) -> int:
+        """Blocks that a request has."""
+        return len(self._manager.coordinator.get_blocks(request_id)[0])
+
+    def private_blocks(self, request_id: str) -> int:
+        """Blocks that only this request holds: they come free with it."""
+        blocks = self._manager.coordinator.get_blocks(request_id)[0]
+        return len(blocks) - _first_without(lambda index: blocks[index].ref_cnt > 1, len(blocks))
+
+
+def _first_without(has: Callable[[int], bool], count: int) -> int:
+    """The first of `count` places that `has` denies; it grants none behind one that it denies."""
+    low, high = 0, count
+    while low < high:
+        middle = (low + high) // 2
+        if has(middle):
+            low = middle + 1
+        else:
+            high = middle
+    return low

@@ -1,0 +1,271 @@
+"""How does vLLM move our blocks? As `KVConnectorBase_V1`: a thin shell around `HostCache` and a `Copier`.
+
+The scheduler's instance hands jobs to the workers with every step and takes their reports; what to copy and when is
+decided by `TimeMixin`. Nothing raises into vLLM: an exception on either side is logged, and the call computes what it
+needs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    KVConnectorTransferResults,
+    KVConnectorWorkerMetadata,
+    SupportsHMA,
+)
+from vllm.logger import init_logger
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+from tokencake.host_tier import HostTier
+from tokencake.rates import Rates
+from tokencake.settings import section
+from tokencake.time_scheduler import TimeSettings
+from tokencake_vllm.copies import Copier, Done, Job, make_copier
+from tokencake_vllm.host_cache import HostCache
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.config import VllmConfig
+    from vllm.forward_context import ForwardContext
+    from vllm.v1.attention.backend import AttentionMetadata
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.outputs import KVConnectorOutput
+    from vllm.v1.request import Request
+
+logger = init_logger("vllm.tokencake")
+
+Outcome = dict[str, Any] | None
+
+
+@dataclass(slots=True)
+class Jobs(KVConnectorMetadata):
+    """The copies that begin with a step."""
+
+    jobs: list[Job] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Reports(KVConnectorWorkerMetadata):
+    """What workers are through with: job id -> ranks, seconds of the slowest, all well?"""
+
+    done: dict[int, tuple[int, float, bool]] = field(default_factory=dict)
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
+        """Both, added up by job."""
+        if not isinstance(other, Reports):
+            raise TypeError(f"reports of TokenCake cannot be joined with {type(other).__name__}")
+        joined = dict(self.done)
+        for job_id, (ranks, seconds, ok) in other.done.items():
+            have_ranks, have_seconds, have_ok = joined.get(job_id, (0, 0.0, True))
+            joined[job_id] = (have_ranks + ranks, max(have_seconds, seconds), have_ok and ok)
+        return Reports(joined)
+
+
+HOST_BLOCKS: Final = "host_blocks"
+"""Extra configuration: slots in place of `host_kv_gib`, for tests and the simulator."""
+
+
+def additional_config(vllm_config: VllmConfig) -> dict[str, Any]:
+    """What the operator gave as `--additional-config`; other types than an object are not ours."""
+    config = vllm_config.additional_config
+    return config if isinstance(config, dict) else {}
+
+
+def block_bytes_of(kv_cache_config: KVCacheConfig) -> int:
+    """Bytes of one block over all layers, on one rank."""
+    return sum(
+        group.kv_cache_spec.page_size_bytes * len(group.layer_names) for group in kv_cache_config.kv_cache_groups
+    )
+
+
+def host_slots(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, settings: TimeSettings) -> int:
+    """How many blocks the host memory holds; every rank has its part of each."""
+    extra: dict[str, Any] = {}
+    if vllm_config.kv_transfer_config is not None:
+        extra = vllm_config.kv_transfer_config.kv_connector_extra_config
+    if HOST_BLOCKS in extra:
+        return int(extra[HOST_BLOCKS])
+    world_size = vllm_config.parallel_config.world_size
+    return int(settings.host_kv_gib * 2**30 / (block_bytes_of(kv_cache_config) * world_size))
+
+
+def unfit(kv_cache_config: KVCacheConfig) -> str | None:
+    """Why the KV of this model cannot be moved, or None."""
+    groups = kv_cache_config.kv_cache_groups
+    if len(groups) != 1:
+        return f"the model has {len(groups)} KV cache groups; only one of full attention is known"
+    if type(groups[0].kv_cache_spec) is not FullAttentionSpec:
+        return f"the model's KV cache is {type(groups[0].kv_cache_spec).__name__}, not FullAttentionSpec"
+    return None
+
+
+class TokenCakeConnector(KVConnectorBase_V1, SupportsHMA):
+    """For `--kv-transfer-config`; `tokencake engine` adds it."""
+
+    def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        self.settings = section(additional_config(vllm_config), "time", TimeSettings)
+        self.on_finished: Callable[[Request], Outcome] | None = None
+        """Set by `TimeMixin`: decides what becomes of a finished call's KV and says so to the client."""
+        self.cache: HostCache | None = None
+        self._copier: Copier | None = None
+        self._bad_loads: set[str] = set()
+        self._good_loads: set[str] = set()
+        self._reports: dict[int, tuple[int, float, bool]] = {}
+        # A load that failed must cost time, not the call; vLLM reads this after the connector was made.
+        self._kv_transfer_config.kv_load_failure_policy = "recompute"
+        if role == KVConnectorRole.SCHEDULER and self.settings.enabled and (problem := unfit(kv_cache_config)):
+            logger.warning("TokenCake: the Time Scheduler stays off: %s", problem)
+
+    @property
+    def is_on(self) -> bool:
+        """Whether there is anything to do for this model and these settings."""
+        return self.settings.enabled and unfit(self._kv_cache_config) is None
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        """A cache: what is not stored is computed again."""
+        return False
+
+    # --- scheduler side -------------------------------------------------------------------------------
+
+    def bind_kv_cache_manager(self, kv_cache_manager: KVCacheManager) -> None:
+        """Called by vLLM's scheduler once its block pool exists."""
+        super().bind_kv_cache_manager(kv_cache_manager)
+        if not self.is_on:
+            return
+        bytes_per_block = block_bytes_of(self._kv_cache_config) * self._vllm_config.parallel_config.world_size
+        self.cache = HostCache(
+            tier=HostTier(host_slots(self._vllm_config, self._kv_cache_config, self.settings)),
+            pool=kv_cache_manager.block_pool,
+            rates=Rates(bytes_per_block, self._vllm_config.cache_config.block_size),
+            world_size=self._vllm_config.parallel_config.world_size,
+            job_blocks=max(1, int(self.settings.job_mib * 2**20 / bytes_per_block)),
+        )
+        self._block_tokens = self._vllm_config.cache_config.block_size
+
+    def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
+        """Tokens that the host holds behind those on the device; None while they are on their way already."""
+        if self.cache is None:
+            return 0, False
+        try:
+            first = num_computed_tokens // self._block_tokens
+            last = (request.num_tokens - 1) // self._block_tokens
+            count = self.cache.match(request.request_id, request.block_hashes[:last], first)
+        except Exception:
+            logger.exception("TokenCake: a defect of the plug-in; the call is computed as in stock vLLM")
+            return 0, False
+        return (None, False) if count is None else (count * self._block_tokens, count > 0)
+
+    def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
+        """The scheduler has made room: queue the load."""
+        if self.cache is None:
+            return
+        if not num_external_tokens:
+            self.cache.forget_match(request.request_id)
+            return
+        count = num_external_tokens // self._block_tokens
+        self.cache.load(request.request_id, blocks.get_block_ids()[0], count, time.monotonic())
+
+    def request_finished_all_groups(
+        self,
+        request: Request,
+        block_ids: tuple[list[int], ...],  # noqa: ARG002  # vLLM's signature
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """Never delays the freeing: what a copy needs is pinned block by block."""
+        if self.cache is not None:
+            self.cache.forget_match(request.request_id)
+        return False, None if self.on_finished is None else self.on_finished(request)
+
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:  # noqa: ARG002  # vLLM's
+        """The jobs that were queued since the last step."""
+        return Jobs([] if self.cache is None else self.cache.take_jobs())
+
+    def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
+        """Take the workers' reports."""
+        reports = connector_output.kv_connector_worker_meta
+        if self.cache is not None and isinstance(reports, Reports):
+            for job_id, (ranks, seconds, ok) in reports.done.items():
+                self.cache.report(job_id, ranks, seconds, ok=ok)
+
+    def has_pending_push_work(self) -> bool:
+        """Keeps the engine stepping while a copy is under way; then it sleeps."""
+        return self.cache is not None and self.cache.is_busy
+
+    def has_pending_block_frees(self) -> bool:
+        """Lets the scheduler wait a moment for blocks that a copy holds, rather than preempt."""
+        return self.cache is not None and self.cache.holds_blocks
+
+    def reset_cache(self) -> bool | None:
+        """Forget everything on the host."""
+        if self.cache is not None:
+            self.cache.reset()
+        return True
+
+    # --- worker side ------------------------------------------------------------------------------------
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        """Allocate the host memory, once."""
+        if self.is_on:
+            slots = host_slots(self._vllm_config, self._kv_cache_config, self.settings)
+            self._copier = make_copier(
+                kv_caches, self._kv_cache_config.num_blocks, slots, checks=self.settings.debug_checksums
+            )
+
+    def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:  # noqa: ARG002  # vLLM's signature
+        """Begin the loads of this step."""
+        self._start(is_store=False)
+
+    def wait_for_save(self) -> None:
+        """Begin the stores of this step, behind its computation."""
+        self._start(is_store=True)
+
+    def _start(self, *, is_store: bool) -> None:
+        metadata = self._connector_metadata
+        if self._copier is None or not isinstance(metadata, Jobs):
+            return
+        for job in metadata.jobs:
+            if (job.kind == "store") == is_store:
+                self._copier.start(job)
+
+    def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:  # noqa: ARG002  # vLLM's
+        """The calls whose load has ended, and those of them whose load failed."""
+        for done in [] if self._copier is None else self._copier.finished():
+            self._note(done)
+        results = KVConnectorTransferResults(
+            finished_recving=self._good_loads | self._bad_loads, failed_recving=self._bad_loads
+        )
+        self._good_loads, self._bad_loads = set(), set()
+        return results
+
+    def _note(self, done: Done) -> None:
+        self._reports[done.job.id] = (1, done.seconds, done.ok)
+        if done.job.request is not None:
+            (self._good_loads if done.ok else self._bad_loads).add(done.job.request)
+
+    def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
+        """Reports of all jobs that ended."""
+        reports, self._reports = self._reports, {}
+        return Reports(reports) if reports else None
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """No layer waits: calls start when their load has ended."""
+
+    def save_kv_layer(
+        self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: AttentionMetadata, **kwargs: Any
+    ) -> None:
+        """Nothing by layer: blocks are stored when their call has ended."""
+
+    def shutdown(self) -> None:
+        """Let the copies under way end."""
+        if self._copier is not None:
+            self._copier.close()

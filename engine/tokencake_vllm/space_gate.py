@@ -1,0 +1,111 @@
+"""May this waiting call run in this step, given those that run and those let through before it?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Final
+
+from vllm.v1.request import Request, RequestStatus
+
+from tokencake.promises import Promise
+from tokencake.space_policy import Memory
+
+if TYPE_CHECKING:
+    from tokencake.applications import Applications, LiveCall
+    from tokencake.registry import Registry
+    from tokencake.space_policy import SpacePolicy
+    from tokencake.space_settings import SpaceSettings
+    from tokencake.space_words import SpaceWords
+    from tokencake_vllm.block_view import BlockView
+
+ADMISSIBLE: Final = (RequestStatus.WAITING, RequestStatus.PREEMPTED)
+
+
+class Gate:
+    """Asks the policy, and keeps for it what has been promised and refused since the step began."""
+
+    def __init__(
+        self,
+        settings: SpaceSettings,
+        policy: SpacePolicy,
+        applications: Applications,
+        view: BlockView,
+        words: SpaceWords,
+        registry: Registry,
+    ) -> None:
+        self.private_blocks: Mapping[str, int] = {}
+        """By running request, as of the last ranking."""
+        self.step = 0
+        self.can_swap = False
+        self._settings = settings
+        self._policy = policy
+        self._applications = applications
+        self._view = view
+        self._words = words
+        self._registry = registry
+        self.reset()
+
+    def reset(self) -> None:
+        """The step is over."""
+        self._promises: list[Promise] | None = None
+        self._taken: list[tuple[LiveCall, int]] = []
+        self._tried: tuple[Request, LiveCall, int] | None = None
+        self._refusals = 0
+        self._has_refused_critical = False
+        self._is_closed = False
+
+    def admits(self, request: Request, call: LiveCall, admitted: Callable[[], list[Request]], now: float) -> bool:
+        """Whether `request` may try to get its blocks; `admitted` names those that have theirs."""
+        if self._refusals >= self._settings.scan:
+            return False
+        self._settle_tried(admitted)
+        need = self._view.blocks_of(request.num_tokens) - self._view.held_prefix_blocks(request)
+        reason = self._policy.refusal(call, need, self.memory())
+        if reason is None:
+            self._tried = request, call, need
+            return True
+        self._refusals += 1
+        self._has_refused_critical |= call.app.is_critical
+        if self._refusals == 1:  # the most senior of those that could not run
+            call.refused_s = now if call.refused_s is None else call.refused_s
+            self._is_closed = now - call.refused_s > self._settings.pass_s
+        self._registry.counts["space_refusals", reason] += 1
+        self._words.note_refused(call, reason, need, self._view.free_blocks, now)
+        return False
+
+    def _settle_tried(self, admitted: Callable[[], list[Request]]) -> None:
+        """Whom the gate let through last: if vLLM gave it its blocks, they are promised."""
+        if self._promises is None:
+            self._promises = [self.promise(request) for request in admitted()]
+        elif self._tried is not None and self._tried[0].status not in ADMISSIBLE:
+            request, call, need = self._tried
+            self._promises.append(self.promise(request))
+            self._taken.append((call, need))
+        self._tried = None
+
+    def memory(self) -> Memory:
+        """The blocks as of now."""
+        return Memory(
+            total_blocks=self._view.total_blocks,
+            free_blocks=self._view.free_blocks,
+            block_tokens=self._view.block_tokens,
+            promises=tuple(self._promises or ()),
+            is_closed=self._is_closed,
+            has_refused_critical=self._has_refused_critical,
+            can_swap=self.can_swap,
+            private_blocks=self.private_blocks,
+            taken=tuple(self._taken),
+            step=self.step,
+        )
+
+    def promise(self, request: Request) -> Promise:
+        """What an admitted request will yet take and give."""
+        name = request.request_id
+        pending = self._view.blocks_of(request.num_tokens) - self._view.allocated_blocks(name)
+        return Promise(self.left_tokens(request), max(0, pending), self._view.private_blocks(name))
+
+    def left_tokens(self, request: Request) -> int:
+        """Tokens that its answer will yet have, as far as can be foreseen."""
+        call = self._applications.calls.get(request.request_id)
+        expected = request.max_tokens if call is None else call.expected_tokens
+        return max(1, expected - request.num_output_tokens)

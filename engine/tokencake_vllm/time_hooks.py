@@ -1,0 +1,149 @@
+"""Where does the Time Scheduler touch vLLM? At the arrival and the end of a call, around each step, and at events.
+
+Without our connector, or with `time.enabled=false`, every method is stock vLLM's. An exception in ours is advice that
+was not given: it is logged and counted, and the request goes on.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from vllm.logger import init_logger
+from vllm.v1.request import Request
+
+from tokencake_vllm.connector import TokenCakeConnector
+from tokencake_vllm.forecast_file import ForecastFile
+from tokencake_vllm.time_engine import TimeEngine
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+
+    from tokencake_vllm.scheduler import TokenCakeMixin
+
+    _Base = TokenCakeMixin
+else:
+    _Base = object
+
+logger = init_logger("vllm.tokencake")
+
+
+class TimeMixin(_Base):
+    """Moves the KV of stalled agents between the device and the host."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.time: TimeEngine | None = None
+        connector = self.connector
+        if isinstance(connector, TokenCakeConnector) and connector.cache is not None:
+            self.time = engine = TimeEngine(self, connector.cache, connector.settings)
+            self._forecast_file = ForecastFile(engine.forecast, connector.settings.forecast_file)
+            connector.on_finished = self._finish_call
+            logger.info(
+                "TokenCake: Time Scheduler `%s`, %d blocks of host memory",
+                connector.settings.policy,
+                connector.cache.tier.capacity,
+            )
+
+    # --- a call ---------------------------------------------------------------------------------------
+
+    def add_request(self, request: Request) -> None:
+        """Stock, then see whose stall this call ends."""
+        is_new = request.request_id not in self.requests
+        super().add_request(request)
+        if self.time is not None and is_new:
+            with self._advice():
+                self.time.arrive(request, time.monotonic())
+
+    def _finish_call(self, request: Request) -> dict[str, Any] | None:
+        """Called by the connector while the call still holds its blocks."""
+        told = None
+        with self._advice():
+            if self.time is not None:
+                told = self.time.finish(request, time.monotonic())
+        return told
+
+    def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        if self.time is not None:
+            with self._advice():
+                self.time.preempt(request)
+        super()._preempt_request(request, *args, **kwargs)
+
+    # --- the step -------------------------------------------------------------------------------------
+
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        """What is due, then stock, then see who got a slot."""
+        if self.time is None:
+            return super().schedule(*args, **kwargs)
+        with self._advice():
+            self.time.before_step(time.monotonic())
+        output = super().schedule(*args, **kwargs)
+        with self._advice():
+            started = [self.requests[new.req_id] for new in output.scheduled_new_reqs]
+            self.time.after_step(started, list(output.scheduled_cached_reqs.resumed_req_ids), time.monotonic())
+        return output
+
+    def update_from_output(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
+        """Stock; and if the engine may sleep now, see that it wakes up in time."""
+        outputs = super().update_from_output(scheduler_output, *args, **kwargs)
+        if self.time is not None:
+            with self._advice():
+                self.time.complete_step(scheduler_output.total_num_scheduled_tokens, time.monotonic())
+                self._arm()
+        return outputs
+
+    def has_requests(self) -> bool:
+        """Also when something of ours is due: the step that follows takes it off the list."""
+        return super().has_requests() or (self.time is not None and self.time.alarm.is_due(time.monotonic()))
+
+    def bind_waker(self, wake: Callable[[], None]) -> None:
+        """`wake` makes the engine loop look for work; callable from any thread."""
+        if self.time is not None:
+            self.time.alarm.wake = wake
+
+    def _arm(self) -> None:
+        if self.time is not None and not super().has_requests():
+            self.time.alarm.arm(time.monotonic(), self.time.is_stalled)
+
+    # --- what the API server asks for -------------------------------------------------------------------
+
+    def tokencake_events(self, events: list[dict[str, Any]], received: float) -> dict[str, Any]:
+        """Take them in, then see whose stall changed."""
+        answer = super().tokencake_events(events, received)
+        if self.time is not None:
+            now = time.monotonic()
+            for event, outcome in zip(events, answer["outcomes"], strict=True):
+                if outcome in ("applied", "late"):
+                    with self._advice():
+                        self.time.hear(event, now)
+            with self._advice():
+                self._forecast_file.save(now)
+                self._arm()
+        return answer
+
+    def tokencake_state(self, session: str | None, app: str | None, limit: int) -> dict[str, Any]:
+        """The registry's state, with where each session's KV is."""
+        state = super().tokencake_state(session, app, limit)
+        if self.time is not None:
+            for name, view in state["sessions"].items():
+                view["kv"] = self.time.residency(name)
+        return state
+
+    def tokencake_wipe(self) -> int:
+        """With `debug_checksums`: overwrite every free device block, to prove that what is hit later was copied."""
+        if self.time is None or not self.time.settings.debug_checksums:
+            return 0
+        return self.time.cache.wipe()
+
+    def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
+        """Stock, after everything that we hold was given back."""
+        if self.time is None:
+            return super().reset_prefix_cache(*args, **kwargs)
+        self.time.is_resetting = True
+        try:
+            with self._advice():
+                self.time.reset()
+            return super().reset_prefix_cache(*args, **kwargs)
+        finally:
+            self.time.is_resetting = False

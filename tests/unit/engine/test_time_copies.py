@@ -1,0 +1,147 @@
+"""The worker's copies on CPU tensors: every layout, and every way to fail."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm", reason="the plug-in's tests need vLLM")
+
+import torch
+
+from tokencake_vllm.connector import Reports
+from tokencake_vllm.copies import Job, NoCopier, ThreadCopier, block_views, host_pools, make_copier
+
+BLOCKS, LAYERS = 6, 3
+
+
+def fill(tensor: Any) -> Any:
+    return tensor.copy_(torch.arange(tensor.numel()).reshape(tensor.shape))
+
+
+def layers_of_one_allocation() -> dict[str, Any]:
+    storage = fill(torch.empty(LAYERS, BLOCKS, 2, 4, 8))
+    return {f"layer{number}": storage[number] for number in range(LAYERS)}
+
+
+def layers_inside_each_block() -> dict[str, Any]:
+    storage = fill(torch.empty(BLOCKS, LAYERS, 2, 4, 8))
+    return {f"layer{number}": storage[:, number] for number in range(LAYERS)}
+
+
+def separate_layers() -> dict[str, Any]:
+    return {f"layer{number}": fill(torch.empty(BLOCKS, 2, 4, 8)) + number for number in range(LAYERS)}
+
+
+def kernel_blocks() -> dict[str, Any]:
+    return {f"layer{number}": fill(torch.empty(BLOCKS * 2, 2, 2, 8)) + number for number in range(LAYERS)}
+
+
+def keys_and_values_first() -> dict[str, Any]:
+    return {f"layer{number}": fill(torch.empty(2, BLOCKS, 4, 8)) + number for number in range(LAYERS)}
+
+
+LAYOUTS = [
+    layers_of_one_allocation,
+    layers_inside_each_block,
+    separate_layers,
+    kernel_blocks,
+    keys_and_values_first,
+]
+
+
+def block_of(caches: dict[str, Any], block: int) -> list[Any]:
+    """A block of each layer, found without the code under test."""
+    found = []
+    for cache in caches.values():
+        if cache.shape[0] == BLOCKS * 2:
+            found.append(cache[2 * block : 2 * block + 2].clone())
+        else:
+            found.append((cache[block] if cache.shape[0] == BLOCKS else cache[:, block]).clone())
+    return found
+
+
+def finish(copier: Any, count: int = 1) -> list[Any]:
+    done: list[Any] = []
+    until = time.monotonic() + 10
+    while len(done) < count:
+        assert time.monotonic() < until
+        done += copier.finished()
+        time.sleep(0.001)
+    return done
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_block_comes_back_bit_by_bit(layout: Any) -> None:
+    caches = layout()
+    copier = make_copier(caches, BLOCKS, 4, checks=True)
+    before = [block_of(caches, block) for block in (1, 4)]
+    others = [block_of(caches, block) for block in (0, 2, 3)]
+    copier.start(Job(1, "store", (1, 4), (3, 0)))
+    finish(copier)
+    copier.start(Job(2, "wipe", (1, 4, 5)))
+    finish(copier)
+    assert not torch.equal(block_of(caches, 1)[0], before[0][0])
+    copier.start(Job(3, "load", (5, 1), (3, 0)))
+    (done,) = finish(copier)
+    assert done.ok
+    for block, expected in zip((5, 1), before, strict=True):
+        assert all(torch.equal(one, two) for one, two in zip(block_of(caches, block), expected, strict=True))
+    for block, expected in zip((0, 2, 3), others, strict=True):
+        assert all(torch.equal(one, two) for one, two in zip(block_of(caches, block), expected, strict=True))
+    copier.close()
+
+
+def test_layers_that_lie_evenly_are_copied_as_one() -> None:
+    assert len(block_views(layers_of_one_allocation(), BLOCKS)) == 1
+    assert len(block_views(layers_inside_each_block(), BLOCKS)) == 1
+    assert len(block_views(separate_layers(), BLOCKS)) == LAYERS
+
+
+def test_a_shared_cache_is_copied_once() -> None:
+    caches = separate_layers()
+    caches["again"] = caches["layer0"]
+    assert len(block_views(caches, BLOCKS)) == LAYERS
+
+
+def test_a_job_that_cannot_be_done_is_reported_and_the_next_goes_on() -> None:
+    copier = make_copier(separate_layers(), BLOCKS, 4, checks=False)
+    copier.start(Job(1, "store", (1,), (99,)))
+    copier.start(Job(2, "store", (1,), (2,)))
+    assert {done.job.id: done.ok for done in finish(copier, 2)} == {1: False, 2: True}
+    copier.close()
+
+
+def test_a_block_that_changed_on_the_host_fails_its_checksum() -> None:
+    views = block_views(separate_layers(), BLOCKS)
+    pools = host_pools(views, 4)
+    copier = ThreadCopier(views, pools, checks=True)
+    copier.start(Job(1, "store", (1,), (2,)))
+    finish(copier)
+    pools[0][2] += 1
+    copier.start(Job(2, "load", (3,), (2,)))
+    (done,) = finish(copier)
+    assert not done.ok
+    copier.close()
+
+
+def test_without_host_memory_every_job_fails_and_nothing_raises() -> None:
+    def refuse(*_: Any) -> Any:
+        raise MemoryError("no")
+
+    copier = make_copier(separate_layers(), BLOCKS, 4, checks=False, allocate=refuse)
+    assert isinstance(copier, NoCopier)
+    copier.start(Job(1, "store", (1,), (2,)))
+    assert [done.ok for done in copier.finished()] == [False]
+    copier.close()
+
+
+def test_a_layout_that_is_not_known_turns_copying_off() -> None:
+    assert isinstance(make_copier({"layer": torch.empty(5, 5)}, 4, 4, checks=False), NoCopier)
+
+
+def test_reports_of_two_ranks_add_up() -> None:
+    one, two = Reports({1: (1, 0.5, True), 2: (1, 0.1, True)}), Reports({1: (1, 0.7, False)})
+    assert one.aggregate(two) == Reports({1: (2, 0.7, False), 2: (1, 0.1, True)})

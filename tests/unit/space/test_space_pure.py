@@ -1,0 +1,132 @@
+"""Paths, promises, answer lengths, swaps and the decision log, from values."""
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tokencake.decision_log import Decision, DecisionLog
+from tokencake.lengths import AnswerLengths
+from tokencake.paths import remaining_s
+from tokencake.promises import Promise, peak_blocks, tokens_until_free
+from tokencake.settings import SettingsError, section
+from tokencake.space_settings import SpaceSettings
+from tokencake.swap import Candidate, swap_victims
+
+SETTINGS = SpaceSettings(swap_oldest=1, swap_from=2)
+
+
+def test_the_way_to_the_end_is_the_longest_one():
+    cost = {"a": 1.0, "b": 5.0, "c": 2.0, "d": 1.0}
+    edges = [("a", "b"), ("a", "c"), ("b", "d"), ("c", "d")]
+
+    assert remaining_s(cost, edges, cost.__getitem__) == {"a": 7.0, "b": 6.0, "c": 3.0, "d": 1.0}
+
+
+def test_a_loop_is_entered_once():
+    edges = [("agent", "tools"), ("tools", "agent"), ("agent", "end")]
+
+    assert remaining_s(["agent", "tools", "end"], edges, lambda _: 1.0)["agent"] == 2.0
+
+
+def test_a_graph_may_be_deeper_than_the_stack():
+    names = [str(number) for number in range(5_000)]
+
+    found = remaining_s(names, list(itertools.pairwise(names)), lambda _: 1.0)
+
+    assert found["0"] == 5_000
+
+
+def test_a_call_holds_back_what_it_needs_until_its_end_only():
+    short, long = Promise(16, 0, 10), Promise(160, 0, 0)
+
+    # At 16 tokens both have grown by a block; the ten that the short one gives back are the long one's room.
+    assert peak_blocks([short, long], 16) == 2
+    assert peak_blocks([long], 16) == 10
+    assert peak_blocks([], 16) == 0
+
+
+def test_blocks_come_free_with_the_ends_of_calls():
+    promises = [Promise(32, 0, 5), Promise(64, 0, 5)]
+
+    assert tokens_until_free(promises, 3, 3, 16) == 0
+    assert tokens_until_free(promises, 4, 3, 16) == 32
+    assert tokens_until_free(promises, 12, 3, 16) == 64
+
+
+@given(st.lists(st.builds(Promise, st.integers(1, 500), st.integers(0, 40), st.integers(0, 40)), max_size=12))
+def test_one_promise_more_never_lowers_the_peak_of_those_that_end_before_it(promises):
+    last = Promise(1_000, 3, 0)
+
+    assert peak_blocks([*promises, last], 16) >= peak_blocks(promises, 16)
+
+
+def test_lengths_are_a_quantile_once_enough_are_known():
+    lengths = AnswerLengths()
+    for tokens in (10, 20, 30):
+        lengths.learn("writer", tokens)
+    assert lengths.quantile("writer", 0.5) is None
+
+    lengths.learn("writer", 400)
+
+    assert lengths.quantile("writer", 0.5) == 30
+    assert lengths.quantile("writer", 1.0) == 400
+
+
+def candidates(*calls, freed=10, shared=0, left=1_000):
+    return [Candidate(call, freed, shared, left) for call in calls]
+
+
+def test_an_old_application_may_push_out_a_young_one(call):
+    old, young = call("old"), call("young", now=1.0)
+
+    victims = swap_victims(old, 5, candidates(young), ["old", "young"], SETTINGS)
+
+    assert [victim.call for victim in victims] == [young]
+
+
+def test_nobody_is_pushed_out_in_vain(call):
+    old, young = call("old"), call("young", now=1.0)
+    ages = ["old", "young"]
+
+    assert swap_victims(old, 11, candidates(young), ages, SETTINGS) == []
+    assert swap_victims(young, 5, candidates(old), ages, SETTINGS) == []
+    assert swap_victims(old, 5, candidates(young, left=SETTINGS.swap_patience_tokens), ages, SETTINGS) == []
+    young.swaps = SETTINGS.swaps_per_call
+    assert swap_victims(old, 5, candidates(young), ages, SETTINGS) == []
+
+
+def test_the_youngest_application_gives_way_with_one_call_where_one_is_enough(call):
+    old, middle, young, twin = call("old"), call("b", now=1.0), call("c", now=2.0), call("c", now=2.0)
+    running = [*candidates(middle, freed=9), Candidate(young, 20, 0, 500), Candidate(twin, 9, 0, 500)]
+
+    assert [v.call for v in swap_victims(old, 8, running, ["old", "b", "c"], SETTINGS)] == [twin]
+
+
+def test_blocks_that_two_calls_share_come_free_when_both_give_way(call):
+    old, young, twin = call("old"), call("c", now=2.0), call("c", now=2.0)
+
+    victims = swap_victims(old, 50, candidates(young, twin, freed=5, shared=40), ["old", "c"], SETTINGS)
+
+    assert [victim.call for victim in victims] == [young, twin]
+
+
+def test_the_log_keeps_the_same_words_about_a_call_once_and_is_bounded():
+    log = DecisionLog(2)
+
+    def add(request, words, at):
+        return log.add(Decision(at, request, request, "app", None, "waits", words), words)
+
+    assert [add("a", "x", 1.0), add("a", "x", 2.0), add("a", "y", 3.0), add("b", "x", 4.0)] == [True, False, True, True]
+    assert [entry["words"] for entry in log.view(100.0, call=None, app=None, limit=10)] == ["y", "x"]
+    assert [entry["at"] for entry in log.view(100.0, call="b", app=None, limit=10)] == [104.0]
+    assert log.view(0.0, call=None, app="other", limit=10) == []
+
+
+def test_settings_refuse_what_they_do_not_know():
+    assert section({"tokencake": {"space": {"policy": "paper"}}}, "space", SpaceSettings).policy == "paper"
+    with pytest.raises(SettingsError, match="one of ours, paper"):
+        section({"tokencake": {"space": {"policy": "fair"}}}, "space", SpaceSettings)
+    with pytest.raises(SettingsError, match="the settings are answer_quantile"):
+        section({"tokencake": {"space": {"reserve": 1}}}, "space", SpaceSettings)

@@ -1,0 +1,105 @@
+"""Whose prefix is wanted again, and until when?"""
+
+from __future__ import annotations
+
+import pytest
+
+from tokencake.forecast import Forecast
+from tokencake.protocol import Hint, Stage
+from tokencake.records import Call, Session, ToolCall, Wait
+from tokencake.stalls import Chain, Chains, expected_rest, give_up_after
+
+KEYS = [bytes([number]) * 4 for number in range(10)]
+OTHER = [bytes([100 + number]) * 4 for number in range(10)]
+
+
+def hint(**fields: object) -> Hint:
+    return Hint(session="s", agent="a", **fields)
+
+
+def stalled(chains: Chains, name: str, keys: list[bytes], **fields: object) -> None:
+    chains.arrive(name, keys[:1], hint(**fields), 0.0)
+    chains.stall(name, keys, 1.0, 100.0)
+
+
+def test_the_call_that_extends_a_chain_ends_its_stall() -> None:
+    chains = Chains()
+    stalled(chains, "one", KEYS[:4])
+    parent = chains.arrive("two", KEYS[:6], hint(), 2.0)
+    assert parent is not None
+    assert parent.id == "one"
+    assert list(chains.by_id) == ["two"]
+
+
+def test_a_fan_out_is_waited_for_to_its_last_branch() -> None:
+    chains = Chains()
+    stalled(chains, "one", KEYS[:4], out_degree=2)
+    chains.arrive("two", KEYS[:6], hint(), 2.0)
+    assert "one" in chains.by_id
+    chains.arrive("three", [*KEYS[:4], *OTHER[:2]], hint(), 2.0)
+    assert "one" not in chains.by_id
+
+
+def test_an_answer_in_other_tokens_is_taken_for_the_same_session() -> None:
+    chains = Chains()
+    stalled(chains, "one", KEYS[:6])
+    parent = chains.arrive("two", [*KEYS[:4], *OTHER[:4]], hint(), 2.0)
+    assert parent is not None
+    stalled(chains, "three", KEYS[:8])
+    assert chains.arrive("four", [*KEYS[:2], *OTHER[:4]], hint(), 2.0) is None
+
+
+def test_a_block_is_dead_when_nobody_wants_it() -> None:
+    chains = Chains()
+    stalled(chains, "one", KEYS[:4])
+    stalled(chains, "two", [*KEYS[:2], *OTHER[:2]])
+    removed = chains.remove("one")
+    assert removed is not None
+    assert chains.dead(removed) == [KEYS[3], KEYS[2]]
+    chains.remove("two")
+    assert (chains.wanted, chains._stalled_at, chains._by_session) == ({}, {}, {})
+
+
+def chain(**fields: object) -> Chain:
+    return Chain("c", KEYS, hint(**fields), "stalled", 0.0)
+
+
+def median(given: Chain, tools: list[ToolCall], now: float = 0.0, session: Session | None = None) -> float:
+    call = Call("c", given.hint, 0.0, 10, tools=dict(enumerate(tools)))
+    return expected_rest(given, call, session, Forecast(), now).quantile(0.5)
+
+
+def test_before_events_the_hint_tells_which_tools_may_come() -> None:
+    assert median(chain(expects_tools={"short": 1.0, "long": 30.0}), []) == pytest.approx(30.0, rel=0.2)
+
+
+def test_of_several_tools_the_longest_counts() -> None:
+    tools = [ToolCall("x", started_s=0.0, estimate_s=2.0), ToolCall("y", started_s=0.0, estimate_s=40.0)]
+    assert median(chain(), tools) == pytest.approx(40.0, rel=0.2)
+    tools[1].ended_s = 5.0
+    assert median(chain(), tools) == pytest.approx(2.0, rel=0.2)
+
+
+def test_stages_tell_the_rest() -> None:
+    stages = (Stage("query", 2.0), Stage("embed", 3.0), Stage("generate", 20.0))
+    tool = ToolCall("rag", started_s=0.0, stages=stages)
+    assert median(chain(), [tool]) == pytest.approx(25.0, rel=0.2)
+    tool.stage = "generate"
+    assert median(chain(), [tool], now=4.0) == pytest.approx(20.0, rel=0.3)
+
+
+def test_a_fraction_tells_the_pace() -> None:
+    tool = ToolCall("build", started_s=0.0, estimate_s=1.0, fraction=0.25)
+    assert median(chain(), [tool], now=10.0) == pytest.approx(30.0, rel=0.3)
+
+
+def test_a_human_is_waited_for_like_a_tool() -> None:
+    session = Session("s", "a", None, 0.0, waits={"human": Wait(0.0, 300.0)})
+    assert median(chain(), [], session=session) == pytest.approx(300.0, rel=0.2)
+
+
+def test_a_stall_is_given_up_at_its_deadline_or_after_four_times_its_late_quantile() -> None:
+    rest = Forecast().stall(None, None, 100.0)
+    assert give_up_after(rest, [50.0, None]) == 50.0
+    assert give_up_after(rest, []) == pytest.approx(4 * rest.quantile(0.9))
+    assert give_up_after(Forecast().stall(None, None, 0.1), []) == 60.0

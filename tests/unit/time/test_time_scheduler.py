@@ -1,0 +1,178 @@
+"""What a policy says when a call ends, in seconds."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from tokencake.forecast import Forecast
+from tokencake.rates import Rates
+from tokencake.replacement import distance_s
+from tokencake.settings import SettingsError, section
+from tokencake.time_scheduler import Finished, Ours, Paper, TimeSettings, policy_of
+
+SETTINGS = TimeSettings()
+BLOCK_BYTES = 3 * 2**20
+
+
+def rates() -> Rates:
+    """3 MiB blocks, 25 GB/s each way, 7,500 tokens/s."""
+    made = Rates(BLOCK_BYTES, 16)
+    made.to_host.seconds = made.to_device.seconds = BLOCK_BYTES / 25e9
+    made.prefill.seconds = 1 / 7_500
+    return made
+
+
+def finished(stall_s: float = 8.0, **changed: Any) -> Finished:
+    """A call of 9,000 tokens that asked for a tool on a busy device."""
+    usual = Finished(
+        reuse="extends",
+        is_over=False,
+        rest=Forecast().stall(None, None, stall_s),
+        queue_s=0.0,
+        blocks=563,
+        missing=563,
+        host_free=10_000,
+        device_blocks=3_049,
+        free_blocks=700,
+        pinned_blocks=0,
+        waiting_calls=0,
+        waiting_blocks=0,
+        fitting_blocks=0,
+        importance=0.0,
+        is_near_end=False,
+        recent_stores=0,
+    )
+    return replace(usual, **changed)
+
+
+def ours(call: Finished, settings: TimeSettings = SETTINGS) -> str:
+    return Ours().at_finish(call, rates(), settings).action
+
+
+def paper(call: Finished) -> tuple[str, str]:
+    decision = Paper().at_finish(call, rates(), SETTINGS)
+    return decision.action, decision.why
+
+
+def test_a_long_stall_pays_for_the_round_trip() -> None:
+    assert ours(finished(8.0)) == "offload"
+
+
+def test_a_final_answer_is_dropped() -> None:
+    assert ours(finished(reuse="final")) == "drop"
+    assert ours(finished(is_over=True)) == "drop"
+
+
+def test_a_short_stall_is_kept_where_there_is_room() -> None:
+    assert ours(finished(0.05)) == "keep"
+
+
+@pytest.mark.parametrize(
+    "tight", [{"pinned_blocks": 800}, {"free_blocks": 500}], ids=["the budget is spent", "nobody else would fit"]
+)
+def test_a_short_stall_is_left_alone_where_there_is_none(tight: dict[str, int]) -> None:
+    assert ours(finished(0.05, **tight)) == "leave"
+
+
+def test_a_short_stall_before_a_long_queue_is_a_long_gap() -> None:
+    assert ours(finished(0.05, queue_s=30.0, waiting_calls=40)) == "offload"
+
+
+def test_a_slow_link_makes_a_stall_short() -> None:
+    slow = rates()
+    slow.to_host.seconds = slow.to_device.seconds = BLOCK_BYTES / 0.5e9
+    assert Ours().at_finish(finished(2.0), slow, SETTINGS).action in ("keep", "leave")
+
+
+def test_what_is_cheaper_to_compute_than_to_copy_is_not_copied() -> None:
+    slow = rates()
+    slow.to_host.seconds = slow.to_device.seconds = 0.01
+    decision = Ours().at_finish(finished(600.0), slow, SETTINGS)
+    assert (decision.action, decision.why) == ("leave", "recompute is cheaper")
+
+
+def test_the_upload_begins_before_the_early_quantile() -> None:
+    rest = Forecast().stall(None, None, 8.0)
+    due_s = Ours().upload_in_s(rest, 563, rates(), SETTINGS)
+    assert due_s == pytest.approx(rest.quantile(0.2) - 0.1, abs=0.01)
+    assert Ours().upload_in_s(Forecast().stall(None, None, 0.1), 563, rates(), SETTINGS) == 0.0
+
+
+# --- the published gate -----------------------------------------------------------------------------
+
+BUSY = {"free_blocks": 600, "waiting_calls": 10, "waiting_blocks": 5_000, "fitting_blocks": 570}
+
+
+def test_paper_offloads_where_somebody_waits_who_fits() -> None:
+    assert paper(finished(8.0, **BUSY)) == ("offload", "pays")
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"fitting_blocks": 0}, "no waiting demand"),
+        ({"host_free": 10}, "host is full"),
+        ({"free_blocks": 2_000, "waiting_blocks": 100, "fitting_blocks": 100}, "low pressure"),
+        ({"importance": 10.0, "is_near_end": True}, "important"),
+        ({"reuse": "final"}, "not eligible"),
+    ],
+)
+def test_paper_rejects_in_the_published_order(change: dict[str, Any], why: str) -> None:
+    assert paper(finished(8.0, **{**BUSY, **change})) == ("leave", why)
+
+
+def test_paper_rejects_a_stall_shorter_than_the_transfer() -> None:
+    assert paper(finished(0.05, **BUSY)) == ("leave", "stall too short")
+    assert paper(finished(0.25, **BUSY)) == ("leave", "window too short")
+
+
+def test_paper_scores_with_the_published_constants() -> None:
+    call = finished(**{**BUSY, "importance": 2.0})
+    # stall 6, pressure 1.5, waiting 2, fit 570 of 563, upload is safe 1, room on the host 1, importance 0.7
+    assert Paper.score(call, 3.5, 0.5, 0.85) == pytest.approx(6 + 1.5 + 2 + 570 / 563 + 1 + 1 - 0.7)
+
+
+def test_paper_uploads_a_fixed_lead_before_the_predicted_end() -> None:
+    rest = Forecast().stall(None, None, 8.0)
+    assert Paper().upload_in_s(rest, 563, rates(), SETTINGS) == pytest.approx(rest.mean_s - 0.1)
+
+
+# --- replacement and settings -------------------------------------------------------------------------
+
+
+def test_the_queue_comes_before_the_stalled_and_these_before_the_running() -> None:
+    waiting = [distance_s("waiting", place, 0.0, 5, 2.0) for place in range(5)]
+    stalled = [distance_s("stalled", 5, rest_s, 5, 2.0) for rest_s in (0.0, 8.0)]
+    running = distance_s("running", 5, 1.0, 5, 2.0)
+    assert [*waiting, *stalled] == sorted([*waiting, *stalled])
+    assert waiting[-1] < stalled[0] < running
+
+
+def test_the_policy_is_taken_by_its_name() -> None:
+    assert isinstance(policy_of(TimeSettings(policy="paper")), Paper)
+    assert isinstance(policy_of(TimeSettings(policy="lru")), Ours)
+
+
+def settings_of(**raw: object) -> TimeSettings:
+    return section({"tokencake": {"time": raw}}, "time", TimeSettings)
+
+
+def test_settings_have_defaults() -> None:
+    assert settings_of() == TimeSettings()
+    assert settings_of(host_kv_gib=100, policy="paper").host_kv_gib == 100.0
+
+
+@pytest.mark.parametrize(
+    "raw", [{"polcy": "ours"}, {"policy": "best"}, {"host_kv_gib": -1}, {"upload_quantile": 2}, {"enabled": 1}]
+)
+def test_bad_settings_are_refused(raw: dict[str, object]) -> None:
+    with pytest.raises(SettingsError, match=r"tokencake\.time\."):
+        settings_of(**raw)
+
+
+def test_an_unknown_key_is_answered_with_the_known_ones() -> None:
+    with pytest.raises(SettingsError, match="host_kv_gib"):
+        settings_of(host_gib=1)
