@@ -162,10 +162,9 @@ class Registry:
         if tool is not None and tool.is_start_seen:
             return "duplicate"
         is_late = tool is not None
+        tool = tool or self._new_tool(call, event)
         if tool is None:
-            if len(call.tools) >= self.limits.tool_calls_per_call:
-                return "invalid"
-            tool = call.tools[event.tool_call] = ToolCall(event.tool)
+            return "invalid"
         tool.is_start_seen = True
         tool.tool, tool.estimate_s, tool.deadline_s = event.tool, event.estimate_s, event.deadline_s
         tool.stages = event.stages
@@ -194,11 +193,9 @@ class Registry:
         call = self.calls.get(event.call)
         if call is None:
             return "unknown"
-        tool = call.tools.get(event.tool_call)
+        tool = call.tools.get(event.tool_call) or self._new_tool(call, event)
         if tool is None:
-            if len(call.tools) >= self.limits.tool_calls_per_call:
-                return "invalid"
-            tool = call.tools[event.tool_call] = ToolCall(event.tool)
+            return "invalid"
         if not tool.is_open and tool.status is not None:
             return "duplicate"
         tool.ended_s, tool.status = now - event.ago_s, event.status
@@ -212,6 +209,13 @@ class Registry:
         self._note_stall(call)
         self._touch_session(call.hint, now)
         return "applied"
+
+    def _new_tool(self, call: Call, event: protocol.ToolStart | protocol.ToolEnd) -> ToolCall | None:
+        """The record of a tool call heard of for the first time; None where the call has too many."""
+        if len(call.tools) >= self.limits.tool_calls_per_call:
+            return None
+        tool = call.tools[event.tool_call] = ToolCall(event.tool)
+        return tool
 
     def _start_wait(self, event: protocol.StallStart, now: float) -> Outcome:
         session = self.sessions.get(event.session)
