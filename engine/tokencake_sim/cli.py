@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from tokencake.settings import SettingsError
 from tokencake_sim import calibrate, record
 from tokencake_sim.arrivals import ARRIVALS
 from tokencake_sim.engine import quiet_vllm
@@ -50,6 +51,16 @@ def _count(text: str) -> int:
     return value
 
 
+def _object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text} is not JSON: {error}") from None
+    if not isinstance(value, dict) or not all(isinstance(section, dict) for section in value.values()):
+        raise argparse.ArgumentTypeError(f"{text} is not an object of sections")
+    return value
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tokencake sim",
@@ -66,6 +77,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--arrivals", choices=ARRIVALS, default="equal", help="how they arrive (generators only)")
     add("--profile", choices=PROFILES, default="a800-qwen2.5-14b", help="the modelled device")
     add("--policy", default="stock", help="see --list")
+    add(
+        "--settings",
+        type=_object,
+        default={},
+        metavar="JSON",
+        help='over a policy\'s own: {"space": {...}, "time": {...}}',
+    )
     add("--seed", type=int, default=1)
     add("--tool-noise", type=_not_negative, default=0.0, metavar="SIGMA", help="lognormal error of the tool times")
     add("--estimates", choices=ESTIMATES, help="what is said of tool times beforehand; default: as the workload has it")
@@ -92,7 +110,7 @@ def main(argv: Sequence[str]) -> int:
     except DeadlockError as error:
         print(f"tokencake sim: the run deadlocked: {error}", file=sys.stderr)
         return 1
-    except (SimulationError, OSError) as error:
+    except (SimulationError, SettingsError, OSError) as error:
         print(f"tokencake sim: {error}", file=sys.stderr)
         return 2
 
@@ -102,7 +120,7 @@ def _main(arguments: argparse.Namespace) -> int:
         print(_listing())
         return 0
     quiet_vllm()
-    policy = policy_named(arguments.policy)
+    policy = policy_named(arguments.policy).set_to(arguments.settings)
     workload = _workload(arguments)
     if arguments.save_workload is None:
         return _run(arguments, workload, policy)

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Literal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
+from tokencake.settings import SettingsError
 from tokencake_sim.engine import ConnectorSpec
 from tokencake_sim.errors import UnknownPolicyError
 from tokencake_sim.worker import NoWorker
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from vllm.v1.core.sched.scheduler import Scheduler
 
     from tokencake_sim.calls import Call
     from tokencake_sim.worker import Links, Worker
+
+
+Settings: TypeAlias = Mapping[str, Mapping[str, bool | float | str]]
+"""What the plug-in is set to, by section: `{"space": {...}, "time": {...}}`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +28,8 @@ class Policy:
 
     name: str
     summary: str
-    scheduler: Callable[[bool], type[Scheduler]]
-    """The class, for async scheduling or not; vLLM is imported in it."""
+    settings: Settings | None = None
+    """Of the TokenCake scheduler, which is off in the sections that are not there; None for vLLM's own scheduler."""
     connector: Callable[[int], ConnectorSpec] | None = None
     """The connector for so many blocks of host memory."""
     worker: Callable[[Links, int], Worker] | None = None
@@ -35,6 +39,25 @@ class Policy:
     kv_blocks: int | None = None
     """In place of the profile's."""
     is_recompute_free: bool = False
+
+    def scheduler(self, is_async: bool) -> type[Scheduler]:
+        """The class, for async scheduling or not; it brings its settings along."""
+        return _stock(is_async) if self.settings is None else _tokencake(is_async, self.settings)
+
+    def set_to(self, settings: Settings) -> Policy:
+        """The same policy with `settings` over its own.
+
+        Raises:
+            SettingsError: this is vLLM's own scheduler, or a section of ours that the policy leaves off.
+        """
+        for section in settings:
+            if self.settings is None or section not in self.settings:
+                raise SettingsError(
+                    f"policy {self.name} has no section {section} to set; "
+                    f"its sections are {', '.join(self.settings or ()) or 'none'}"
+                )
+        own = self.settings or {}
+        return replace(self, settings={name: {**own[name], **settings.get(name, {})} for name in own})
 
     def make_worker(self, links: Links, block_bytes: int) -> Worker:
         """The modelled worker of the connector, or one that has nothing to do."""
@@ -48,40 +71,20 @@ def _stock(is_async: bool) -> type[Scheduler]:
     return AsyncScheduler if is_async else Scheduler
 
 
-def _plugin(is_async: bool) -> type[Scheduler]:
+def _tokencake(is_async: bool, settings: Settings) -> type[Scheduler]:
     from tokencake_vllm.scheduler import TokenCakeAsyncScheduler, TokenCakeScheduler  # noqa: PLC0415  as above
 
-    return TokenCakeAsyncScheduler if is_async else TokenCakeScheduler
+    base: Any = TokenCakeAsyncScheduler if is_async else TokenCakeScheduler
+    sections = {
+        name: {"enabled": True, **settings[name]} if name in settings else {"enabled": False}
+        for name in ("space", "time")
+    }
 
+    def configured(self: Any, *args: Any, **kwargs: Any) -> None:
+        kwargs["vllm_config"].additional_config = {"tokencake": sections}
+        base.__init__(self, *args, **kwargs)
 
-def space(**settings: bool | float | str) -> Callable[[bool], type[Scheduler]]:
-    """The plug-in with its Space Scheduler on and set to `settings`."""
-
-    def scheduler(is_async: bool) -> type[Scheduler]:
-        base: Any = _plugin(is_async)
-
-        def configured(self: Any, *args: Any, **kwargs: Any) -> None:
-            kwargs["vllm_config"].additional_config = {"tokencake": {"space": {"enabled": True, **settings}}}
-            base.__init__(self, *args, **kwargs)
-
-        return type(base.__name__, (base,), {"__init__": configured})
-
-    return scheduler
-
-
-def time(**settings: bool | float | str) -> Callable[[bool], type[Scheduler]]:
-    """The plug-in with its Time Scheduler set to `settings`, its Space Scheduler off."""
-
-    def scheduler(is_async: bool) -> type[Scheduler]:
-        base: Any = _plugin(is_async)
-
-        def configured(self: Any, *args: Any, **kwargs: Any) -> None:
-            kwargs["vllm_config"].additional_config = {"tokencake": {"space": {"enabled": False}, "time": settings}}
-            base.__init__(self, *args, **kwargs)
-
-        return type(base.__name__, (base,), {"__init__": configured})
-
-    return scheduler
+    return type(base.__name__, (base,), {"__init__": configured})
 
 
 def _time_connector(host_blocks: int) -> ConnectorSpec:
@@ -114,62 +117,72 @@ UNLIMITED_BLOCKS: Final = 60_000
 POLICIES: Final = {
     policy.name: policy
     for policy in (
-        Policy("stock", "vLLM as it is: FCFS, prefix caching, chunked prefill", _stock),
+        Policy("stock", "vLLM as it is: FCFS, prefix caching, chunked prefill"),
         Policy(
             "stock+host",
             "stock with a host tier: stores every finished call, LRU, loads on a hit, coalesced",
-            _stock,
             connector=_host_tier,
             worker=_host_tier_worker,
         ),
         Policy(
             "priority",
             "vLLM's priority policy: older application first, most remaining work first inside it",
-            _stock,
             vllm_policy="priority",
             priority_of=_oldest_application_first,
         ),
-        Policy("plugin", "the TokenCake scheduler as installed", _plugin),
-        Policy("space", "our Space Scheduler, no host memory", space()),
+        Policy("plugin", "the TokenCake scheduler with both of its parts off: decides as stock", {}),
+        Policy(
+            "ours",
+            "TokenCake: our Space and our Time Scheduler",
+            {"space": {}, "time": {}},
+            connector=_time_connector,
+            worker=_time_worker,
+        ),
+        Policy("time", "ours in part: the Time Scheduler", {"time": {}}, _time_connector, _time_worker),
+        Policy("space", "ours in part: the Space Scheduler, no host memory", {"space": {}}),
         Policy(
             "space+host",
-            "our Space Scheduler on the host tier of stock+host",
-            space(),
+            "ours in part: the Space Scheduler on the host tier of stock+host",
+            {"space": {}},
             connector=_host_tier,
             worker=_host_tier_worker,
         ),
         Policy(
-            "paper+host",
-            "the published request score and memory partition on the host tier of stock+host",
-            space(policy="paper"),
-            connector=_host_tier,
-            worker=_host_tier_worker,
-        ),
-        Policy("time", "our Time Scheduler", time(), connector=_time_connector, worker=_time_worker),
-        Policy(
-            "time-lru",
-            "our Time Scheduler, the host's least recently used go first",
-            time(policy="lru"),
+            "paper",
+            "the published schedulers: score, memory partition, gate, upload lead",
+            {"space": {"policy": "paper"}, "time": {"policy": "paper"}},
             connector=_time_connector,
             worker=_time_worker,
         ),
         Policy(
-            "time-paper",
-            "the published gate, score and upload lead",
-            time(policy="paper"),
+            "paper-time",
+            "paper in part: the gate, score and upload lead of the Time Scheduler",
+            {"time": {"policy": "paper"}},
+            connector=_time_connector,
+            worker=_time_worker,
+        ),
+        Policy(
+            "paper-space+host",
+            "paper in part: the request score and memory partition on the host tier of stock+host",
+            {"space": {"policy": "paper"}},
+            connector=_host_tier,
+            worker=_host_tier_worker,
+        ),
+        Policy(
+            "time-lru",
+            "time with least-recently-used replacement",
+            {"time": {"policy": "lru"}},
             connector=_time_connector,
             worker=_time_worker,
         ),
         Policy(
             "unlimited",
             f"bound: stock with {UNLIMITED_BLOCKS} KV blocks on the device",
-            _stock,
             kv_blocks=UNLIMITED_BLOCKS,
         ),
         Policy(
             "no-recompute",
             "bound: stock, computing a prefix again takes no time",
-            _stock,
             is_recompute_free=True,
         ),
     )

@@ -38,13 +38,17 @@ class Alarm:
         while self.is_due(now_s):
             yield heapq.heappop(self._due)[2]
 
-    def arm(self, now_s: float, is_live: Callable[[str], bool]) -> None:
-        """The engine is about to sleep: see that it is woken for the first chain that is still of interest."""
+    def next_s(self, is_live: Callable[[str], bool]) -> float | None:
+        """When the first chain that is still of interest wants to be looked at; None where none does."""
         while self._due and not is_live(self._due[0][2]):
             heapq.heappop(self._due)
-        if self.wake is None or not self._due:
+        return self._due[0][0] if self._due else None
+
+    def arm(self, now_s: float, is_live: Callable[[str], bool]) -> None:
+        """The engine is about to sleep: see that it is woken for the first chain that is still of interest."""
+        when_s = self.next_s(is_live)
+        if self.wake is None or when_s is None:
             return
-        when_s = self._due[0][0]
         if self._timer is not None and self._timer.is_alive():
             if self._timer_s <= when_s:
                 return

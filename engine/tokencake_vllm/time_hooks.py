@@ -97,6 +97,10 @@ class TimeMixin(_Base):
         """Also when something of ours is due: the step that follows takes it off the list."""
         return super().has_requests() or (self.time is not None and self.time.alarm.is_due(time.monotonic()))
 
+    def next_due_s(self) -> float | None:
+        """When the engine wants a step although it may have no call; None where it does not."""
+        return None if self.time is None else self.time.alarm.next_s(self.time.is_stalled)
+
     def bind_waker(self, wake: Callable[[], None]) -> None:
         """`wake` makes the engine loop look for work; callable from any thread."""
         if self.time is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import pytest
@@ -10,7 +9,6 @@ import pytest
 pytest.importorskip("vllm", reason="the plug-in's tests need vLLM")
 
 from tokencake_sim import App, Node, Options, Prefix, Profile, Tool, Workload, policy_named, simulate
-from tokencake_sim.policies import space
 from tokencake_sim.profiles import ModelShape
 
 SMALL = Profile(
@@ -35,7 +33,7 @@ SMALL = Profile(
 def run(workload: Workload, policy: str, *, settings: dict[str, Any] | None = None, **options: Any) -> Any:
     chosen = policy_named(policy)
     if settings is not None:
-        chosen = dataclasses.replace(chosen, scheduler=space(**settings))
+        chosen = chosen.set_to({"space": settings})
     return simulate(workload, SMALL, chosen, Options(**options))
 
 
@@ -55,7 +53,7 @@ def crowd() -> Workload:
 
 
 @pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
-@pytest.mark.parametrize("policy", ["space", "space+host", "paper+host"])
+@pytest.mark.parametrize("policy", ["space", "space+host", "paper-space+host"])
 def test_the_plug_in_makes_no_mistake_and_leaves_nothing_admissible_idle(
     crowd: Workload, policy: str, is_async: bool
 ) -> None:
@@ -98,7 +96,7 @@ def test_swapped_calls_are_swapped_a_few_times_at_most_and_all_end(crowd: Worklo
     assert max(call["preemptions"] for call in result.timeline["calls"]) <= 2 + 4
 
 
-@pytest.mark.parametrize("policy", ["space+host", "paper+host"])
+@pytest.mark.parametrize("policy", ["space+host", "paper-space+host"])
 @pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
 def test_two_loads_that_hold_each_others_memory_do_not_stop_the_engine(policy: str, is_async: bool) -> None:
     """Of 20 blocks one call needs 17 and one 11, half of each comes from the host at the same time."""
