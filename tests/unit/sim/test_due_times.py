@@ -1,9 +1,8 @@
-import dataclasses
-
 import pytest
 from vllm.v1.core.sched import scheduler as vllm_scheduler
 
-from tokencake_sim import App, DeadlockError, Node, Options, Tool, Workload, policy_named
+from tokencake_sim import App, DeadlockError, Node, Options, Tool, Workload
+from tokencake_sim.policies import Policy
 from tokencake_sim.simulate import simulate
 
 STALLED = (Node("first", "n", 20, 4, tool=Tool("t", 5.0, 10)), Node("last", "n", 5, 4, ("first",)))
@@ -29,9 +28,12 @@ def prepare(profile, due_s, *, is_deaf=False, is_refusing=False):
         def _handle_blocked_waiting_request(self, request):
             return not is_refusing and super()._handle_blocked_waiting_request(request)
 
-    policy = dataclasses.replace(policy_named("stock"), scheduler=lambda _: Due)
+    class OnTime(Policy):
+        def scheduler(self, is_async):
+            return Due
+
     workload = Workload("test", (App("a", "k", 0.0, STALLED),), "the test")
-    return stepped, lambda: simulate(workload, profile, policy, Options())
+    return stepped, lambda: simulate(workload, profile, OnTime("on-time", "is due"), Options())
 
 
 def test_an_idle_scheduler_is_stepped_at_its_due_times(small):

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokencake_sim import App, DeadlockError, NeverFitsError, Node, Options, Tool, Workload, WorkloadError, policy_named
-from tokencake_sim.policies import POLICIES
+from tokencake_sim import App, DeadlockError, NeverFitsError, Node, Options, Tool, Workload, WorkloadError
+from tokencake_sim.policies import POLICIES, Policy
 from tokencake_sim.simulate import simulate
 
 
@@ -144,10 +144,12 @@ def test_a_policy_that_admits_nobody_is_caught_with_the_state(small):
         def _handle_blocked_waiting_request(self, request):
             return False
 
-    policy = dataclasses.replace(policy_named("stock"), scheduler=lambda _: Refusing)
+    class Refuse(Policy):
+        def scheduler(self, is_async):
+            return Refusing
 
     with pytest.raises(DeadlockError, match=r"no event is pending\n.*139 of 139 blocks free\n  a/n: WAITING, 0 of 20"):
-        simulate(workload_of(Node("n", "n", 20, 5)), small, policy, Options())
+        simulate(workload_of(Node("n", "n", 20, 5)), small, Refuse("refuse", "admits nobody"), Options())
 
 
 @st.composite
