@@ -11,22 +11,22 @@ import multiprocessing
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tokencake_sim import PROFILES, Options, generate, policy_named, simulate
 from tokencake_sim.arrivals import Arrivals
-from tokencake_sim.bench_page import write_page
+from tokencake_sim.bench_page import BOUNDS, COMPARED, SWEPT, TTFT, write_page
+from tokencake_sim.bench_pictures import OVER_TIME
 from tokencake_sim.published import QPS
+from tokencake_sim.simulate import ESTIMATES, Estimates
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "bench.md"
 PROFILE = "a800-qwen2.5-14b"
 GIB = float(2**30)
-
-COMPARED = ("stock", "stock+host", "priority")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +43,7 @@ class Case:
     tool_noise: float = 0.0
     host_gib: float | None = None
     link_gbps: float | None = None
+    estimates: Estimates | None = None
 
     @property
     def name(self) -> str:
@@ -52,29 +53,28 @@ class Case:
     @property
     def is_pictured(self) -> bool:
         """Whether the page shows this run over time."""
-        return (self.workload, self.qps, self.variant) == (
-            "code-writer",
-            max(QPS),
-            "plain",
-        ) and self.policy in COMPARED[:2]
+        is_shown = (self.workload, self.qps, self.variant) == ("code-writer", max(QPS), "plain")
+        return is_shown and self.policy in OVER_TIME
 
 
 def sweep() -> list[Case]:
     """All runs, the published ones first."""
-    cases = [Case("code-writer", qps, policy) for qps in QPS for policy in COMPARED]
-    cases += [Case("code-writer", 1.0, bound) for bound in ("no-recompute", "unlimited")]
+    cases = [Case("code-writer", qps, policy) for qps in QPS for policy in SWEPT]
+    cases += [Case("code-writer", 1.0, bound) for bound in BOUNDS]
     cases += [Case("deep-research", qps, policy) for qps in (0.2, 1.0) for policy in COMPARED]
     cases += [Case("mixed", 1.0, policy, apps=40) for policy in COMPARED]
-    cases += [Case("react", 1.0, policy) for policy in COMPARED]
-    cases += [
-        Case("code-writer", 1.0, policy, variant=f"poisson-{seed}", arrivals="poisson", seed=seed)
-        for seed in (1, 2)
-        for policy in COMPARED[:2]
+    cases += [Case(workload, 1.0, policy) for workload in ("react", "supervisor") for policy in COMPARED]
+    varied = [
+        *(Case("code-writer", 1.0, "", variant=f"poisson-{seed}", arrivals="poisson", seed=seed) for seed in (1, 2, 3)),
+        Case("code-writer", 1.0, "", variant="tool-noise-0.5", tool_noise=0.5),
+        Case("code-writer", 1.0, "", variant="host-20-gib", host_gib=20.0),
+        Case("code-writer", 1.0, "", variant="link-4-gbps", link_gbps=4.0),
     ]
-    cases += [Case("code-writer", 1.0, policy, variant="tool-noise-0.5", tool_noise=0.5) for policy in COMPARED[:2]]
-    cases += [Case("code-writer", 1.0, "stock+host", variant="host-20-gib", host_gib=20.0)]
-    cases += [Case("code-writer", 1.0, "stock+host", variant="link-4-gbps", link_gbps=4.0)]
-    return cases
+    cases += [replace(case, policy=policy) for case in varied for policy in COMPARED[1:]]
+    # stock and a store on the host know no estimates: these vary ours alone.
+    cases += [Case("code-writer", 1.0, "ours", variant=f"estimates-{kind}", estimates=kind) for kind in ESTIMATES[1:]]
+    slow_link = Case("code-writer", min(QPS), "", variant="link-4-gbps", link_gbps=4.0)
+    return cases + [replace(slow_link, policy=policy) for policy in TTFT]
 
 
 def run(case: Case) -> dict[str, Any]:
@@ -83,6 +83,7 @@ def run(case: Case) -> dict[str, Any]:
     options = Options(
         seed=case.seed,
         tool_noise=case.tool_noise,
+        estimates=case.estimates,
         host_bytes=None if case.host_gib is None else case.host_gib * GIB,
         link_bytes_per_s=None if case.link_gbps is None else case.link_gbps * 1e9,
     )

@@ -60,6 +60,7 @@ class Applications:
         self.calls: dict[str, Call] = {}
         self.stalled: dict[str, Call] = {}
         """Calls whose tool is running."""
+        self.kinds = {app.id: app.kind for app in workload.apps}
         self._clock = clock
         self._port = port
         self._vocabulary = vocabulary

@@ -6,8 +6,8 @@ import json
 import os
 from typing import TYPE_CHECKING, Any, Final
 
+from tokencake_sim.bench_pictures import draw
 from tokencake_sim.bench_words import INTRO, ON_CPU, POLICIES, RECORDED, WRONG
-from tokencake_sim.plots import Axes, gantt, lines, round_up, stacked
 from tokencake_sim.published import FORK, FORK_AT_ONE, PAPER_REDUCTION, QPS, Figures
 
 if TYPE_CHECKING:
@@ -15,6 +15,16 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 Metrics = dict[str, Any]
+Runs = dict[tuple[str, float, str], Metrics]
+"""By workload, rate and policy."""
+
+SWEPT: Final = ("stock", "stock+host", "priority", "paper", "time", "space", "space+host", "ours")
+"""Policies of the published sweep."""
+BOUNDS: Final = ("no-recompute", "unlimited")
+COMPARED: Final = ("stock", "stock+host", "paper", "ours")
+"""Policies on every workload and variation."""
+TTFT: Final = ("stock+host", "time", "ours")
+"""Policies whose first tokens after a tool are compared."""
 
 
 def write_page(results: Path, page: Path) -> None:
@@ -22,7 +32,7 @@ def write_page(results: Path, page: Path) -> None:
     found = {path.stem: json.loads(path.read_text()) for path in sorted(results.glob("*.json"))}
     runs = [run for run in found.values() if "variant" in run]
     plain = {(run["workload"], run["qps"], run["policy"]): run for run in runs if run["variant"] == "plain"}
-    pictures = _pictures(results, plain)
+    pictures = draw(results, plain)
     link = os.path.relpath(results, page.parent)
     sections = [
         INTRO,
@@ -33,7 +43,9 @@ def write_page(results: Path, page: Path) -> None:
         _versions(found.get("compare_versions")),
         _mechanism(plain),
         _others(plain),
+        _kinds(plain),
         _robustness(runs),
+        _after_tools(runs),
         _published(plain),
         "\n".join(["## Pictures\n", *(f"![{title}]({link}/{name})\n" for name, title in pictures)]),
         RECORDED,
@@ -59,13 +71,38 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "\n".join(["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns), *body, ""])
 
 
-def _code_writer(plain: dict[tuple[str, float, str], Metrics]) -> str:
-    policies = [p for p in ("stock", "stock+host", "priority") if ("code-writer", QPS[-1], p) in plain]
-    bounds = [p for p in ("no-recompute", "unlimited") if ("code-writer", QPS[-1], p) in plain]
-    rows = [[f"`{p}`", *(_cell(plain.get(("code-writer", qps, p))) for qps in QPS)] for p in policies + bounds]
+def _code_writer(plain: Runs) -> str:
+    policies = [p for p in (*SWEPT, *BOUNDS) if ("code-writer", QPS[-1], p) in plain]
+    rows = [[f"`{p}`", *(_cell(plain.get(("code-writer", qps, p))) for qps in QPS)] for p in policies]
     rows += [[f"published, {name}", *(_figures(found[qps]) for qps in QPS)] for name, found in FORK.items()]
     title = "## Code-writer: 24 applications, 648 calls, equal distances\n"
-    return "\n".join([title, _table(["QPS", *(f"{qps:g}" for qps in QPS)], rows)])
+    head = ["QPS", *(f"{qps:g}" for qps in QPS)]
+    ratios = [
+        [
+            f"`ours` / `{base}`",
+            *(_ratio(plain.get(("code-writer", qps, "ours")), plain.get(("code-writer", qps, base))) for qps in QPS),
+        ]
+        for base in COMPARED[:-1]
+    ]
+    return "\n".join([title, _table(head, rows), "As ratios:\n", _table(head, ratios)])
+
+
+def _ratio(run: Metrics | None, base: Metrics | None) -> str:
+    if run is None or base is None:
+        return "-"
+    mine, its = run["app_latency_s"], base["app_latency_s"]
+    pairs = ((run["makespan_s"], base["makespan_s"]), (mine["mean"], its["mean"]), (mine["p95"], its["p95"]))
+    return " / ".join(f"{value / of:.2f}" for value, of in pairs)
+
+
+def _published_ratio(qps: float) -> str:
+    base, combined = FORK["base"][qps], FORK["combined"][qps]
+    pairs = (
+        (combined.makespan_s, base.makespan_s),
+        (combined.mean_s, base.mean_s),
+        (combined.p95_s, base.p95_s),
+    )
+    return " / ".join(f"{value / of:.2f}" for value, of in pairs)
 
 
 def _errors(run: Metrics, figures: Figures) -> list[float]:
@@ -78,7 +115,7 @@ def _errors(run: Metrics, figures: Figures) -> list[float]:
     return [100 * (ours / theirs - 1) for ours, theirs in pairs]
 
 
-def _validity(plain: dict[tuple[str, float, str], Metrics]) -> str:
+def _validity(plain: Runs) -> str:
     rows = []
     for qps in QPS:
         run = plain.get(("code-writer", qps, "stock"))
@@ -148,8 +185,8 @@ _MECHANISM: Final[tuple[tuple[str, Callable[[Metrics], float], str], ...]] = (
 )
 
 
-def _mechanism(plain: dict[tuple[str, float, str], Metrics]) -> str:
-    names = ("stock", "stock+host", "priority", "no-recompute", "unlimited")
+def _mechanism(plain: Runs) -> str:
+    names = ("stock", "stock+host", "paper", "time", "space", "ours", *BOUNDS)
     runs = {name: plain[key] for name in names if (key := ("code-writer", QPS[-1], name)) in plain}
     if not runs:
         return ""
@@ -161,100 +198,95 @@ def _mechanism(plain: dict[tuple[str, float, str], Metrics]) -> str:
     return "\n".join(["## What happens inside, at QPS 1.0\n", _table(head, rows)])
 
 
-def _others(plain: dict[tuple[str, float, str], Metrics]) -> str:
+def _others(plain: Runs) -> str:
     keys = sorted({(workload, qps) for workload, qps, _ in plain if workload != "code-writer"})
-    names = ("stock", "stock+host", "priority")
-    rows = [[f"{w}, QPS {qps:g}", *(_cell(plain.get((w, qps, name))) for name in names)] for w, qps in keys]
-    head = ["workload", *(f"`{name}`" for name in names)]
+    rows = [
+        [
+            f"{workload}, QPS {qps:g}",
+            *(_cell(plain.get((workload, qps, name))) for name in COMPARED),
+            _ratio(plain.get((workload, qps, "ours")), plain.get((workload, qps, "stock+host"))),
+        ]
+        for workload, qps in keys
+    ]
+    head = ["workload", *(f"`{name}`" for name in COMPARED), "`ours` / `stock+host`"]
     return "\n".join(["## Other workloads\n", _table(head, rows)]) if rows else ""
 
 
+def _kinds(plain: Runs) -> str:
+    """What each class of traffic in a mixture gets."""
+    mixed = {name: run for name in COMPARED if (run := plain.get(("mixed", QPS[-1], name))) is not None}
+    if "stock+host" not in mixed or "ours" not in mixed:
+        return ""
+    rows = []
+    for kind, base in mixed["stock+host"]["kinds"].items():
+        ours = mixed["ours"]["kinds"][kind]
+        latencies = (f"{run['kinds'][kind]['app_latency_s']['mean']:.0f}" for run in mixed.values())
+        pairs = [(run["app_latency_s"]["mean"], run["ttft_s"]["p95"]) for run in (ours, base)]
+        ratio = " / ".join(f"{mine / its:.2f}" for mine, its in zip(*pairs, strict=True))
+        rows.append([kind, str(base["applications"]), *latencies, ratio])
+    head = ["kind", "applications", *(f"`{name}`, mean s" for name in mixed), "mean / P95 of TTFT, to `stock+host`"]
+    words = "The workload `mixed` by kind: whom does the order serve, and at whose cost?\n"
+    return "\n".join([words, _table(head, rows)])
+
+
 def _robustness(runs: list[Metrics]) -> str:
-    varied = {(run["variant"], run["policy"]): run for run in runs if run["variant"] != "plain"}
+    varied = {
+        (run["variant"], run["policy"]): run for run in runs if run["variant"] != "plain" and run["qps"] == QPS[-1]
+    }
     variants = sorted({variant for variant, _ in varied})
     rows = [
-        [variant, *(_cell(varied.get((variant, name))) for name in ("stock", "stock+host"))] for variant in variants
+        [
+            variant,
+            *(_cell(varied.get((variant, name))) for name in COMPARED[1:]),
+            _ratio(varied.get((variant, "ours")), varied.get((variant, "stock+host"))),
+        ]
+        for variant in variants
     ]
-    head = ["variation", "`stock`", "`stock+host`"]
+    head = ["variation", *(f"`{name}`" for name in COMPARED[1:]), "`ours` / `stock+host`"]
     return "\n".join(["## Code-writer at QPS 1.0, varied\n", _table(head, rows)]) if rows else ""
 
 
-def _published(plain: dict[tuple[str, float, str], Metrics]) -> str:
-    rows = []
-    for qps in QPS:
-        ours = [plain.get(("code-writer", qps, name)) for name in ("stock", "stock+host")]
-        base, combined = FORK["base"][qps], FORK["combined"][qps]
-        ratios = "-"
-        if ours[0] is not None and ours[1] is not None:
-            stock, tier = ours[0], ours[1]
-            ratios = (
-                f"{tier['makespan_s'] / stock['makespan_s']:.2f} / "
-                f"{tier['app_latency_s']['mean'] / stock['app_latency_s']['mean']:.2f}"
-            )
-        theirs = f"{combined.makespan_s / base.makespan_s:.2f} / {combined.mean_s / base.mean_s:.2f}"
-        rows.append([f"{qps:g}", theirs, ratios])
+def _after_tools(runs: list[Metrics]) -> str:
+    """First tokens after a tool where the device is not overrun."""
+    found = {
+        (run["variant"], run["policy"]): run["ttft_after_tool_s"]
+        for run in runs
+        if run["workload"] == "code-writer" and run["qps"] == QPS[0]
+    }
+    variants = sorted({variant for variant, name in found if name == "ours"})
+    rows = [
+        [
+            variant,
+            *(
+                f"{ttft['p50']:.2f} / {ttft['p95']:.2f}" if (ttft := found.get((variant, name))) is not None else "-"
+                for name in TTFT
+            ),
+        ]
+        for variant in variants
+    ]
+    words = "Code-writer at QPS 0.05: first token of the call after a tool, median / 95th percentile in seconds.\n"
+    head = ["variation", *(f"`{name}`" for name in TTFT)]
+    return "\n".join(["## After a tool\n", words, _table(head, rows)]) if rows else ""
+
+
+def _published(plain: Runs) -> str:
+    rows = [
+        [
+            f"{qps:g}",
+            _published_ratio(qps),
+            *(
+                _ratio(plain.get(("code-writer", qps, name)), plain.get(("code-writer", qps, "stock")))
+                for name in COMPARED[1:]
+            ),
+        ]
+        for qps in QPS
+    ]
     paper = ", ".join(f"{100 * share:.1f} % against {name}" for name, share in PAPER_REDUCTION.items())
     return "\n".join(
         [
-            "## What a host tier alone gives, and what has been published\n",
-            "End to end and mean latency as a share of stock. The published system has the same host memory.\n",
-            _table(["QPS", "published combined / base", "here `stock+host` / `stock`"], rows),
+            "## Beside what has been published\n",
+            "Share of stock. The published system has the same host memory.\n",
+            _table(["QPS", "published combined / base", *(f"`{name}` / `stock`" for name in COMPARED[1:])], rows),
             f"The paper itself reports, in another set-up (20 applications, 1 QPS), a mean latency lower by {paper}.\n",
         ]
     )
-
-
-# --- pictures -----------------------------------------------------------------------------------
-
-_PICTURED_SAMPLES: Final = 80
-
-
-def _pictures(results: Path, plain: dict[tuple[str, float, str], Metrics]) -> list[tuple[str, str]]:
-    written: list[tuple[str, str]] = []
-
-    def write(name: str, title: str, svg: str) -> None:
-        (results / name).write_text(svg, encoding="utf-8")
-        written.append((name, title))
-
-    latencies = {
-        policy: [
-            (place, plain[key]["app_latency_s"]["mean"])
-            for place, qps in enumerate(QPS)
-            if (key := ("code-writer", qps, policy)) in plain
-        ]
-        for policy in ("stock", "stock+host", "priority")
-    }
-    shown: dict[str, list[tuple[float, float]]] = {name: list(points) for name, points in latencies.items() if points}
-    shown |= {
-        f"published {name}": [(p, FORK[name][q].mean_s) for p, q in enumerate(QPS)] for name in ("base", "combined")
-    }
-    highest = max(y for points in shown.values() for _, y in points)
-    title = "Code-writer: mean application latency"
-    axes = Axes(title, "applications per second", "seconds", len(QPS) - 1, round_up(highest), [f"{q:g}" for q in QPS])
-    write("latency.svg", title, lines(axes, shown, dashed=[name for name in shown if name.startswith("published")]))
-    for policy in ("stock", "stock+host"):
-        path = results / f"code-writer_1_{policy.replace('+', '-with-')}_plain.timeline.json"
-        if path.exists():
-            _timeline_pictures(policy, json.loads(path.read_text()), write)
-    return written
-
-
-def _timeline_pictures(policy: str, timeline: Metrics, write: Callable[[str, str, str], None]) -> None:
-    samples = _thinned(timeline["kv"])
-    kinds = {"running": "running", "pinned": "copied", "stalled": "stalled, cached", "other_cached": "other, cached"}
-    series = {label: [(s["time_s"], s[kind]) for s in samples] for kind, label in kinds.items()}
-    name = policy.replace("+", "-with-")
-    title = f"KV blocks over time, code-writer at QPS 1.0, {policy}"
-    axes = Axes(title, "seconds", "share of the blocks", round_up(samples[-1]["time_s"]), 1.0)
-    write(f"kv-{name}.svg", title, stacked(axes, series))
-    app = timeline["calls"][0]["app"]
-    calls = [call for call in timeline["calls"] if call["app"] == app]
-    title = f"The first application, {policy}"
-    write(f"gantt-{name}.svg", title, gantt(title, calls))
-
-
-def _thinned(samples: list[Metrics]) -> list[Metrics]:
-    """Means of neighbouring samples, few enough to be told apart in a picture."""
-    size = -(-len(samples) // _PICTURED_SAMPLES)
-    parts = [samples[start : start + size] for start in range(0, len(samples), size)]
-    return [{key: sum(sample[key] for sample in part) / len(part) for key in part[0]} for part in parts]

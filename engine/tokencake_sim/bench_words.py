@@ -29,6 +29,10 @@ POLICIES: Final = """\
 | `stock` | vLLM as it is: first come first served, prefix caching, chunked prefill |
 | `stock+host` | stock with 100 GiB of host memory: stores what finishes, loads on a hit, forgets the least recent |
 | `priority` | vLLM's priority policy, older application first, most work left first inside it; no host memory |
+| `paper` | the published schedulers, both, with their constants, on the same host memory |
+| `ours` | TokenCake with its defaults: Space and Time Scheduler, on the same host memory |
+| `time` | the Time Scheduler alone |
+| `space`, `space+host` | the Space Scheduler alone, without host memory and on that of `stock+host` |
 | `no-recompute` | bound: stock, where computing again a prefix that was lost takes no time |
 | `unlimited` | bound: stock with 60,000 KV blocks |
 

@@ -36,6 +36,24 @@ def _link(link: Link) -> dict[str, float]:
     return {"bytes": link.copied_bytes, "seconds": link.busy_s, "jobs": link.jobs}
 
 
+def _kinds(applications: Applications, calls: Iterable[Call]) -> dict[str, dict[str, Any]]:
+    """Every kind of application by itself: what one class of traffic pays for another shows here only."""
+    latencies: dict[str, list[float]] = {}
+    theirs: dict[str, list[Call]] = {}
+    for app, latency_s in applications.latencies_s().items():
+        latencies.setdefault(applications.kinds[app], []).append(latency_s)
+    for call in calls:
+        theirs.setdefault(call.app.kind, []).append(call)
+    return {
+        kind: {
+            "applications": len(values),
+            "app_latency_s": summary(values),
+            "ttft_s": _between(theirs.get(kind, ()), "arrived_s", "first_token_s"),
+        }
+        for kind, values in sorted(latencies.items())
+    }
+
+
 def report(
     *,
     applications: Applications,
@@ -60,6 +78,7 @@ def report(
         "ttft_after_tool_s": _between((c for c in calls if c.is_after_tool), "arrived_s", "first_token_s"),
         "queue_s": _between(calls, "arrived_s", "scheduled_s"),
         "decode_s": _between(calls, "first_token_s", "finished_s"),
+        "kinds": _kinds(applications, calls),
         "critical_call_latency_s": _between((c for c in calls if c.place.is_critical), "arrived_s", "finished_s"),
         "prompt_tokens": sum(call.texts.prompt_tokens for call in calls),
         "output_tokens": sum(call.answered_tokens for call in calls),

@@ -46,6 +46,26 @@ def test_the_page_has_a_cell_for_each_run_and_its_pictures_are_pictures(tmp_path
         assert path.name in page
 
 
+def test_ours_stands_beside_what_it_is_measured_against(tmp_path, run, crowd):
+    found = {name: run(crowd, name).metrics for name in ("stock+host", "ours")}
+    runs = [("code-writer", 1.0, "plain"), ("mixed", 1.0, "plain"), ("code-writer", 1.0, "host-20-gib")]
+    runs += [("code-writer", 0.05, "plain")]
+    for workload, qps, variant in runs:
+        for name, metrics in found.items():
+            case = {**metrics, "workload": workload, "qps": qps, "variant": variant}
+            (tmp_path / f"{workload}-{qps}-{name}-{variant}.json").write_text(json.dumps(case))
+
+    write_page(tmp_path, tmp_path / "bench.md")
+
+    page = (tmp_path / "bench.md").read_text()
+    ratio = f"{found['ours']['makespan_s'] / found['stock+host']['makespan_s']:.2f} / "
+    assert f"| `ours` / `stock+host` | {ratio}" in page
+    assert "| crowd | 4 |" in page
+    assert "| host-20-gib |" in page
+    median_s = found["ours"]["ttft_after_tool_s"]["p50"]
+    assert f"{median_s:.2f} / " in page.split("## After a tool")[1]
+
+
 def test_a_gantt_has_a_row_for_each_call(run, crowd):
     calls = [call for call in run(crowd).timeline["calls"] if call["app"] == "app-0"]
 
