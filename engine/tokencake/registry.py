@@ -13,7 +13,8 @@ from typing import Any, Final, assert_never
 
 from tokencake import protocol
 from tokencake.protocol import Event, Hint, Outcome
-from tokencake.records import App, Call, Session, ToolCall, Wait, call_view, session_view
+from tokencake.records import App, Call, Session
+from tokencake.stall_events import ToolEvent, WaitEvent, note_tool, note_wait
 
 MAX_GRAPHS_ASKED: Final = 16
 """Graphs asked for in one answer to a client."""
@@ -131,16 +132,10 @@ class Registry:
 
     def _apply(self, event: Event, now: float) -> Outcome:
         match event:
-            case protocol.ToolStart():
-                outcome = self._start_tool(event, now)
-            case protocol.ToolProgress():
-                outcome = self._progress_tool(event, now)
-            case protocol.ToolEnd():
-                outcome = self._end_tool(event, now)
-            case protocol.StallStart():
-                outcome = self._start_wait(event, now)
-            case protocol.StallEnd():
-                outcome = self._end_wait(event, now)
+            case protocol.ToolStart() | protocol.ToolProgress() | protocol.ToolEnd():
+                outcome = self._hear_tool(event, now)
+            case protocol.StallStart() | protocol.StallEnd():
+                outcome = self._hear_wait(event, now)
             case protocol.SessionEnd():
                 session = self.sessions.get(event.session)
                 outcome = _end(session, event.status)
@@ -154,102 +149,24 @@ class Registry:
                 assert_never(event)
         return outcome
 
-    def _start_tool(self, event: protocol.ToolStart, now: float) -> Outcome:
+    def _hear_tool(self, event: ToolEvent, now: float) -> Outcome:
         call = self.calls.get(event.call)
         if call is None:
             return "unknown"
-        tool = call.tools.get(event.tool_call)
-        if tool is not None and tool.is_start_seen:
-            return "duplicate"
-        is_late = tool is not None
-        tool = tool or self._new_tool(call, event)
-        if tool is None:
-            return "invalid"
-        tool.is_start_seen = True
-        tool.tool, tool.estimate_s, tool.deadline_s = event.tool, event.estimate_s, event.deadline_s
-        tool.stages = event.stages
-        if tool.started_s is None:
-            tool.started_s = now - event.ago_s
-        self._note_stall(call)
-        self._touch_session(call.hint, now)
-        return "late" if is_late else "applied"
+        outcome = note_tool(call, event, now, self.limits.tool_calls_per_call)
+        if outcome not in ("unknown", "duplicate", "invalid"):
+            self._note_stall(call)
+            self._touch_session(call.hint, now)
+            duration_s = call.tools[event.tool_call].duration_s
+            if isinstance(event, protocol.ToolEnd) and duration_s is not None:
+                self.observe("tool_s", duration_s)
+        return outcome
 
-    def _progress_tool(self, event: protocol.ToolProgress, now: float) -> Outcome:
-        call = self.calls.get(event.call)
-        tool = call.tools.get(event.tool_call) if call else None
-        if call is None or tool is None:
-            return "unknown"
-        fraction = tool.fraction if event.fraction is None else event.fraction
-        stage = event.stage or tool.stage
-        if not tool.is_open or (fraction or 0) < (tool.fraction or 0):
-            return "late"
-        if (stage, fraction) == (tool.stage, tool.fraction):
-            return "duplicate"
-        tool.stage, tool.fraction = stage, fraction
-        self._touch_session(call.hint, now)
-        return "applied"
-
-    def _end_tool(self, event: protocol.ToolEnd, now: float) -> Outcome:
-        call = self.calls.get(event.call)
-        if call is None:
-            return "unknown"
-        tool = call.tools.get(event.tool_call) or self._new_tool(call, event)
-        if tool is None:
-            return "invalid"
-        if not tool.is_open and tool.status is not None:
-            return "duplicate"
-        tool.ended_s, tool.status = now - event.ago_s, event.status
-        if event.duration_s is not None:
-            tool.duration_s = event.duration_s
-            tool.started_s = tool.ended_s - event.duration_s
-        elif tool.started_s is not None:
-            tool.duration_s = max(0.0, tool.ended_s - tool.started_s)
-        if tool.duration_s is not None:
-            self.observe("tool_s", tool.duration_s)
-        self._note_stall(call)
-        self._touch_session(call.hint, now)
-        return "applied"
-
-    def _new_tool(self, call: Call, event: protocol.ToolStart | protocol.ToolEnd) -> ToolCall | None:
-        """The record of a tool call heard of for the first time; None where the call has too many."""
-        if len(call.tools) >= self.limits.tool_calls_per_call:
-            return None
-        tool = call.tools[event.tool_call] = ToolCall(event.tool)
-        return tool
-
-    def _start_wait(self, event: protocol.StallStart, now: float) -> Outcome:
+    def _hear_wait(self, event: WaitEvent, now: float) -> Outcome:
         session = self.sessions.get(event.session)
         if session is None:
             return "unknown"
-        started_s = now - event.ago_s
-        wait = session.waits.get(event.kind)
-        if wait is not None and wait.ended_s is None:
-            return "duplicate"
-        if started_s < session.arrived_s or (
-            wait is not None and wait.ended_s is not None and started_s < wait.ended_s
-        ):
-            return "late"
-        self._keep_wait(session, event.kind, Wait(started_s, event.estimate_s))
-        return "applied"
-
-    def _end_wait(self, event: protocol.StallEnd, now: float) -> Outcome:
-        session = self.sessions.get(event.session)
-        if session is None:
-            return "unknown"
-        ended_s = now - event.ago_s
-        wait = session.waits.get(event.kind)
-        if wait is None:  # its start may still come, and is late then
-            self._keep_wait(session, event.kind, Wait(ended_s, ended_s=ended_s))
-            return "applied"
-        if wait.ended_s is not None:
-            return "late"
-        wait.ended_s = max(wait.started_s, ended_s)
-        return "applied"
-
-    def _keep_wait(self, session: Session, kind: str, wait: Wait) -> None:
-        if kind not in session.waits and len(session.waits) >= self.limits.waits_per_session:
-            session.waits.pop(next(iter(session.waits)))
-        session.waits[kind] = wait
+        return note_wait(session, event, now, self.limits.waits_per_session)
 
     def _end_stalls(self, session: Session, now: float, but: str | None = None) -> None:
         """Presume that everything `session` waited for is over, but for the tools of the call `but`.
@@ -352,7 +269,12 @@ class Registry:
         if call is not None and (session := self.sessions.get(call.hint.session)):
             session.calls.pop(call_id, None)
 
-    # --- views ------------------------------------------------------------------------------------
+    # --- numbers ----------------------------------------------------------------------------------
+
+    @property
+    def totals(self) -> dict[str, int]:
+        """How much is known now."""
+        return {"sessions": len(self.sessions), "calls": len(self.calls), "live_calls": len(self._requests)}
 
     def observe(self, metric: str, seconds: float) -> None:
         """Keep one duration for the histogram `metric`."""
@@ -377,42 +299,6 @@ class Registry:
         self.counts = Counter()
         self._observed = {metric: [] for metric in self._observed}
         return drained
-
-    def state(
-        self, epoch_offset_s: float, *, session: str | None = None, app: str | None = None, limit: int = 1_000
-    ) -> dict[str, Any]:
-        """The newest `limit` calls (of one session or app), their sessions and apps, as JSON.
-
-        Args:
-            epoch_offset_s: added to every time, to turn the monotonic clock into seconds since the epoch.
-            session: only this session.
-            app: only calls of this application.
-            limit: at most so many calls.
-        """
-        chosen: list[Call] = []
-        for call in reversed(self.calls.values()):
-            if len(chosen) >= limit:
-                break
-            if session in (None, call.hint.session) and app in (None, call.hint.app):
-                chosen.append(call)
-        chosen.reverse()
-        names = dict.fromkeys(call.hint.session for call in chosen)
-        apps = dict.fromkeys(call.hint.app for call in chosen if call.hint.app)
-
-        def when(seconds: float | None) -> float | None:
-            return None if seconds is None else round(seconds + epoch_offset_s, 6)
-
-        return {
-            "v": protocol.VERSION,
-            "totals": {"sessions": len(self.sessions), "calls": len(self.calls), "live_calls": len(self._requests)},
-            "apps": {
-                name: {"first_seen": when(self.apps[name].first_seen_s), "ended": self.apps[name].ended}
-                for name in apps
-                if name in self.apps
-            },
-            "sessions": {name: session_view(self.sessions[name], when) for name in names if name in self.sessions},
-            "calls": [call_view(call, when) for call in chosen],
-        }
 
 
 def _end(record: Session | App | None, status: protocol.ToolStatus) -> Outcome:

@@ -18,7 +18,9 @@ from vllm.v1.request import Request, RequestStatus
 
 from tokencake import protocol
 from tokencake.registry import Registry
+from tokencake.views import state_view
 from tokencake_vllm.space_hooks import SpaceMixin
+from tokencake_vllm.step_log import StepMixin
 from tokencake_vllm.time_hooks import TimeMixin
 
 if TYPE_CHECKING:
@@ -109,9 +111,13 @@ class TokenCakeMixin(_Base):
         outcomes = [self.registry.apply(protocol.parse_event(event), now - waited_s) for event in events]
         return {"outcomes": outcomes, "need": self.registry.unknown_graphs()}
 
-    def tokencake_state(self, session: str | None, app: str | None, limit: int) -> dict[str, Any]:
-        """`Registry.state` in seconds since the epoch."""
-        return self.registry.state(time.time() - time.monotonic(), session=session, app=app, limit=limit)
+    def tokencake_state(
+        self, session: str | None, app: str | None, limit: int, tenant: str | None = None
+    ) -> dict[str, Any]:
+        """`state_view` in seconds since the epoch."""
+        return state_view(
+            self.registry, time.time() - time.monotonic(), session=session, app=app, tenant=tenant, limit=limit
+        )
 
     def tokencake_metrics(self) -> dict[str, Any]:
         """`Registry.drain`."""
@@ -126,11 +132,11 @@ class TokenCakeMixin(_Base):
             logger.exception("TokenCake: a defect of the plug-in; the request goes on as in stock vLLM")
 
 
-class TokenCakeScheduler(TimeMixin, SpaceMixin, TokenCakeMixin, Scheduler):
+class TokenCakeScheduler(StepMixin, TimeMixin, SpaceMixin, TokenCakeMixin, Scheduler):
     """For engines without async scheduling."""
 
 
-class TokenCakeAsyncScheduler(TimeMixin, SpaceMixin, TokenCakeMixin, AsyncScheduler):
+class TokenCakeAsyncScheduler(StepMixin, TimeMixin, SpaceMixin, TokenCakeMixin, AsyncScheduler):
     """For engines with async scheduling."""
 
 

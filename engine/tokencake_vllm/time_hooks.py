@@ -126,9 +126,11 @@ class TimeMixin(_Base):
                 self._arm()
         return answer
 
-    def tokencake_state(self, session: str | None, app: str | None, limit: int) -> dict[str, Any]:
+    def tokencake_state(
+        self, session: str | None, app: str | None, limit: int, tenant: str | None = None
+    ) -> dict[str, Any]:
         """The registry's state, with where each session's KV is."""
-        state = super().tokencake_state(session, app, limit)
+        state = super().tokencake_state(session, app, limit, tenant)
         if self.time is not None:
             for name, view in state["sessions"].items():
                 view["kv"] = self.time.residency(name)

@@ -4,6 +4,7 @@ from hypothesis import strategies as st
 from tokencake import protocol
 from tokencake.protocol import Hint
 from tokencake.registry import Limits, Registry
+from tokencake.views import state_view
 
 
 def registry_with_call(call: str = "c", session: str = "s", **limits: float) -> Registry:
@@ -20,13 +21,13 @@ def add(registry: Registry, call: str, session: str, now: float = 100.0, **hint:
 
 
 def only_tool(registry: Registry) -> dict[str, object]:
-    (call,) = registry.state(0.0)["calls"]
+    (call,) = state_view(registry, 0.0)["calls"]
     (tool,) = call["tools"]
     return tool
 
 
 def test_the_state_tells_what_became_of_a_call() -> None:
-    (call,) = registry_with_call().state(epoch_offset_s=1_000.0)["calls"]
+    (call,) = state_view(registry_with_call(), epoch_offset_s=1_000.0)["calls"]
     assert (call["arrived"], call["scheduled"], call["finished"]) == (1_100.0, 1_101.0, 1_103.0)
     assert call["status"] == "finished"
     assert call["queue_s"] == 1.0
@@ -37,10 +38,10 @@ def test_the_state_tells_what_became_of_a_call() -> None:
 def test_an_open_tool_call_stalls_its_session_until_it_ends() -> None:
     registry = registry_with_call()
     assert registry.apply(protocol.ToolStart("c", "t", "search"), 104.0) == "applied"
-    assert registry.state(0.0)["sessions"]["s"]["status"] == "stalled"
+    assert state_view(registry, 0.0)["sessions"]["s"]["status"] == "stalled"
     assert registry.drain()["gauges"]["stalled_calls"] == 1
     assert registry.apply(protocol.ToolEnd("c", "t"), 106.0) == "applied"
-    assert registry.state(0.0)["sessions"]["s"]["status"] == "idle"
+    assert state_view(registry, 0.0)["sessions"]["s"]["status"] == "idle"
     assert registry.drain()["gauges"]["stalled_calls"] == 0
     assert only_tool(registry)["duration_s"] == 2.0
 
@@ -78,7 +79,7 @@ def test_events_of_a_call_that_is_not_known_are_unknown() -> None:
     assert registry.apply(protocol.StallEnd("s", "human"), 1.0) == "unknown"
     assert registry.apply(protocol.SessionEnd("s"), 1.0) == "unknown"
     assert registry.apply(protocol.AppEnd("a"), 1.0) == "unknown"
-    assert registry.state(0.0)["totals"] == {"sessions": 0, "calls": 0, "live_calls": 0}
+    assert state_view(registry, 0.0)["totals"] == {"sessions": 0, "calls": 0, "live_calls": 0}
 
 
 def test_progress_only_goes_forward() -> None:
@@ -96,7 +97,7 @@ def test_a_wait_that_is_no_tool_ends_with_the_next_call_of_its_session() -> None
     assert registry.apply(protocol.StallStart("s", "human"), 104.5) == "duplicate"
     add(registry, "c2", "s", now=110.0)
     assert registry.apply(protocol.StallEnd("s", "human"), 111.0) == "late"
-    wait = registry.state(0.0)["sessions"]["s"]["waits"]["human"]
+    wait = state_view(registry, 0.0)["sessions"]["s"]["waits"]["human"]
     assert (wait["start"], wait["end"], wait["estimate_s"]) == (104.0, 110.0, 60.0)
 
 
@@ -104,14 +105,14 @@ def test_a_wait_reported_after_the_call_that_ended_it_is_late() -> None:
     registry = registry_with_call()
     add(registry, "c2", "s", now=110.0)
     assert registry.apply(protocol.StallStart("s", "interrupt", ago_s=2.0), 111.0) == "late"
-    assert registry.state(0.0)["sessions"]["s"]["waits"] == {}
+    assert state_view(registry, 0.0)["sessions"]["s"]["waits"] == {}
 
 
 def test_a_wait_whose_end_comes_first_is_not_opened_by_its_start() -> None:
     registry = registry_with_call()
     assert registry.apply(protocol.StallEnd("s", "human"), 106.0) == "applied"
     assert registry.apply(protocol.StallStart("s", "human", ago_s=2.0), 107.0) == "late"
-    assert registry.state(0.0)["sessions"]["s"]["status"] == "idle"
+    assert state_view(registry, 0.0)["sessions"]["s"]["status"] == "idle"
 
 
 def test_a_tool_whose_end_got_lost_stalls_its_session_only_until_the_next_call() -> None:
@@ -119,10 +120,10 @@ def test_a_tool_whose_end_got_lost_stalls_its_session_only_until_the_next_call()
     registry.apply(protocol.ToolStart("c", "t", "search"), 104.0)
     add(registry, "c2", "s", now=110.0)
     registry.finish_call("c2", 1, is_aborted=False, now=111.0)
-    assert registry.state(0.0)["sessions"]["s"]["status"] == "idle"
+    assert state_view(registry, 0.0)["sessions"]["s"]["status"] == "idle"
     assert registry.drain()["gauges"]["stalled_calls"] == 0
     assert registry.apply(protocol.ToolEnd("c", "t", duration_s=3.0, ago_s=1.0), 112.0) == "applied"
-    assert registry.state(0.0)["calls"][0]["tools"][0]["duration_s"] == 3.0
+    assert state_view(registry, 0.0)["calls"][0]["tools"][0]["duration_s"] == 3.0
 
 
 def test_the_end_of_a_session_outlives_the_abort_of_its_last_call() -> None:
@@ -130,10 +131,10 @@ def test_the_end_of_a_session_outlives_the_abort_of_its_last_call() -> None:
     add(registry, "c", "s")
     assert registry.apply(protocol.SessionEnd("s"), 101.0) == "applied"
     registry.finish_call("c", 0, is_aborted=True, now=102.0)
-    assert registry.state(0.0)["sessions"]["s"]["status"] == "ended"
+    assert state_view(registry, 0.0)["sessions"]["s"]["status"] == "ended"
     add(registry, "c2", "s", now=103.0)
     registry.finish_call("c2", 0, is_aborted=False, now=104.0)
-    assert registry.state(0.0)["sessions"]["s"]["status"] == "idle"
+    assert state_view(registry, 0.0)["sessions"]["s"]["status"] == "idle"
 
 
 def test_a_stage_is_taken_after_a_fraction_and_leaves_it() -> None:
@@ -177,9 +178,9 @@ def test_requests_that_share_a_call_id_are_one_call() -> None:
     for request in ("r1", "r2"):
         registry.add_call(request, Hint(session="s", call="c"), prompt_tokens=100, now=100.0)
     registry.finish_call("r1", 5, is_aborted=False, now=101.0)
-    assert registry.state(0.0)["calls"][0]["status"] == "waiting"
+    assert state_view(registry, 0.0)["calls"][0]["status"] == "waiting"
     registry.finish_call("r2", 6, is_aborted=False, now=102.0)
-    (call,) = registry.state(0.0)["calls"]
+    (call,) = state_view(registry, 0.0)["calls"]
     assert (call["status"], call["finished"], call["output_tokens"]) == ("finished", 102.0, 11)
 
 
@@ -187,7 +188,7 @@ def test_a_repeated_call_starts_over_and_keeps_its_tools() -> None:
     registry = registry_with_call()
     registry.apply(protocol.ToolStart("c", "t", "search"), 104.0)
     add(registry, "c", "s", now=110.0)
-    (call,) = registry.state(0.0)["calls"]
+    (call,) = state_view(registry, 0.0)["calls"]
     assert (call["status"], call["arrived"], len(call["tools"])) == ("waiting", 110.0, 1)
 
 
@@ -234,7 +235,7 @@ def test_the_end_of_an_app_is_kept_beside_its_sessions() -> None:
     add(registry, "c", "s", app="a", app_started_ago_s=5.0)
     assert registry.apply(protocol.AppEnd("a"), 110.0) == "applied"
     assert registry.apply(protocol.AppEnd("a"), 111.0) == "duplicate"
-    assert registry.state(0.0)["apps"] == {"a": {"first_seen": 95.0, "ended": "ok"}}
+    assert state_view(registry, 0.0)["apps"] == {"a": {"first_seen": 95.0, "ended": "ok"}}
 
 
 def test_an_app_takes_the_sessions_with_it_that_are_named_after_it() -> None:
@@ -244,7 +245,7 @@ def test_an_app_takes_the_sessions_with_it_that_are_named_after_it() -> None:
     for call in ("c1", "c2"):
         registry.finish_call(call, 1, is_aborted=False, now=101.0)
     registry.apply(protocol.AppEnd("app-1"), 110.0)
-    sessions = registry.state(0.0)["sessions"]
+    sessions = state_view(registry, 0.0)["sessions"]
     assert (sessions["app-1/writer"]["status"], sessions["thread-1/writer"]["status"]) == ("ended", "idle")
 
 
@@ -252,9 +253,9 @@ def test_the_state_can_be_asked_for_one_session_or_app() -> None:
     registry = Registry()
     for number in range(4):
         add(registry, f"c{number}", f"s{number % 2}", app=f"a{number // 2}")
-    assert [call["call"] for call in registry.state(0.0, session="s1")["calls"]] == ["c1", "c3"]
-    assert [call["call"] for call in registry.state(0.0, app="a0")["calls"]] == ["c0", "c1"]
-    assert [call["call"] for call in registry.state(0.0, limit=1)["calls"]] == ["c3"]
+    assert [call["call"] for call in state_view(registry, 0.0, session="s1")["calls"]] == ["c1", "c3"]
+    assert [call["call"] for call in state_view(registry, 0.0, app="a0")["calls"]] == ["c0", "c1"]
+    assert [call["call"] for call in state_view(registry, 0.0, limit=1)["calls"]] == ["c3"]
 
 
 def test_a_drain_hands_out_each_count_once() -> None:
@@ -318,5 +319,5 @@ def test_no_order_of_calls_and_events_breaks_the_books(trace: list[object], paus
         }
         for call in registry.calls.values():
             assert registry.sessions[call.hint.session].calls[call.id] is call
-    registry.state(0.0)
+    state_view(registry, 0.0)
     registry.drain()

@@ -1,0 +1,121 @@
+"""How does the state show what the registry keeps? As JSON, times in seconds since the epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from tokencake import protocol
+
+if TYPE_CHECKING:
+    from tokencake.records import Call, Session
+    from tokencake.registry import Registry
+
+Clock: TypeAlias = Callable[[float | None], float | None]
+"""Turns a time of the engine's clock into what a reader of the state wants."""
+
+
+def state_view(
+    registry: Registry,
+    epoch_offset_s: float,
+    *,
+    session: str | None = None,
+    app: str | None = None,
+    tenant: str | None = None,
+    limit: int = 1_000,
+) -> dict[str, Any]:
+    """The newest `limit` calls, their sessions and apps.
+
+    Args:
+        registry: what is known.
+        epoch_offset_s: added to every time, to turn the monotonic clock into seconds since the epoch.
+        session: only this session.
+        app: only calls of this application.
+        tenant: only calls of sessions whose ids begin so.
+        limit: at most so many calls.
+    """
+    chosen: list[Call] = []
+    for call in reversed(registry.calls.values()):
+        if len(chosen) >= limit:
+            break
+        is_own = tenant is None or call.hint.session.startswith(tenant)
+        if is_own and session in (None, call.hint.session) and app in (None, call.hint.app):
+            chosen.append(call)
+    chosen.reverse()
+    names = dict.fromkeys(call.hint.session for call in chosen)
+    apps = dict.fromkeys(call.hint.app for call in chosen if call.hint.app)
+
+    def when(seconds: float | None) -> float | None:
+        return None if seconds is None else round(seconds + epoch_offset_s, 6)
+
+    return {
+        "v": protocol.VERSION,
+        "totals": registry.totals,
+        "apps": {
+            name: {"first_seen": when(registry.apps[name].first_seen_s), "ended": registry.apps[name].ended}
+            for name in apps
+            if name in registry.apps
+        },
+        "sessions": {name: session_view(registry.sessions[name], when) for name in names if name in registry.sessions},
+        "calls": [call_view(call, when) for call in chosen],
+    }
+
+
+def session_view(session: Session, when: Clock) -> dict[str, Any]:
+    """A session as JSON."""
+    open_waits = [kind for kind, wait in session.waits.items() if wait.ended_s is None]
+    is_stalled = open_waits or any(tool.is_open for call in session.calls.values() for tool in call.tools.values())
+    return {
+        "agent": session.agent,
+        "app": session.app,
+        "status": "running"
+        if session.live_requests
+        else "stalled"
+        if is_stalled
+        else "ended"
+        if session.ended
+        else "idle",
+        "touched": when(session.touched_s),
+        "waits": {
+            kind: {"start": when(wait.started_s), "end": when(wait.ended_s), "estimate_s": wait.estimate_s}
+            for kind, wait in session.waits.items()
+        },
+    }
+
+
+def call_view(call: Call, when: Clock) -> dict[str, Any]:
+    """A call and its tool calls as JSON."""
+    hint = call.hint
+    return {
+        "call": call.id,
+        "session": hint.session,
+        "app": hint.app,
+        "agent": hint.agent,
+        "graph": hint.graph,
+        "node": hint.node,
+        "parent_call": hint.parent_call,
+        "parent_tool_call": hint.parent_tool_call,
+        "status": call.status,
+        "arrived": when(call.arrived_s),
+        "scheduled": when(call.scheduled_s),
+        "finished": when(call.finished_s),
+        "queue_s": None if call.scheduled_s is None else call.scheduled_s - call.arrived_s,
+        "prompt_tokens": call.prompt_tokens,
+        "cached_tokens": {"device": call.cached_device_tokens, "host": call.cached_host_tokens},
+        "output_tokens": call.output_tokens,
+        "preemptions": call.preemptions,
+        "tools": [
+            {
+                "tool_call": tool_call,
+                "tool": tool.tool,
+                "start": when(tool.started_s),
+                "end": when(tool.ended_s),
+                "duration_s": tool.duration_s,
+                "status": tool.status,
+                "estimate_s": tool.estimate_s,
+                "stage": tool.stage,
+                "fraction": tool.fraction,
+            }
+            for tool_call, tool in call.tools.items()
+        ],
+    }
