@@ -8,6 +8,7 @@ because the operator who wrote it is there to read it.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from tokencake import parsing
@@ -29,7 +30,7 @@ def section(config: Mapping[str, Any] | None, name: str, kind: type[_Section]) -
     ours = (config or {}).get("tokencake", {})
     if not isinstance(ours, dict):
         raise SettingsError(f"additional-config tokencake is {parsing.shown(ours)}; expected an object")
-    known_sections = ("space", "time")
+    known_sections = ("measure", "space", "time")
     for key in ours:
         if key not in known_sections:
             raise SettingsError(f"tokencake.{key} is not known; the sections are {', '.join(known_sections)}")
@@ -43,3 +44,11 @@ def section(config: Mapping[str, Any] | None, name: str, kind: type[_Section]) -
         return parsing.record(kind, f"tokencake.{name}", raw)
     except ProtocolError as error:
         raise SettingsError(str(error)) from None
+
+
+@dataclass(frozen=True, slots=True)
+class MeasureSettings:
+    """The section `measure`: what the engine writes down of itself for `tokencake sim calibrate`."""
+
+    steps: int = parsing.may(parsing.count(100_000), 0)
+    """So many of the newest steps are kept with their lengths, for `GET /v1/tokencake/steps`. Default 0: none."""

@@ -1,15 +1,15 @@
 """How fast is this machine? Fits the rates of the cost model to the measured steps of a running engine.
 
-A step is one JSON object a line: `prefill_tokens`, `decode_seqs`, `kv_tokens_read` (context lengths of the decoding
-calls added up) and `seconds`.
+A step is a JSON object: `prefill_tokens`, `decode_seqs`, `kv_tokens_read` (context lengths of the decoding calls added
+up) and `seconds`. An engine keeps its steps with `--additional-config '{"tokencake": {"measure": {"steps": 5000}}}'`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -17,6 +17,7 @@ import numpy as np
 from tokencake_sim.cost import StepLoad
 from tokencake_sim.errors import SimulationError
 from tokencake_sim.profiles import PROFILES
+from tokencake_sim.source import read_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from tokencake_sim.profiles import Profile
 
 MIN_STEPS: Final = 20
+STEPS_PATH: Final = "/v1/tokencake/steps"
 
 
 class CalibrationError(SimulationError, ValueError):
@@ -38,20 +40,21 @@ class MeasuredStep:
     seconds: float
 
 
-def read_steps(path: Path) -> list[MeasuredStep]:
-    """Read one step a line.
+def read_steps(source: str, api_key: str | None = None) -> list[MeasuredStep]:
+    """Read them from an engine's URL, or from a file with its answer to `GET /v1/tokencake/steps`.
 
     Raises:
-        CalibrationError: a line is not a step.
+        SourceError: it cannot be read.
+        CalibrationError: it holds no steps.
     """
-    steps = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            raw = json.loads(line)
-            load = StepLoad(int(raw["prefill_tokens"]), int(raw["decode_seqs"]), int(raw["kv_tokens_read"]))
-            steps.append(MeasuredStep(load, float(raw["seconds"])))
-        except (ValueError, KeyError, TypeError) as error:
-            raise CalibrationError(f"{path}: line {number} is not a step: {error!r}") from None
+    try:
+        entries = json.loads(read_text(source, STEPS_PATH, api_key))["steps"]
+        steps = []
+        for entry in entries:
+            load = StepLoad(int(entry["prefill_tokens"]), int(entry["decode_seqs"]), int(entry["kv_tokens_read"]))
+            steps.append(MeasuredStep(load, float(entry["seconds"])))
+    except (ValueError, KeyError, TypeError) as error:
+        raise CalibrationError(f"{source} is no list of steps: {error!r}") from None
     return steps
 
 
@@ -110,12 +113,13 @@ def main(argv: Sequence[str]) -> int:
         CalibrationError: the steps do not determine the rates.
     """
     parser = argparse.ArgumentParser(prog="tokencake sim calibrate", description=__doc__)
-    parser.add_argument("steps", type=Path, help="measured steps, one JSON object a line")
+    parser.add_argument("steps", help="the URL of an engine, or a file with its answer to GET /v1/tokencake/steps")
+    parser.add_argument("--api-key", default=os.environ.get("OPENAI_API_KEY"), help="of the engine")
     parser.add_argument(
         "--profile", choices=PROFILES, default="cpu-smollm2-135m", help="what is not fitted is taken from"
     )
     arguments = parser.parse_args(argv)
-    steps = read_steps(arguments.steps)
+    steps = read_steps(arguments.steps, arguments.api_key)
     fitted = fit(steps, PROFILES[arguments.profile])
     print(json.dumps({**asdict(fitted), "mean_step_error": mean_error(steps, fitted)}, indent=1))
     return 0

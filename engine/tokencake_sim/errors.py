@@ -4,6 +4,7 @@
 SimulationError
 ├── WorkloadError           a workload cannot be run; carries `where`
 │   └── NeverFitsError      a call needs more KV blocks than the device has
+├── SourceError             a file or a server cannot be read
 ├── UnknownPolicyError      no policy has this name
 └── DeadlockError           nothing runs, something waits, and nothing will ever happen
 ```
@@ -28,6 +29,10 @@ class WorkloadError(SimulationError, ValueError):
 
 class NeverFitsError(WorkloadError):
     """A call needs more KV blocks than the device has; no policy can run it."""
+
+
+class SourceError(SimulationError, OSError):
+    """A file or a server cannot be read. The message says why and, where there is one, the way out."""
 
 
 class UnknownPolicyError(SimulationError, ValueError):

@@ -58,13 +58,18 @@ def links_of(group: Sequence[PastCall]) -> dict[str, Link]:
     """The link of every call of one application, whose calls are given in order of arrival."""
     parents = _parents(group)
     found = {}
-    for place, call in enumerate(group):
-        before = group[:place]
-        own = [other for other in before if other.session == call.session and other.finished_s <= call.arrived_s]
-        previous = own[-1] if own else None
+    sessions: dict[str, list[PastCall]] = {}
+    teams: dict[str | None, dict[str, PastCall]] = {}
+    for call in group:
+        parent = parents[call.id]
+        own = sessions.setdefault(call.session, [])
+        previous = next((other for other in reversed(own) if other.finished_s <= call.arrived_s), None)
         extends = previous is not None and call.prompt_tokens >= previous.prompt_tokens
-        team = [other for other in before if parents[other.id] is parents[call.id] and other.session != call.session]
-        found[call.id] = Link(parents[call.id], previous, extends, _waited_for(call, previous, team))
+        latest = teams.setdefault(None if parent is None else parent.id, {})
+        team = [other for session, other in latest.items() if session != call.session]
+        found[call.id] = Link(parent, previous, extends, _waited_for(call, previous, team))
+        own.append(call)
+        latest[call.session] = call
     return found
 
 
@@ -79,14 +84,14 @@ def _parents(group: Sequence[PastCall]) -> dict[str, PastCall | None]:
 
 
 def _waited_for(call: PastCall, previous: PastCall | None, team: Sequence[PastCall]) -> tuple[PastCall, ...]:
-    """Of the sessions of `team`, the calls that were over last, if `call` can have waited for them."""
-    latest = {other.session: other for other in team}.values()
+    """Of `team`, the newest call of each other session: those over last, if `call` can have waited for them."""
     over = [
         other
-        for other in latest
+        for other in team
         if other.over_s <= call.arrived_s and (previous is None or other.arrived_s >= previous.over_s)
     ]
-    return tuple(one for one in over if not any(other.arrived_s >= one.over_s for other in over))
+    newest_s = max((other.arrived_s for other in over), default=0.0)
+    return tuple(one for one in over if one.over_s > newest_s)
 
 
 def shared_prefixes(calls: Sequence[PastCall], links: Mapping[str, Link]) -> dict[str, int]:

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-import urllib.error
-import urllib.request
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
 
 from tokencake.protocol import MAX_ID_CHARS, STATE_PATH
 from tokencake_sim.errors import WorkloadError
 from tokencake_sim.fields import Fields
+from tokencake_sim.source import read_text
 
 MAX_CALLS: Final = 10_000
 _LAST_S: Final = 1e12
-_TIMEOUT_S: Final = 30.0
 _STATUSES: Final = ("waiting", "running", "finished", "aborted")
 
 
@@ -70,37 +67,11 @@ def read_past(source: str, api_key: str | None = None) -> PastRun:
     Raises:
         WorkloadError: it cannot be read, is no state, or a call in it makes no sense.
     """
-    is_url = source.startswith(("http://", "https://"))
-    text = _fetch(source, api_key) if is_url else _read(source)
     try:
-        raw = json.loads(text)
+        raw = json.loads(read_text(source, f"{STATE_PATH}?limit={MAX_CALLS}", api_key))
     except ValueError as error:
         raise WorkloadError(source, "the state", f"is not JSON: {error}") from None
     return _parse(source, raw)
-
-
-def _read(source: str) -> str:
-    try:
-        return Path(source).read_text(encoding="utf-8")
-    except OSError as error:
-        raise WorkloadError(source, "the file", f"cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise WorkloadError(source, "the file", f"is not UTF-8: {error}") from None
-
-
-def _fetch(source: str, api_key: str | None) -> str:
-    url = f"{source.rstrip('/')}{STATE_PATH}?limit={MAX_CALLS}"
-    headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
-    try:
-        # The scheme was looked at by `read_past`.
-        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=_TIMEOUT_S) as answer:  # noqa: S310
-            return str(answer.read().decode("utf-8"))
-    except urllib.error.HTTPError as error:
-        error.close()
-        way_out = "; give --api-key" if error.code in (401, 403) else ""
-        raise WorkloadError(source, STATE_PATH, f"answers {error.code} {error.reason}{way_out}") from None
-    except (OSError, ValueError) as error:
-        raise WorkloadError(source, STATE_PATH, f"cannot be read: {error}") from None
 
 
 def _parse(source: str, raw: Any) -> PastRun:

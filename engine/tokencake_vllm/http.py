@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 logger = init_logger("vllm.tokencake")
 
 DECISIONS_PATH: Final = "/v1/tokencake/decisions"
-MAX_STATE_CALLS: Final = 1_000
+STEPS_PATH: Final = "/v1/tokencake/steps"
+MAX_STATE_CALLS: Final = 10_000
 ANSWER_S: Final = 30.0
 """An engine core that takes longer is stuck or dead; vLLM itself would wait for its answer for ever."""
 
@@ -67,6 +68,7 @@ class TokenCakeEndpoints:
         app.add_api_route(protocol.EVENTS_PATH, _post_events, methods=["POST"], include_in_schema=True)
         app.add_api_route(protocol.STATE_PATH, _get_state, methods=["GET"], include_in_schema=True)
         app.add_api_route(DECISIONS_PATH, _get_decisions, methods=["GET"], include_in_schema=True)
+        app.add_api_route(STEPS_PATH, _get_steps, methods=["GET"], include_in_schema=True)
         app.add_middleware(ScrapeMiddleware)
 
     async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:  # noqa: ARG002  # vLLM's signature
@@ -146,6 +148,13 @@ async def _get_decisions(
     decisions = sorted((entry for answer in answers for entry in answer["decisions"]), key=lambda entry: entry["at"])
     longest_s = max(answer["longest_wait_s"] for answer in answers)
     return JSONResponse({"v": protocol.VERSION, "longest_wait_s": longest_s, "decisions": decisions[-limit:]})
+
+
+async def _get_steps(request: Request) -> Response:
+    answers = await _ask(request, "tokencake_steps")
+    if isinstance(answers, Response):
+        return answers
+    return JSONResponse({"v": protocol.VERSION, "steps": [step for answer in answers for step in answer]})
 
 
 def _merged(answers: list[dict[str, Any]], limit: int) -> dict[str, Any]:

@@ -22,6 +22,7 @@ FLAGS = (
     *("--num-gpu-blocks-override", "400", "--enforce-eager", "--enable-prompt-tokens-details"),
     *("--gpu-memory-utilization", "0.1"),  # several engines share one GPU, where there is one
     *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
+    *("--additional-config", '{"tokencake": {"measure": {"steps": 5000}}}'),
     *("--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}'),
 )
 ENV = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}

@@ -5,6 +5,7 @@ import pytest
 
 from tokencake_sim.calibrate import CalibrationError, MeasuredStep, fit, main, mean_error, read_steps
 from tokencake_sim.cost import StepLoad
+from tokencake_sim.errors import SourceError
 
 LOADS = [StepLoad(n * 37 % 400 if n % 3 == 0 else 0, 1 + n % 7, 500 * (1 + n % 11)) for n in range(60)]
 
@@ -44,16 +45,23 @@ def test_steps_that_do_not_determine_the_rates_are_refused(small, chosen):
         fit([MeasuredStep(load, 0.1) for load in chosen], small)
 
 
-def test_a_file_of_steps_becomes_a_profile(tmp_path, steps, capsys):
-    path = tmp_path / "steps.jsonl"
-    path.write_text("\n".join(json.dumps({**dataclasses.asdict(step.load), "seconds": step.seconds}) for step in steps))
+def test_the_steps_of_an_engine_become_a_profile(tmp_path, steps, capsys):
+    path = tmp_path / "steps.json"
+    entries = [{**dataclasses.asdict(step.load), "seconds": step.seconds} for step in steps]
+    path.write_text(json.dumps({"v": 1, "steps": entries}))
 
     assert main([str(path)]) == 0
     assert json.loads(capsys.readouterr().out)["prefill_tokens_per_s"] == pytest.approx(1_234.0)
 
 
-def test_a_line_that_is_no_step_is_named(tmp_path):
-    (tmp_path / "steps.jsonl").write_text('{"prefill_tokens": 1}\n')
+@pytest.mark.parametrize("text", ["[]", "{", '{"steps": 3}', '{"steps": [{"prefill_tokens": 1}]}'])
+def test_what_holds_no_steps_is_refused_by_name(tmp_path, text):
+    (tmp_path / "steps.json").write_text(text)
 
-    with pytest.raises(CalibrationError, match=r"steps\.jsonl: line 1 is not a step"):
-        read_steps(tmp_path / "steps.jsonl")
+    with pytest.raises(CalibrationError, match=r"steps\.json is no list of steps"):
+        read_steps(str(tmp_path / "steps.json"))
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(SourceError, match=r"steps\.json cannot be read: No such file"):
+        read_steps(str(tmp_path / "steps.json"))

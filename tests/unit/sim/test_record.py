@@ -7,6 +7,7 @@ import pytest
 
 from tokencake_sim import WorkloadError, load_workload
 from tokencake_sim.cli import main
+from tokencake_sim.errors import SourceError
 from tokencake_sim.past_calls import read_past
 from tokencake_sim.record import workload_of
 
@@ -218,7 +219,7 @@ def test_a_state_without_finished_calls_is_refused(record):
 
 def test_a_file_that_is_not_there_is_refused_with_its_name(tmp_path, capsys):
     assert main(["record", str(tmp_path / "none.json"), str(tmp_path / "out.json")]) == 2
-    assert "none.json: the file cannot be read" in capsys.readouterr().err
+    assert "none.json cannot be read" in capsys.readouterr().err
 
 
 class _Engine(BaseHTTPRequestHandler):
@@ -249,10 +250,10 @@ def test_a_running_engine_is_asked_with_the_key(engine):
 
 
 def test_an_engine_that_wants_a_key_is_named_with_the_way_out(engine):
-    with pytest.raises(WorkloadError, match=r"127\.0\.0\.1.*answers 401 .*give --api-key"):
+    with pytest.raises(SourceError, match=r"127\.0\.0\.1.*answers 401 .*give --api-key"):
         read_past(engine)
 
 
 def test_an_engine_that_is_not_there_is_named():
-    with pytest.raises(WorkloadError, match=r"127\.0\.0\.1:9.* cannot be read"):
+    with pytest.raises(SourceError, match=r"127\.0\.0\.1:9.* cannot be read"):
         read_past("http://127.0.0.1:9")

@@ -1,0 +1,77 @@
+"""How long did each step take, and what did it compute? Kept where asked for, to fit the simulator to this engine."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from tokencake.settings import MeasureSettings, section
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+
+    from tokencake_vllm.scheduler import TokenCakeMixin
+
+    _Base = TokenCakeMixin
+else:
+    _Base = object
+
+
+@dataclass(slots=True)
+class _Step:
+    """Named as `tokencake sim calibrate` reads it."""
+
+    prefill_tokens: int
+    decode_seqs: int
+    kv_tokens_read: int
+    """Context lengths of the decoding calls added up."""
+    seconds: float
+    """While the step is under way: when it was scheduled."""
+
+
+class StepMixin(_Base):
+    """Times the newest steps of a vLLM scheduler."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        config = self.vllm_config.additional_config
+        kept = section(config if isinstance(config, dict) else None, "measure", MeasureSettings).steps
+        self._measured_steps: deque[_Step] = deque(maxlen=kept)
+        self._steps_under_way: deque[_Step] = deque()
+        self._step_ended_s = 0.0
+
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        """Stock, then note what the step computes."""
+        if not self._measured_steps.maxlen:
+            return super().schedule(*args, **kwargs)
+        began_s = time.monotonic()
+        output = super().schedule(*args, **kwargs)
+        with self._advice():
+            step = _Step(0, 0, 0, began_s)
+            for name, tokens in output.num_scheduled_tokens.items():
+                request = self.requests[name]
+                if tokens == 1 and request.num_computed_tokens > request.num_prompt_tokens:
+                    step.decode_seqs += 1
+                    step.kv_tokens_read += request.num_computed_tokens
+                else:
+                    step.prefill_tokens += tokens
+            self._steps_under_way.append(step)
+        return output
+
+    def update_from_output(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
+        """Note the end of the oldest step under way; with async scheduling it began when the one before it ended."""
+        if self._measured_steps.maxlen:
+            with self._advice():
+                now = time.monotonic()
+                step = self._steps_under_way.popleft()
+                step.seconds = now - max(step.seconds, self._step_ended_s)
+                self._step_ended_s = now
+                if step.prefill_tokens or step.decode_seqs:
+                    self._measured_steps.append(step)
+        return super().update_from_output(scheduler_output, *args, **kwargs)
+
+    def tokencake_steps(self) -> list[dict[str, Any]]:
+        """The newest steps, oldest first, for `GET /v1/tokencake/steps`."""
+        return [asdict(step) for step in self._measured_steps]
