@@ -12,7 +12,7 @@ from langgraph.graph import START, MessagesState, StateGraph
 
 from tests.e2e.conftest import API_KEY, Server
 from tests.e2e.test_identity import thread, tool_loop
-from tokencake_proxy.cli import main
+from tokencake_sim.cli import main
 
 
 @pytest.fixture(scope="module")
@@ -34,13 +34,13 @@ def test_a_real_run_is_recorded_and_runs_in_virtual_time(
 ) -> None:
     workload, metrics = tmp_path / "run.json", tmp_path / "metrics.json"
 
-    assert main(["sim", "record", getattr(server, through), str(workload), "--api-key", API_KEY]) == 0
+    assert main(["record", getattr(server, through), str(workload), "--api-key", API_KEY]) == 0
 
     loop = [app for app in json.loads(workload.read_text())["apps"] if any(n.get("tool") for n in app["nodes"])]
     tools = [node["tool"] for app in loop for node in app["nodes"] if node.get("tool") and node["agent"] != "pause"]
     assert {tool["name"] for tool in tools} >= {"look_up"}
     assert all(0.4 < tool["duration_s"] < 5.0 for tool in tools if tool["name"] == "look_up")
-    assert main(["sim", "--workload", str(workload), "--profile", "cpu-smollm2-135m", "--json", str(metrics)]) == 0
+    assert main(["--workload", str(workload), "--profile", "cpu-smollm2-135m", "--json", str(metrics)]) == 0
     ran = json.loads(metrics.read_text())
     assert ran["calls"] >= len(past)
     assert ran["makespan_s"] > 0
@@ -51,7 +51,7 @@ def test_the_steps_of_a_running_engine_fit_a_profile(
 ) -> None:
     assert past
     capsys.readouterr()
-    assert main(["sim", "calibrate", server.engine, "--api-key", API_KEY]) == 0
+    assert main(["calibrate", server.engine, "--api-key", API_KEY]) == 0
 
     profile = json.loads(capsys.readouterr().out)
     assert profile["prefill_tokens_per_s"] > 0
