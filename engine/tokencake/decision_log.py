@@ -40,13 +40,24 @@ class DecisionLog:
         """The call is over; what was decided stays readable."""
         self._last.pop(request_id, None)
 
-    def view(self, epoch_offset_s: float, *, call: str | None, app: str | None, limit: int) -> list[dict[str, Any]]:
-        """The newest `limit` decisions (about one call or app), oldest first, as JSON in seconds since the epoch."""
+    def view(
+        self, epoch_offset_s: float, *, call: str | None, app: str | None, limit: int, tenant: str | None = None
+    ) -> list[dict[str, Any]]:
+        """The newest `limit` decisions, oldest first, as JSON in seconds since the epoch.
+
+        Args:
+            epoch_offset_s: added to every time.
+            call: only about this call.
+            app: only about calls of this application.
+            limit: at most so many.
+            tenant: only about applications whose ids begin so.
+        """
         chosen: list[dict[str, Any]] = []
         for entry in reversed(self._ring):
             if len(chosen) >= limit:
                 break
-            if call in (None, entry.call) and app in (None, entry.app):
+            is_own = tenant is None or entry.app.startswith(tenant)
+            if is_own and call in (None, entry.call) and app in (None, entry.app):
                 chosen.append(
                     {
                         "at": round(entry.at_s + epoch_offset_s, 6),

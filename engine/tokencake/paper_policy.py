@@ -80,6 +80,11 @@ class Paper:
         self._refusals[kind] += 1
         return "reserved"
 
+    def reserve(self) -> dict[str, int]:
+        """See `SpacePolicy`."""
+        used = sum(min(blocks, self._held[kind]) for kind, blocks in self.reserved.items())
+        return {"size": sum(self.reserved.values()), "used": used}
+
 
 def kind_of(call: LiveCall) -> str:
     """The agent type that the call's blocks are charged to; "" without a hint."""

@@ -51,3 +51,6 @@ class SpacePolicy(Protocol):
 
     def refusal(self, call: LiveCall, need_blocks: int, memory: Memory) -> str | None:
         """Why a waiting call may not take `need_blocks` now, or None. Whoever is refused is passed over this step."""
+
+    def reserve(self) -> dict[str, int]:
+        """As of the last ranking: `size`, blocks kept for critical calls, and `used`, how many of them they hold."""

@@ -47,7 +47,8 @@ class SpaceWords:
     ) -> None:
         """The step is over: who `started`, and who still waits, first in line first."""
         for name in started:
-            if (call := self._calls.get(name)) is not None and not call.preemptions:
+            # A call that comes back, after a preemption or with its user's next turn, has not waited since it came.
+            if (call := self._calls.get(name)) is not None and call.started_s == now:
                 self._longest_wait_s = max(self._longest_wait_s, now - call.arrived_s)
                 self._add(now, call, "started", "", f"started after {now - call.arrived_s:.2f} s")
         ahead: LiveCall | None = None
@@ -96,14 +97,24 @@ class SpaceWords:
         """The call is over."""
         self._log.forget(request_id)
 
+    def longest_wait_s(self, now: float) -> float:
+        """Of the calls that still wait for their first slot."""
+        return max((now - call.arrived_s for call in self._calls.values() if call.started_s is None), default=0.0)
+
     def view(
-        self, epoch_offset_s: float, now: float, *, call: str | None, app: str | None, limit: int
+        self,
+        epoch_offset_s: float,
+        now: float,
+        *,
+        call: str | None,
+        app: str | None,
+        limit: int,
+        tenant: str | None = None,
     ) -> dict[str, Any]:
-        """The newest decisions about one call or app or all, as JSON; times in seconds since the epoch."""
-        waited = [now - live.arrived_s for live in self._calls.values() if live.started_s is None]
+        """The newest decisions about one call, app or tenant or all, as JSON; times in seconds since the epoch."""
         return {
-            "longest_wait_s": round(max([self._longest_wait_s, *waited]), 6),
-            "decisions": self._log.view(epoch_offset_s, call=call, app=app, limit=limit),
+            "longest_wait_s": round(max(self._longest_wait_s, self.longest_wait_s(now)), 6),
+            "decisions": self._log.view(epoch_offset_s, call=call, app=app, tenant=tenant, limit=limit),
         }
 
     def _add(self, now: float, call: LiveCall, kind: str, topic: str, words: str) -> None:

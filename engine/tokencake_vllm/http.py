@@ -127,22 +127,30 @@ async def _post_events(request: Request) -> Response:
 
 
 async def _get_state(
-    request: Request, session: str | None = None, app: str | None = None, limit: int = 1_000
+    request: Request,
+    session: str | None = None,
+    app: str | None = None,
+    tenant: str | None = None,
+    limit: int = 1_000,
 ) -> Response:
     if not 1 <= limit <= MAX_STATE_CALLS:
         return _error(400, f"limit is {limit}; expected a number from 1 to {MAX_STATE_CALLS}")
-    answers = await _ask(request, "tokencake_state", session, app, limit)
+    answers = await _ask(request, "tokencake_state", session, app, limit, tenant)
     if isinstance(answers, Response):
         return answers
     return JSONResponse(answers[0] if len(answers) == 1 else _merged(answers, limit))
 
 
 async def _get_decisions(
-    request: Request, call: str | None = None, app: str | None = None, limit: int = 100
+    request: Request,
+    call: str | None = None,
+    app: str | None = None,
+    tenant: str | None = None,
+    limit: int = 100,
 ) -> Response:
     if not 1 <= limit <= MAX_STATE_CALLS:
         return _error(400, f"limit is {limit}; expected a number from 1 to {MAX_STATE_CALLS}")
-    answers = await _ask(request, "tokencake_decisions", call, app, limit)
+    answers = await _ask(request, "tokencake_decisions", call, app, limit, tenant)
     if isinstance(answers, Response):
         return answers
     decisions = sorted((entry for answer in answers for entry in answer["decisions"]), key=lambda entry: entry["at"])
@@ -171,8 +179,11 @@ def _merged(answers: list[dict[str, Any]], limit: int) -> dict[str, Any]:
             ):
                 sessions[name] = view
     calls = sorted((call for answer in answers for call in answer["calls"]), key=lambda call: call["arrived"])
-    totals = {name: sum(answer["totals"][name] for answer in answers) for name in answers[0]["totals"]}
-    return {**answers[0], "totals": totals, "apps": apps, "sessions": sessions, "calls": calls[-limit:]}
+    sums = {
+        part: {name: sum(answer[part][name] for answer in answers) for name in answers[0][part]}
+        for part in ("totals", "kv_blocks")
+    }
+    return {**answers[0], **sums, "apps": apps, "sessions": sessions, "calls": calls[-limit:]}
 
 
 async def _ask(request: Request, method: str, *args: Any) -> list[Any] | Response:

@@ -47,6 +47,12 @@ _GAUGES = {
     "sessions": "Sessions known to the engine",
     "live_calls": "Hinted requests waiting or running",
     "stalled_calls": "Calls whose agent waits for a tool",
+    "longest_wait_s": "For how long the call has waited that has waited longest for its first slot, in seconds",
+    "promised_blocks": "KV blocks that the calls that run will yet take at one time, as far as can be foreseen",
+}
+_LABELLED_GAUGES = {
+    "kv_blocks": ("KV blocks of the device by who has them; the states add up to all of them", "state"),
+    "space_reserve_blocks": ("KV blocks kept for critical calls: how many, and how many of them they hold", "part"),
 }
 _HISTOGRAMS = {
     "tool_s": ("tool_seconds", "Duration of tool calls in seconds"),
@@ -75,7 +81,10 @@ def register_metrics() -> None:
     for name, (text, labels) in _COUNTERS.items():
         _families[name] = Counter(f"tokencake:{name}", text, ["engine", *labels])
     for name, text in _GAUGES.items():
-        _families[name] = Gauge(f"tokencake:{name}", text, ["engine"], multiprocess_mode="mostrecent")
+        metric = name.removesuffix("_s") + "_seconds" if name.endswith("_s") else name
+        _families[name] = Gauge(f"tokencake:{metric}", text, ["engine"], multiprocess_mode="mostrecent")
+    for name, (text, label) in _LABELLED_GAUGES.items():
+        _families[name] = Gauge(f"tokencake:{name}", text, ["engine", label], multiprocess_mode="mostrecent")
     for name, (metric, text) in _HISTOGRAMS.items():
         _families[name] = Histogram(f"tokencake:{metric}", text, ["engine"], buckets=_BUCKETS)
 
@@ -94,6 +103,9 @@ def _add(engine: str, drained: dict[str, Any]) -> None:
             _families[name].labels(engine).observe(value)
     for name, value in drained["gauges"].items():
         _families[name].labels(engine).set(value)
+    for name, by_label in drained["labelled"].items():
+        for label, value in by_label.items():
+            _families[name].labels(engine, label).set(value)
 
 
 class ScrapeMiddleware:

@@ -19,6 +19,7 @@ from vllm.v1.request import Request, RequestStatus
 from tokencake import protocol
 from tokencake.registry import Registry
 from tokencake.views import state_view
+from tokencake_vllm.block_budget import block_budget
 from tokencake_vllm.space_hooks import SpaceMixin
 from tokencake_vllm.step_log import StepMixin
 from tokencake_vllm.time_hooks import TimeMixin
@@ -115,13 +116,17 @@ class TokenCakeMixin(_Base):
         self, session: str | None, app: str | None, limit: int, tenant: str | None = None
     ) -> dict[str, Any]:
         """`state_view` in seconds since the epoch."""
-        return state_view(
-            self.registry, time.time() - time.monotonic(), session=session, app=app, tenant=tenant, limit=limit
-        )
+        offset_s = time.time() - time.monotonic()
+        state = state_view(self.registry, offset_s, session=session, app=app, tenant=tenant, limit=limit)
+        return {**state, "kv_blocks": self.block_budget()}
 
     def tokencake_metrics(self) -> dict[str, Any]:
-        """`Registry.drain`."""
-        return self.registry.drain()
+        """`Registry.drain`, and the gauges with a label as `{metric: {label: value}}`."""
+        return {**self.registry.drain(), "labelled": {"kv_blocks": self.block_budget()}}
+
+    def block_budget(self) -> dict[str, int]:
+        """Who has the device's blocks."""
+        return block_budget(self, {})
 
     @contextlib.contextmanager
     def _advice(self) -> Iterator[None]:

@@ -10,11 +10,12 @@ import time
 from typing import TYPE_CHECKING, Any, Final
 
 from vllm.logger import init_logger
+from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.request import Request, RequestStatus
 
 from tokencake.applications import Applications
-from tokencake.promises import tokens_until_free
+from tokencake.promises import peak_blocks, tokens_until_free
 from tokencake.settings import section
 from tokencake.space_policy import Rank
 from tokencake.space_scheduler import by_age, policy_of
@@ -102,7 +103,7 @@ class SpaceMixin(_Base):
             with self._advice():
                 now = time.monotonic()
                 self.applications.charge(request.request_id, self._held_share(request), now)
-                is_aborted = request.status == RequestStatus.FINISHED_ABORTED
+                is_aborted = request.status in (RequestStatus.FINISHED_ABORTED, RequestStatus.FINISHED_ERROR)
                 self.applications.end(request.request_id, request.num_output_tokens, is_aborted=is_aborted, now=now)
                 self._words.forget(request.request_id)
         return super()._free_request(request, *args, **kwargs)
@@ -210,7 +211,7 @@ class SpaceMixin(_Base):
         """Swap calls of young applications out for the first in line; whether any was."""
         # By and by it is tried again whether the host has become large enough.
         self._restored_share = min(1.0, self._restored_share + 1e-5)
-        if not self._can_swap or not self._line or self.kv_holding_waiting:
+        if not self._can_swap or not self._line or self.kv_holding_waiting or self.pause_state != PauseState.UNPAUSED:
             return False
         request = self._line.peek_request()
         head = self.applications.calls.get(request.request_id)
@@ -263,6 +264,20 @@ class SpaceMixin(_Base):
     def _held_share(self, request: Request) -> float:
         return self._view.blocks_of(request.num_computed_tokens) / self._view.total_blocks
 
-    def tokencake_decisions(self, call: str | None, app: str | None, limit: int) -> dict[str, Any]:
+    def tokencake_decisions(
+        self, call: str | None, app: str | None, limit: int, tenant: str | None = None
+    ) -> dict[str, Any]:
         """The newest decisions, for `GET /v1/tokencake/decisions`."""
-        return self._words.view(time.time() - time.monotonic(), time.monotonic(), call=call, app=app, limit=limit)
+        offset_s = time.time() - time.monotonic()
+        return self._words.view(offset_s, time.monotonic(), call=call, app=app, tenant=tenant, limit=limit)
+
+    def tokencake_metrics(self) -> dict[str, Any]:
+        """With what is promised and reserved, and who waits longest."""
+        drained = super().tokencake_metrics()
+        if self._is_space_on:
+            with self._advice():
+                promises = [self._gate.promise(request) for request in self.running]
+                drained["gauges"]["promised_blocks"] = peak_blocks(promises, self.block_size)
+                drained["gauges"]["longest_wait_s"] = self._words.longest_wait_s(time.monotonic())
+                drained["labelled"]["space_reserve_blocks"] = self.space_policy.reserve()
+        return drained

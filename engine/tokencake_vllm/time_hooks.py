@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.logger import init_logger
 from vllm.v1.request import Request
 
+from tokencake_vllm.block_budget import block_budget
 from tokencake_vllm.connector import TokenCakeConnector
 from tokencake_vllm.forecast_file import ForecastFile
 from tokencake_vllm.time_engine import TimeEngine
@@ -135,6 +136,10 @@ class TimeMixin(_Base):
             for name, view in state["sessions"].items():
                 view["kv"] = self.time.residency(name)
         return state
+
+    def block_budget(self) -> dict[str, int]:
+        """What is held for stalled agents is told apart."""
+        return block_budget(self, {} if self.time is None else self.time.cache.held)
 
     def tokencake_wipe(self) -> int:
         """With `debug_checksums`: overwrite every free device block, to prove that what is hit later was copied."""
