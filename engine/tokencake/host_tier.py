@@ -24,6 +24,10 @@ class HostBlock:
     used_s: float
     children: int = 0
     pins: int = 0
+    was_hit: bool = False
+    """A later call found it on the device: there was no need to copy it yet."""
+    was_read: bool = False
+    """It was copied back."""
     is_ready: bool = False
     is_gone: bool = False
     """Out of the index; the slot is still taken while a copy uses it."""
@@ -38,7 +42,7 @@ class HostTier:
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
-        self.evicted = 0
+        self.on_evict: Callable[[HostBlock], None] = lambda block: None  # noqa: ARG005  # until somebody wants to know
         self._blocks: dict[bytes, HostBlock] = {}
         self._ends: dict[bytes, HostBlock] = {}
         """Blocks without a child: where chains may be shortened."""
@@ -126,7 +130,7 @@ class HostTier:
                 break
             parent = end.parent
             self._remove(end)
-            self.evicted += 1
+            self.on_evict(end)
             count -= 1
             if parent is not None and not parent.children and not parent.pins:
                 # Whoever wanted the end wants the block before it just as soon.
@@ -154,6 +158,14 @@ class HostTier:
             if block is None:
                 break
             block.used_s = now_s
+
+    def hit(self, keys: Sequence[bytes]) -> None:
+        """A call found the chain `keys` on the device."""
+        known = self.known(keys)
+        block = self._blocks[keys[known - 1]] if known else None
+        while block is not None and not block.was_hit:  # what is before a block that was hit was hit too
+            block.was_hit = True
+            block = block.parent
 
     # --- forget -------------------------------------------------------------------------------------
 

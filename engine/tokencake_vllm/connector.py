@@ -7,8 +7,9 @@ needs.
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
@@ -20,6 +21,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
     SupportsHMA,
 )
+from vllm.distributed.utils import get_pp_indices
 from vllm.logger import init_logger
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
@@ -27,7 +29,7 @@ from tokencake.host_tier import HostTier
 from tokencake.rates import Rates
 from tokencake.settings import section
 from tokencake.time_scheduler import TimeSettings
-from tokencake_vllm.copies import Copier, Done, Job, make_copier
+from tokencake_vllm.copies import Copier, Done, Job, NoCopier, make_copier
 from tokencake_vllm.host_cache import HostCache
 
 if TYPE_CHECKING:
@@ -51,6 +53,9 @@ class Jobs(KVConnectorMetadata):
     """The copies that begin with a step."""
 
     jobs: list[Job] = field(default_factory=list)
+    urgent: tuple[int, ...] = ()
+    """Copies begun earlier for which a call waits by now."""
+    is_computing: bool = False
 
 
 @dataclass(slots=True)
@@ -72,6 +77,8 @@ class Reports(KVConnectorWorkerMetadata):
 
 HOST_BLOCKS: Final = "host_blocks"
 """Extra configuration: slots in place of `host_kv_gib`, for tests and the simulator."""
+LOST: Final = 0
+"""The id of a load that copies nothing: the worker reports it as failed, and the call that waits computes."""
 
 
 def additional_config(vllm_config: VllmConfig) -> dict[str, Any]:
@@ -80,11 +87,20 @@ def additional_config(vllm_config: VllmConfig) -> dict[str, Any]:
     return config if isinstance(config, dict) else {}
 
 
-def block_bytes_of(kv_cache_config: KVCacheConfig) -> int:
-    """Bytes of one block over all layers, on one rank."""
-    return sum(
-        group.kv_cache_spec.page_size_bytes * len(group.layer_names) for group in kv_cache_config.kv_cache_groups
-    )
+def layers_of_a_rank(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> int:
+    """Layers whose KV one rank holds; of pipeline stages, which know only their own layers, the longest."""
+    stages = vllm_config.parallel_config.pipeline_parallel_size
+    if stages == 1:
+        return sum(len(group.layer_names) for group in kv_cache_config.kv_cache_groups)
+    layers = vllm_config.model_config.get_total_num_hidden_layers()
+    spans = (get_pp_indices(layers, stage, stages) for stage in range(stages))
+    return max(end - begin for begin, end in spans)
+
+
+def block_bytes_of(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> int:
+    """Bytes of one block over all layers and all ranks: every rank must come to the same."""
+    page_bytes = kv_cache_config.kv_cache_groups[0].kv_cache_spec.page_size_bytes
+    return page_bytes * layers_of_a_rank(vllm_config, kv_cache_config) * vllm_config.parallel_config.world_size
 
 
 def host_slots(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, settings: TimeSettings) -> int:
@@ -94,17 +110,19 @@ def host_slots(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, settings
         extra = vllm_config.kv_transfer_config.kv_connector_extra_config
     if HOST_BLOCKS in extra:
         return int(extra[HOST_BLOCKS])
-    world_size = vllm_config.parallel_config.world_size
-    return int(settings.host_kv_gib * 2**30 / (block_bytes_of(kv_cache_config) * world_size))
+    return int(settings.host_kv_gib * 2**30 / block_bytes_of(vllm_config, kv_cache_config))
 
 
-def unfit(kv_cache_config: KVCacheConfig) -> str | None:
+def unfit(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> str | None:
     """Why the KV of this model cannot be moved, or None."""
     groups = kv_cache_config.kv_cache_groups
     if len(groups) != 1:
         return f"the model has {len(groups)} KV cache groups; only one of full attention is known"
     if type(groups[0].kv_cache_spec) is not FullAttentionSpec:
         return f"the model's KV cache is {type(groups[0].kv_cache_spec).__name__}, not FullAttentionSpec"
+    parallel = vllm_config.parallel_config
+    if parallel.decode_context_parallel_size * parallel.prefill_context_parallel_size > 1:
+        return "with context parallelism a block's tokens lie on several ranks"
     return None
 
 
@@ -117,19 +135,35 @@ class TokenCakeConnector(KVConnectorBase_V1, SupportsHMA):
         self.on_finished: Callable[[Request], Outcome] | None = None
         """Set by `TimeMixin`: decides what becomes of a finished call's KV and says so to the client."""
         self.cache: HostCache | None = None
-        self._copier: Copier | None = None
+        self._block_tokens = vllm_config.cache_config.block_size
+        self._copier: Copier = NoCopier()
+        self._lost_loads: list[str] = []
+        """Calls that wait for a load that could not be queued."""
         self._bad_loads: set[str] = set()
         self._good_loads: set[str] = set()
         self._reports: dict[int, tuple[int, float, bool]] = {}
         # A load that failed must cost time, not the call; vLLM reads this after the connector was made.
         self._kv_transfer_config.kv_load_failure_policy = "recompute"
-        if role == KVConnectorRole.SCHEDULER and self.settings.enabled and (problem := unfit(kv_cache_config)):
+        if role == KVConnectorRole.SCHEDULER and self.settings.enabled and (problem := self._unfit()):
             logger.warning("TokenCake: the Time Scheduler stays off: %s", problem)
 
     @property
     def is_on(self) -> bool:
         """Whether there is anything to do for this model and these settings."""
-        return self.settings.enabled and unfit(self._kv_cache_config) is None
+        return self.settings.enabled and self._unfit() is None
+
+    def _unfit(self) -> str | None:
+        return unfit(self._vllm_config, self._kv_cache_config)
+
+    @contextlib.contextmanager
+    def _contained(self) -> Iterator[None]:
+        """What goes wrong inside is told to the log and the counters, not to vLLM."""
+        try:
+            yield
+        except Exception:
+            logger.exception("TokenCake: a defect of the plug-in; the call is computed as in stock vLLM")
+            if self.cache is not None:
+                self.cache.count(("errors",), 1)
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -143,38 +177,38 @@ class TokenCakeConnector(KVConnectorBase_V1, SupportsHMA):
         super().bind_kv_cache_manager(kv_cache_manager)
         if not self.is_on:
             return
-        bytes_per_block = block_bytes_of(self._kv_cache_config) * self._vllm_config.parallel_config.world_size
+        block_bytes = block_bytes_of(self._vllm_config, self._kv_cache_config)
         self.cache = HostCache(
             tier=HostTier(host_slots(self._vllm_config, self._kv_cache_config, self.settings)),
             pool=kv_cache_manager.block_pool,
-            rates=Rates(bytes_per_block, self._vllm_config.cache_config.block_size),
+            rates=Rates(block_bytes, self._block_tokens),
             world_size=self._vllm_config.parallel_config.world_size,
-            job_blocks=max(1, int(self.settings.job_mib * 2**20 / bytes_per_block)),
+            job_blocks=max(1, int(self.settings.job_mib * 2**20 / block_bytes)),
+            clock=lambda: time.monotonic(),  # noqa: PLW0108  # the simulator lends this module another clock
         )
-        self._block_tokens = self._vllm_config.cache_config.block_size
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
         """Tokens that the host holds behind those on the device; None while they are on their way already."""
-        if self.cache is None:
-            return 0, False
-        try:
-            first = num_computed_tokens // self._block_tokens
-            last = (request.num_tokens - 1) // self._block_tokens
-            count = self.cache.match(request.request_id, request.block_hashes[:last], first)
-        except Exception:
-            logger.exception("TokenCake: a defect of the plug-in; the call is computed as in stock vLLM")
-            return 0, False
-        return (None, False) if count is None else (count * self._block_tokens, count > 0)
+        count: int | None = 0
+        with self._contained():
+            if self.cache is not None:
+                first = num_computed_tokens // self._block_tokens
+                last = (request.num_tokens - 1) // self._block_tokens
+                count = self.cache.match(request.request_id, request.block_hashes[:last], first)
+        return (None, False) if count is None else (count * self._block_tokens, bool(count))
 
     def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
         """The scheduler has made room: queue the load."""
         if self.cache is None:
             return
-        if not num_external_tokens:
-            self.cache.forget_match(request.request_id)
-            return
-        count = num_external_tokens // self._block_tokens
-        self.cache.load(request.request_id, blocks.get_block_ids()[0], count, time.monotonic())
+        is_queued = False
+        with self._contained():
+            count = num_external_tokens // self._block_tokens
+            device_ids = blocks.get_block_ids()[0] if count else ()
+            self.cache.admit(request.request_id, request.block_hashes, device_ids, count)
+            is_queued = True
+        if num_external_tokens and not is_queued:
+            self._lost_loads.append(request.request_id)
 
     def request_finished_all_groups(
         self,
@@ -182,20 +216,30 @@ class TokenCakeConnector(KVConnectorBase_V1, SupportsHMA):
         block_ids: tuple[list[int], ...],  # noqa: ARG002  # vLLM's signature
     ) -> tuple[bool, dict[str, Any] | None]:
         """Never delays the freeing: what a copy needs is pinned block by block."""
-        if self.cache is not None:
-            self.cache.forget_match(request.request_id)
-        return False, None if self.on_finished is None else self.on_finished(request)
+        told = None
+        with self._contained():
+            if self.cache is not None:
+                self.cache.forget_match(request.request_id)
+            if self.on_finished is not None:
+                told = self.on_finished(request)
+        return False, told
 
-    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:  # noqa: ARG002  # vLLM's
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         """The jobs that were queued since the last step."""
-        return Jobs([] if self.cache is None else self.cache.take_jobs())
+        if self.cache is None:
+            return Jobs()
+        jobs, urgent = self.cache.transfers.take()
+        lost, self._lost_loads = self._lost_loads, []
+        jobs += [Job(LOST, "load", (), request=name) for name in lost]
+        return Jobs(jobs, urgent, is_computing=scheduler_output.total_num_scheduled_tokens > 0)
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         """Take the workers' reports."""
         reports = connector_output.kv_connector_worker_meta
         if self.cache is not None and isinstance(reports, Reports):
             for job_id, (ranks, seconds, ok) in reports.done.items():
-                self.cache.report(job_id, ranks, seconds, ok=ok)
+                with self._contained():
+                    self.cache.transfers.report(job_id, ranks, seconds, ok=ok)
 
     def has_pending_push_work(self) -> bool:
         """Keeps the engine stepping while a copy is under way; then it sleeps."""
@@ -207,19 +251,28 @@ class TokenCakeConnector(KVConnectorBase_V1, SupportsHMA):
 
     def reset_cache(self) -> bool | None:
         """Forget everything on the host."""
-        if self.cache is not None:
-            self.cache.reset()
+        with self._contained():
+            if self.cache is not None:
+                self.cache.reset()
         return True
 
     # --- worker side ------------------------------------------------------------------------------------
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Allocate the host memory, once."""
-        if self.is_on:
-            slots = host_slots(self._vllm_config, self._kv_cache_config, self.settings)
-            self._copier = make_copier(
-                kv_caches, self._kv_cache_config.num_blocks, slots, checks=self.settings.debug_checksums
-            )
+        with self._contained():
+            if self.is_on:
+                slots = host_slots(self._vllm_config, self._kv_cache_config, self.settings)
+                self._copier = make_copier(
+                    kv_caches, self._kv_cache_config.num_blocks, slots, checks=self.settings.debug_checksums
+                )
+
+    def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
+        """A step begins."""
+        super().bind_connector_metadata(connector_metadata)
+        with self._contained():
+            if isinstance(connector_metadata, Jobs):
+                self._copier.pace(is_computing=connector_metadata.is_computing, urgent=connector_metadata.urgent)
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:  # noqa: ARG002  # vLLM's signature
         """Begin the loads of this step."""
@@ -231,16 +284,21 @@ class TokenCakeConnector(KVConnectorBase_V1, SupportsHMA):
 
     def _start(self, *, is_store: bool) -> None:
         metadata = self._connector_metadata
-        if self._copier is None or not isinstance(metadata, Jobs):
-            return
-        for job in metadata.jobs:
+        for job in metadata.jobs if isinstance(metadata, Jobs) else ():
             if (job.kind == "store") == is_store:
-                self._copier.start(job)
+                is_begun = False
+                with self._contained():
+                    if job.id != LOST:
+                        self._copier.start(job)
+                        is_begun = True
+                if not is_begun:
+                    self._note(Done(job, 0.0, ok=False))
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:  # noqa: ARG002  # vLLM's
         """The calls whose load has ended, and those of them whose load failed."""
-        for done in [] if self._copier is None else self._copier.finished():
-            self._note(done)
+        with self._contained():
+            for done in self._copier.finished():
+                self._note(done)
         results = KVConnectorTransferResults(
             finished_recving=self._good_loads | self._bad_loads, failed_recving=self._bad_loads
         )
@@ -267,5 +325,5 @@ class TokenCakeConnector(KVConnectorBase_V1, SupportsHMA):
 
     def shutdown(self) -> None:
         """Let the copies under way end."""
-        if self._copier is not None:
+        with self._contained():
             self._copier.close()

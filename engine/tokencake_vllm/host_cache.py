@@ -1,21 +1,20 @@
-"""Which copies are under way, and which device blocks and host slots do they hold?
+"""Which KV goes to host memory, which comes back, and where is it found?
 
-The scheduler's side of every copy: a store pins the device blocks it reads, a load pins the host blocks it reads, and a
-request-free upload owns fresh device blocks, which become prefix-cache hits only when all ranks have reported the copy
-done. A failed copy is never visible: its host blocks are forgotten and its device blocks carry no hash.
+The scheduler's side of every copy; `Transfers` knows those under way. A store pins the device blocks it reads. A
+request-free upload owns fresh device blocks, which become prefix-cache hits only when all ranks have reported it done.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
 from vllm.v1.core.kv_cache_utils import BlockHash, make_block_hash_with_group_id
 
 from tokencake.host_tier import Distance, HostBlock, HostTier
-from tokencake_vllm.copies import Job
+from tokencake_vllm.transfers import Count, Transfers
 
 if TYPE_CHECKING:
     from vllm.v1.core.block_pool import BlockPool
@@ -23,67 +22,60 @@ if TYPE_CHECKING:
 
     from tokencake.rates import Rates
 
-MAX_FAILURES: Final = 8
-"""Copies that fail in a row until nothing more is copied: the host memory is not there."""
-
 _GROUP: Final = 0
 
 
-@dataclass(slots=True)
-class _Copy:
-    """A job that the workers have, or will have with the next step."""
-
-    job: Job
-    host: list[HostBlock]
-    device: list[KVCacheBlock]
-    """Held by the job; none of a load that a call waits for, which holds its own blocks."""
-    first: int = 0
-    """Place of the first block in its chain."""
-    then: Callable[[bool], None] | None = None
-    epoch: int = 0
-    reports: int = 0
-    seconds: float = 0.0
-    ok: bool = True
+def _uncounted(key: tuple[str, ...], by: float) -> None:
+    """Until somebody counts."""
 
 
-@dataclass(slots=True)
 class HostCache:
-    """Copies between one engine's block pool and its host tier."""
+    """What one engine's block pool and its host tier hold for each other."""
 
-    tier: HostTier
-    pool: BlockPool
-    rates: Rates
-    world_size: int
-    job_blocks: int
-    count: Callable[[tuple[str, ...], float], None] = lambda key, by: None  # noqa: ARG005  # until somebody counts
-    """Adds to a counter: name and labels, how much."""
-    held: dict[str, list[KVCacheBlock]] = field(default_factory=dict)
-    """Device blocks pinned for a chain, by its id."""
-    loading: Counter[bytes] = field(default_factory=Counter)
-    """Blocks on their way to the device."""
-    _copies: dict[int, _Copy] = field(default_factory=dict)
-    _queue: list[Job] = field(default_factory=list)
-    _matched: dict[str, tuple[int, list[HostBlock]]] = field(default_factory=dict)
-    _waiting: set[str] = field(default_factory=set)
-    """Calls that wait while somebody else's copy brings their prefix."""
-    _ids: int = 0
-    _epoch: int = 0
-    _failures: int = 0
+    def __init__(
+        self,
+        tier: HostTier,
+        pool: BlockPool,
+        rates: Rates,
+        world_size: int,
+        job_blocks: int,
+        clock: Callable[[], float],
+    ) -> None:
+        self.tier, self.pool, self.rates, self.job_blocks = tier, pool, rates, job_blocks
+        self.count: Count = _uncounted
+        self.held: dict[str, list[KVCacheBlock]] = {}
+        """Device blocks pinned for a chain, by its id."""
+        self.transfers = Transfers(tier, pool, rates, world_size, self._count)
+        self._clock = clock
+        self._matched: dict[str, tuple[int, list[HostBlock]]] = {}
+        self._waiting: set[str] = set()
+        """Calls that wait while somebody else's copy brings their prefix."""
+        self._parted: dict[str, tuple[int, float]] = {}
+        """Blocks of a stalled chain that need not stay on the device, and since when."""
+        tier.on_evict = self._count_eviction
+
+    def _count(self, key: tuple[str, ...], by: float) -> None:
+        self.count(key, by)  # which is set later
 
     @property
     def is_busy(self) -> bool:
         """Whether a copy is queued or under way."""
-        return bool(self._copies)
+        return len(self.transfers) > 0
 
     @property
     def is_broken(self) -> bool:
         """Whether so many copies failed in a row that no more are tried."""
-        return self._failures >= MAX_FAILURES
+        return self.transfers.is_broken
 
     @property
     def holds_blocks(self) -> bool:
         """Whether a copy under way will set device blocks free."""
-        return any(copy.device for copy in self._copies.values())
+        return any(True for _ in self.transfers.held_blocks())
+
+    @property
+    def loading(self) -> Counter[bytes]:
+        """Blocks on their way to the device."""
+        return self.transfers.loading
 
     @property
     def pinned_blocks(self) -> int:
@@ -104,9 +96,7 @@ class HostCache:
         self.tier.touch(keys, now_s)
         if self.is_broken:
             return 0
-        before = self.tier.evicted
         taken = self.tier.reserve(keys, now_s, distance, own_distance=own_distance)
-        self.count(("kv_evictions", "host"), self.tier.evicted - before)
         if not taken:
             return 0
         first = self.tier.known(keys) - len(taken)
@@ -114,9 +104,24 @@ class HostCache:
             host = taken[begin : begin + self.job_blocks]
             device = list(blocks[first + begin : first + begin + len(host)])
             self.pool.touch(device)
-            self._submit("store", host, device, first + begin)
+            self.transfers.begin("store", host, device)
         self.count(("kv_stores", "queued"), 1)
+        self.count(("kv_offloads", "stored"), len(taken))
         return len(taken)
+
+    def part(self, chain_id: str, keys: Sequence[bytes]) -> None:
+        """From now on the blocks of a stalled chain that the host has need not stay on the device."""
+        self._parted[chain_id] = (self.tier.known(keys), self._clock())
+
+    def _rejoin(self, chain_id: str) -> None:
+        blocks, since_s = self._parted.pop(chain_id, (0, 0.0))
+        if blocks:
+            self.count(("kv_freed_block_seconds",), blocks * (self._clock() - since_s))
+
+    def _count_eviction(self, block: HostBlock) -> None:
+        self.count(("kv_evictions", "host"), 1)
+        if not block.was_read:
+            self.count(("kv_offloads", "spare" if block.was_hit else "wasted"), 1)
 
     # --- in, for a call -----------------------------------------------------------------------------
 
@@ -127,22 +132,29 @@ class HostCache:
             if request_id not in self._waiting:
                 self._waiting.add(request_id)
                 self.count(("kv_loads", "waited"), 1)
+                self.transfers.hurry(wanted[0])
             return None
         self._waiting.discard(request_id)
         found = self.tier.ready(wanted)
         self._matched[request_id] = (first, found)
         return len(found)
 
-    def load(self, request_id: str, device_ids: Sequence[int], count: int, now_s: float) -> None:
-        """Load the first `count` matched blocks into the blocks `device_ids` of the request's table."""
-        first, found = self._matched.pop(request_id)
+    def admit(self, request_id: str, keys: Sequence[bytes], device_ids: Sequence[int], count: int) -> None:
+        """The call gets room: load the first `count` matched blocks into the blocks `device_ids` of its table."""
+        first, found = self._matched.pop(request_id, (0, []))
+        self._waiting.discard(request_id)
+        self.tier.hit(keys[:first])
+        if not count:
+            return
         host = found[:count]
-        self.tier.touch([block.key for block in host], now_s)
-        self._submit("load", host, [], first, request=request_id, device_ids=device_ids[first : first + count])
+        if len(host) < count:
+            raise RuntimeError(f"{request_id} was promised {count} blocks and matched {len(host)}")
+        self.tier.touch([block.key for block in host], self._clock())
+        self.transfers.begin("load", host, [], request=request_id, device_ids=device_ids[first : first + count])
         self.count(("kv_loads", "queued"), 1)
 
     def forget_match(self, request_id: str) -> None:
-        """The call was admitted without what it matched, or has ended."""
+        """The call has ended."""
         self._waiting.discard(request_id)
         self._matched.pop(request_id, None)
 
@@ -162,11 +174,13 @@ class HostCache:
     def hold(self, chain_id: str, blocks: Sequence[KVCacheBlock]) -> None:
         """Pin device blocks for a chain."""
         if blocks:
+            self._rejoin(chain_id)
             self.pool.touch(blocks)
             self.held.setdefault(chain_id, []).extend(blocks)
 
     def release(self, chain_id: str) -> int:
         """Unpin them; they stay cached until somebody needs the room. Returns how many there were."""
+        self._rejoin(chain_id)
         blocks = self.held.pop(chain_id, [])
         self.pool.free_blocks(reversed(blocks))
         return len(blocks)
@@ -176,6 +190,7 @@ class HostCache:
         host = self.tier.ready(keys[first : first + limit])
         if not host or self.is_broken or host[0].key in self.loading:
             return 0
+        self._rejoin(chain_id)
         device = self.pool.get_new_blocks(len(host))
 
         def finish(ok: bool) -> None:  # a callback
@@ -189,105 +204,28 @@ class HostCache:
                 self.pool.free_blocks(reversed(device))
             then(ok)
 
-        self._submit("load", host, device, first, then=finish)
+        self.transfers.begin("load", host, device, then=finish)
         return len(host)
 
-    # --- the step -------------------------------------------------------------------------------------
+    # --- all of it ------------------------------------------------------------------------------------
 
     def wipe(self) -> int:
         """Overwrite every free device block that holds nothing anybody references: a test's proof."""
         blocks = self.pool.get_new_blocks(self.pool.get_num_free_blocks())
         if blocks:
-            self._submit("wipe", [], blocks, 0)
+            self.transfers.begin("wipe", [], blocks)
         return len(blocks)
-
-    def take_jobs(self) -> list[Job]:
-        """The jobs for the workers' next step."""
-        jobs, self._queue = self._queue, []
-        return jobs
-
-    def report(self, job_id: int, ranks: int, seconds: float, *, ok: bool) -> None:
-        """So many ranks say that they are through with a job."""
-        copy = self._copies.get(job_id)
-        if copy is None:
-            return
-        copy.reports += ranks
-        copy.seconds = max(copy.seconds, seconds)
-        copy.ok &= ok
-        if copy.reports >= self.world_size:
-            del self._copies[job_id]
-            self._finish(copy)
 
     def reset(self) -> None:
         """Forget the host's blocks and give back every device block that no worker is writing."""
-        self._epoch += 1
         for chain_id in list(self.held):
             self.release(chain_id)
-        queued = {job.id for job in self._queue if job.request is None}
-        self._queue = [job for job in self._queue if job.id not in queued]
-        for job_id in queued:
-            self._drop(self._copies.pop(job_id))
-        for copy in self._copies.values():
-            if copy.job.kind == "store":  # only the host's side is written, and that is forgotten
-                self.pool.free_blocks(reversed(copy.device))
-                copy.device = []
+        self._parted.clear()
+        self.transfers.reset()
         self.tier.reset()
 
-    def _submit(
-        self,
-        kind: str,
-        host: list[HostBlock],
-        device: list[KVCacheBlock],
-        first: int,
-        *,
-        request: str | None = None,
-        device_ids: Sequence[int] | None = None,
-        then: Callable[[bool], None] | None = None,
-    ) -> None:
-        self._ids += 1
-        blocks = tuple(device_ids) if device_ids is not None else tuple(block.block_id for block in device)
-        job = Job(self._ids, kind, blocks, tuple(block.slot for block in host), request)  # type: ignore[arg-type]  # one of the three
-        if kind == "load":
-            self.tier.pin(host)
-            self.loading.update(block.key for block in host)
-        self._copies[job.id] = _Copy(job, host, device, first, then, self._epoch)
-        self._queue.append(job)
-
-    def _finish(self, copy: _Copy) -> None:
-        kind, ok, count = copy.job.kind, copy.ok, len(copy.job.blocks)
-        is_current = copy.epoch == self._epoch
-        self._failures = 0 if ok else self._failures + 1
-        if not ok:
-            self.count(("kv_copy_failures", kind), 1)
-        elif kind != "wipe":
-            (self.rates.to_host if kind == "store" else self.rates.to_device).learn(count, copy.seconds)
-            self.count(("kv_copied_bytes", kind), count * self.rates.block_bytes)
-            self.count(("kv_copy_seconds", kind), copy.seconds)
-        if kind == "load":
-            self._unload(copy)
-            if not ok:
-                self.tier.forget(copy.host)
-            if copy.then is not None:
-                copy.then(ok and is_current)
-        else:
-            if kind == "store":
-                self.tier.settle(copy.host, ok=ok and is_current)
-            self.pool.free_blocks(reversed(copy.device))
-
-    def _drop(self, copy: _Copy) -> None:
-        """A job that no worker has seen."""
-        if copy.job.kind == "load":
-            self._unload(copy)
-            if copy.then is not None:
-                copy.then(False)  # as the callback has it
-            return
-        if copy.job.kind == "store":
-            self.tier.settle(copy.host, ok=False)
-        self.pool.free_blocks(reversed(copy.device))
-
-    def _unload(self, copy: _Copy) -> None:
-        self.tier.unpin(copy.host)
-        for block in copy.host:
-            self.loading[block.key] -= 1
-            if not self.loading[block.key]:
-                del self.loading[block.key]
+    @contextmanager
+    def lent(self) -> Iterator[None]:
+        """Meanwhile the pool counts blocks that only a copy holds as free; nobody may allocate."""
+        with self.transfers.lent():
+            yield

@@ -34,6 +34,12 @@ _COUNTERS = {
     "kv_decisions": ("Finished calls by what became of their KV: keep, offload, drop or leave", ["action", "why"]),
     "kv_uploads": ("Uploads before a call: started, used, late, wasted, failed or no_room", ["outcome"]),
     "kv_stores": ("Calls whose KV was queued for the host", ["outcome"]),
+    "kv_offloads": (
+        "Blocks offloaded: stored; used: read back; spare: evicted unread, its call found it on the device; "
+        "wasted: evicted, nobody came for it",
+        ["outcome"],
+    ),
+    "kv_freed_block_seconds": ("Device blocks that stalled calls left to others, times seconds", []),
     "kv_loads": ("Calls that load their prefix, or wait while it is loaded", ["outcome"]),
     "kv_stalls": ("Stalls that ended without a call", ["outcome"]),
     "kv_pins": ("Pinned chains given up for others", ["outcome"]),

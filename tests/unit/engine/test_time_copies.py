@@ -11,8 +11,10 @@ pytest.importorskip("vllm", reason="the plug-in's tests need vLLM")
 
 import torch
 
+from tokencake_vllm.block_memory import block_views, host_rows
 from tokencake_vllm.connector import Reports
-from tokencake_vllm.copies import Job, NoCopier, ThreadCopier, block_views, host_pools, make_copier
+from tokencake_vllm.copies import Job, NoCopier, make_copier
+from tokencake_vllm.thread_copier import ThreadCopier
 
 BLOCKS, LAYERS = 6, 3
 
@@ -116,11 +118,11 @@ def test_a_job_that_cannot_be_done_is_reported_and_the_next_goes_on() -> None:
 
 def test_a_block_that_changed_on_the_host_fails_its_checksum() -> None:
     views = block_views(separate_layers(), BLOCKS)
-    pools = host_pools(views, 4)
-    copier = ThreadCopier(views, pools, checks=True)
+    rows = host_rows(views, 4)
+    copier = ThreadCopier(views, rows, checks=True)
     copier.start(Job(1, "store", (1,), (2,)))
     finish(copier)
-    pools[0][2] += 1
+    rows[2] += 1
     copier.start(Job(2, "load", (3,), (2,)))
     (done,) = finish(copier)
     assert not done.ok

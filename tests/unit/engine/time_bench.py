@@ -206,7 +206,7 @@ class Bench:
             owners.update(block.block_id for block in blocks)
         for _, blocks in scheduler.deferred_frees:
             owners.update(block.block_id for block in blocks)
-        for copy in cache._copies.values():
+        for copy in cache.transfers._copies.values():
             owners.update(block.block_id for block in copy.device)
         free = pool.free_block_queue.get_all_free_blocks()
         free_ids = [block.block_id for block in free]
