@@ -35,8 +35,7 @@ _COUNTERS = {
     "kv_uploads": ("Uploads before a call: started, used, late, wasted, failed or no_room", ["outcome"]),
     "kv_stores": ("Calls whose KV was queued for the host", ["outcome"]),
     "kv_offloads": (
-        "Blocks offloaded: stored; used: read back; spare: evicted unread, its call found it on the device; "
-        "wasted: evicted, nobody came for it",
+        "Blocks stored, read back (used), or evicted unread: with a hit on the device (spare), without (wasted)",
         ["outcome"],
     ),
     "kv_freed_block_seconds": ("Device blocks that stalled calls left to others, times seconds", []),
