@@ -162,6 +162,7 @@ class TimeEngine:
             self.alarm.set(chain.id, chain.keep_until_s)
         elif decision.action == "offload":
             stored = self._store(chain, chain.keys, blocks)
+            self.cache.part(chain.id, chain.keys)
         self._plan_upload(chain, now, None if self._is_back(chain) else rest)
         self.alarm.set(chain.id, chain.give_up_s or now)
         return stored
@@ -364,6 +365,7 @@ class TimeEngine:
         if blocks and not self.uploads.has_brought(chain.id):
             self._store(chain, chain.keys[: len(blocks)], blocks)
         self.cache.release(chain.id)
+        self.cache.part(chain.id, chain.keys)
         chain.outcome, chain.keep_until_s = "offload", None
 
     def _yield_pins(self) -> None:
