@@ -42,10 +42,15 @@ class Subject:
     def __init__(self, model: Path, *, is_ours: bool) -> None:
         from vllm.v1.core.sched.scheduler import Scheduler  # noqa: PLC0415  # heavy
 
-        options = {} if is_ours else {"create": Scheduler, "connector": False}
         # Room for the running calls only; their growth fits, the waiting ones do not.
         self.scheduler = build(
-            model, num_blocks=BLOCKS, host_blocks=20_000, max_tokens_per_step=8_192, max_seqs=RUNNING, **options
+            model,
+            num_blocks=BLOCKS,
+            host_blocks=20_000,
+            max_tokens_per_step=8_192,
+            max_seqs=RUNNING,
+            create=None if is_ours else Scheduler,
+            connector=is_ours,
         )
         self.is_ours = is_ours
         for number in range(STALLED):
