@@ -7,7 +7,7 @@ import os
 from typing import TYPE_CHECKING, Any, Final
 
 from tokencake_sim.bench_pictures import draw
-from tokencake_sim.bench_words import INTRO, ON_CPU, POLICIES, RECORDED, WRONG
+from tokencake_sim.bench_words import INTRO, ON_CPU, ON_SERVER, POLICIES, RECORDED, WRONG
 from tokencake_sim.published import FORK, FORK_AT_ONE, PAPER_REDUCTION, QPS, Figures
 
 if TYPE_CHECKING:
@@ -39,7 +39,8 @@ def write_page(results: Path, page: Path) -> None:
         POLICIES,
         _code_writer(plain),
         _validity(plain),
-        _on_cpu(found.get("validate_cpu")),
+        _against("Against a real vLLM on a CPU", ON_CPU, found.get("validate_cpu")),
+        _against("Against a real server on a CPU", ON_SERVER, found.get("validate_server")),
         _versions(found.get("compare_versions")),
         _mechanism(plain),
         _others(plain),
@@ -127,7 +128,8 @@ def _validity(plain: Runs) -> str:
     return "\n".join(["## Is it right?\n", words, _table(["QPS", "published", "here", "error %"], rows)])
 
 
-def _on_cpu(comparison: Metrics | None) -> str:
+def _against(title: str, words: str, comparison: Metrics | None) -> str:
+    """Runs of a real vLLM beside the same in virtual time."""
     if comparison is None:
         return ""
     rows = [
@@ -138,12 +140,11 @@ def _on_cpu(comparison: Metrics | None) -> str:
             f"{run['real_makespan_s']:.1f}",
             f"{run['simulated_makespan_s']:.1f}",
             f"{100 * run['makespan_error']:+.1f}",
-            f"{run['processor_s_per_s']:.2f}",
         ]
         for run in comparison["runs"]
     ]
-    head = ["calls", "with other hits", "hit tokens", "real makespan s", "simulated", "error %", "share of a core"]
-    return "\n".join(["## Against a real vLLM on a CPU\n", ON_CPU, _table(head, rows)])
+    head = ["calls", "with other hits", "hit tokens", "real makespan s", "simulated", "error %"]
+    return "\n".join([f"## {title}\n", words, _table(head, rows)])
 
 
 def _versions(comparison: Metrics | None) -> str:

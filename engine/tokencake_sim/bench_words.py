@@ -47,8 +47,12 @@ Time is processor time: vLLM computes in one thread, a step takes what the proce
 workload says. Wall time is no measure on a machine with other work, where the same workload took 13 to 29 s. What that
 work still does through shared caches and memory moved the processor time of one workload from 12.8 to 16.4 s between
 three executions; the rates, fitted a minute before, follow it in part. Over all three, 15 runs with 240 calls, no call
-had other hits and the errors lay between -10.2 and +8.4 %. This is one of them; the last column is the share of a core
-that the process was given.
+had other hits and the errors lay between -10.2 and +8.4 %. This is one of them.
+"""
+
+ON_SERVER: Final = """\
+The same kind of workload over HTTP, in wall time, with the rates fitted to the steps that the server kept while it ran
+another one (`benchmarks/validate_server.py`; `tokencake sim calibrate URL` does the same for your engine).
 """
 
 RECORDED: Final = """\
