@@ -103,6 +103,10 @@ class TokenCakeMixin(_Base):
             )
         return super()._free_request(request, *args, **kwargs)
 
+    def _yield_pins(self) -> bool:
+        """Give up what is held for stalled agents, as far as the first in line needs it; whether anything was."""
+        return False
+
     # --- what the API server asks for, on the engine's own loop, between two steps ------------------
 
     def tokencake_events(self, events: list[dict[str, Any]], received: float) -> dict[str, Any]:

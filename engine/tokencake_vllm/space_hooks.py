@@ -222,7 +222,7 @@ class SpaceMixin(_Base):
         coming = sum(len(blocks) for _, blocks in self.deferred_frees)
         free = self._view.free_blocks + coming
         short = need - free
-        if short <= 0:
+        if short <= 0 or self._yield_pins():  # those were left when another call was first in line
             return False
         promises = [self._gate.promise(other) for other in self.running]
         if tokens_until_free(promises, need, free, self.block_size) <= self.space.swap_patience_tokens:

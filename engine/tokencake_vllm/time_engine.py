@@ -336,7 +336,7 @@ class TimeEngine:
         if self._policy.does_wait_for_demand and self._steps % _PAPER_BACKOFF_STEPS == 0 and self._scheduler.waiting:
             self._ask_again(now)
         if self.cache.held:
-            self._yield_pins()
+            self.yield_pins()
         if len(self.uploads):
             self.uploads.start()
 
@@ -368,7 +368,7 @@ class TimeEngine:
         self.cache.part(chain.id, chain.keys)
         chain.outcome, chain.keep_until_s = "offload", None
 
-    def _yield_pins(self) -> None:
+    def yield_pins(self) -> None:
         """Pins go before anybody has to wait or to be preempted for them."""
         need = GROWTH_BLOCKS * len(self._scheduler.running)
         heir = None

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
 
 from tokencake_vllm.block_budget import block_budget
 from tokencake_vllm.connector import TokenCakeConnector
@@ -85,6 +85,13 @@ class TimeMixin(_Base):
             self.time.after_step(started, list(output.scheduled_cached_reqs.resumed_req_ids), time.monotonic())
         return output
 
+    def _yield_pins(self) -> bool:
+        if self.time is None or not self.time.cache.held:
+            return False
+        before = len(self.time.cache.held)
+        self.time.yield_pins()
+        return len(self.time.cache.held) < before
+
     def update_from_output(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
         """Stock; and if the engine may sleep now, see that it wakes up in time."""
         outputs = super().update_from_output(scheduler_output, *args, **kwargs)
@@ -147,14 +154,27 @@ class TimeMixin(_Base):
             return 0
         return self.time.cache.wipe()
 
-    def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
-        """Stock, after everything that we hold was given back."""
+    def reset_prefix_cache(self, reset_running_requests: bool = False, *args: Any, **kwargs: Any) -> bool:
+        """Stock, after everything that we hold was given back; vLLM's sleep and its weight updates come here too."""
         if self.time is None:
-            return super().reset_prefix_cache(*args, **kwargs)
+            return super().reset_prefix_cache(reset_running_requests, *args, **kwargs)
         self.time.is_resetting = True
         try:
             with self._advice():
                 self.time.reset()
-            return super().reset_prefix_cache(*args, **kwargs)
+                if reset_running_requests:
+                    self._forget_loads()
+            with self.time.cache.lent():
+                return super().reset_prefix_cache(reset_running_requests, *args, **kwargs)
         finally:
             self.time.is_resetting = False
+
+    def _forget_loads(self) -> None:
+        """Calls whose prefix came from the host compute it: it is as old as the rest."""
+        for request in list(self.kv_holding_waiting):
+            if request.status == RequestStatus.WAITING_FOR_REMOTE_KVS:
+                request.num_computed_tokens = 0
+                self.failed_recving_kv_req_ids.add(request.request_id)
+                if request.request_id in self.finished_recving_kv_req_ids:
+                    self._update_waiting_for_remote_kv(request)
+                    request.status = RequestStatus.PREEMPTED if request.num_preemptions else RequestStatus.WAITING

@@ -167,3 +167,21 @@ def test_whatever_happens_every_block_is_accounted_for_and_every_call_ends(
             assert engine.scheduler.applications.calls == {}
 
     play()
+
+
+def test_what_is_held_for_a_stalled_agent_gives_way_before_a_call_that_runs(bench: Callable[..., Bench]) -> None:
+    """The pin was left when a short call was first in line; the long one that comes to its place needs it."""
+    space = {"swap_oldest": 9, "swap_from": 1, "swap_patience_tokens": 0, "short_s": 0.0}
+    engine = bench(space, num_blocks=31, keep_share=0.9)
+    engine.answer([1] * 20, session="old", app="old")
+    engine.answer([3] * 150, session="held", app="held", expects_tools={"ls": 0.05}, reuse="extends")
+    engine.call([5] * 100, "young", 60, app="young")
+    engine.step()
+    assert engine.scheduler.block_budget()["pinned"] == 9
+    engine.call([6] * 30, "small", 2, app="small")
+    engine.call([9] * 250, "old", 2, app="old")
+    engine.step()
+
+    assert engine.count("kv_pins", "yielded") == 1
+    assert engine.count("space_swaps") == 0
+    engine.run(600)
