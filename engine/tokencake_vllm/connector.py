@@ -139,6 +139,8 @@ class TokenCakeConnector(KVConnectorBase_V1, SupportsHMA):
         self._copier: Copier = NoCopier()
         self._lost_loads: list[str] = []
         """Calls that wait for a load that could not be queued."""
+        self._unloadable: set[str] = set()
+        """Calls that will not ask for a load again after such a one."""
         self._bad_loads: set[str] = set()
         self._good_loads: set[str] = set()
         self._reports: dict[int, tuple[int, float, bool]] = {}
@@ -191,7 +193,7 @@ class TokenCakeConnector(KVConnectorBase_V1, SupportsHMA):
         """Tokens that the host holds behind those on the device; None while they are on their way already."""
         count: int | None = 0
         with self._contained():
-            if self.cache is not None:
+            if self.cache is not None and request.request_id not in self._unloadable:
                 first = num_computed_tokens // self._block_tokens
                 last = (request.num_tokens - 1) // self._block_tokens
                 count = self.cache.match(request.request_id, request.block_hashes[:last], first)
@@ -209,6 +211,7 @@ class TokenCakeConnector(KVConnectorBase_V1, SupportsHMA):
             is_queued = True
         if num_external_tokens and not is_queued:
             self._lost_loads.append(request.request_id)
+            self._unloadable.add(request.request_id)
 
     def request_finished_all_groups(
         self,
@@ -217,6 +220,7 @@ class TokenCakeConnector(KVConnectorBase_V1, SupportsHMA):
     ) -> tuple[bool, dict[str, Any] | None]:
         """Never delays the freeing: what a copy needs is pinned block by block."""
         told = None
+        self._unloadable.discard(request.request_id)
         with self._contained():
             if self.cache is not None:
                 self.cache.forget_match(request.request_id)

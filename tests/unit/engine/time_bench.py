@@ -107,6 +107,7 @@ class Bench:
     # --- what the engine does -----------------------------------------------------------------------
 
     def finish_job(self, index: int = 0, *, ok: bool = True) -> None:
+        ok = ok and bool(self.worker.jobs[index].blocks)
         job = self.worker.finish(index, ok=ok)
         self.reports[job.id] = (1, 0.001, ok)
         if job.request is not None:

@@ -1,0 +1,236 @@
+"""Whatever breaks on either side of the connector is told and costs computing again: no wrong hit, no lost call."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm", reason="the plug-in's tests need vLLM")
+
+import torch
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+
+from tests.unit.engine.time_bench import Bench
+from tokencake import protocol
+from tokencake_vllm.connector import Jobs, TokenCakeConnector, block_bytes_of, host_slots, unfit
+from tokencake_vllm.copies import Job, NoCopier
+
+PROMPT = list(range(100))
+
+
+@pytest.fixture
+def bench(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Bench]:
+    def make(**options: Any) -> Bench:
+        return Bench(tiny_model, monkeypatch, **options)
+
+    return make
+
+
+def stalled_elsewhere(engine: Bench) -> str:
+    """A call whose prefix is on the host only."""
+    name = engine.answer(PROMPT, expects_tools={"build": 60.0}, reuse="extends")
+    engine.wipe()
+    return name
+
+
+# --- the scheduler's side -----------------------------------------------------------------------------
+
+
+def broken(*_: Any, **__: Any) -> Any:
+    raise ZeroDivisionError("made up")
+
+
+@pytest.mark.parametrize("place", ["match", "admit", "store", "forget_match", "upload", "hold", "release", "on_device"])
+def test_a_defect_in_the_cache_costs_no_call(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    engine = bench()
+    name = stalled_elsewhere(engine)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.cache, place, broken)
+        engine.tell(protocol.ToolStart(name, "t", "build"), protocol.ToolEnd(name, "t", duration_s=60.0))
+        engine.run()
+        calls = [
+            engine.answer(engine.follow_up(name), expects_tools={"ls": 0.01}),
+            engine.answer([900 + i for i in range(100)], session="u", expects_tools={"build": 60.0}),
+        ]
+        assert {engine.scheduler.registry.calls[call].status for call in calls} == {"finished"}
+    assert engine.told[engine.answer(PROMPT, session="t")] is not None
+    assert engine.scheduler.registry.counts.pop(("errors",), 0) > 0
+    assert engine.scheduler.reset_prefix_cache()  # nothing is held for ever
+    engine.check()
+
+
+def test_a_load_that_could_not_be_queued_fails_instead_of_being_waited_for(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = bench()
+    name = stalled_elsewhere(engine)
+    monkeypatch.setattr("tokencake_vllm.transfers.Transfers.begin", broken)
+    follow_up = engine.call(engine.follow_up(name), reuse="final")
+    engine.step()
+    (job,) = engine.worker.jobs
+    assert (job.request, job.blocks) == (follow_up, ())
+    engine.run()
+    assert engine.scheduler.registry.calls[follow_up].status == "finished"
+    assert engine.count("errors") == 1
+
+
+def test_a_defect_at_the_end_of_a_copy_does_not_stop_the_others(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = bench()
+    for number in range(2):
+        engine.call([1_000 * number + i for i in range(40)], session=f"s{number}", expects_tools={"build": 60.0})
+    while len(engine.worker.jobs) < 2:
+        engine.step()
+    settle, faults = engine.cache.tier.settle, [ZeroDivisionError("made up")]
+
+    def fails_once(*args: Any, **kwargs: Any) -> None:
+        if faults:
+            raise faults.pop()
+        settle(*args, **kwargs)
+
+    monkeypatch.setattr(engine.cache.tier, "settle", fails_once)
+    engine.run()
+    assert engine.count("errors") == 1
+    assert not engine.cache.is_busy
+
+
+def test_a_copy_that_fails_halfway_is_no_hit_on_either_side(bench: Callable[..., Bench]) -> None:
+    engine = bench(job_mib=0.008)  # a chain of six blocks takes several jobs
+    name = engine.call(PROMPT, expects_tools={"build": 60.0}, reuse="extends")
+    while not engine.worker.jobs:
+        engine.step()
+    assert len(engine.worker.jobs) == 3
+    engine.finish_job(1, ok=False)
+    engine.run()
+    engine.check()
+    keys = engine.scheduler.time.chains.by_id[name].keys
+    assert len(engine.cache.tier.ready(keys)) == 2  # what is before the failed part
+    engine.wipe()
+    assert engine.tokens_found(engine.answer(engine.follow_up(name))) == (0, 32)
+    engine.check()
+
+
+def test_an_upload_that_fails_on_one_of_two_ranks_is_no_hit(bench: Callable[..., Bench]) -> None:
+    engine = bench()
+    name = stalled_elsewhere(engine)
+    transfers = engine.cache.transfers
+    transfers.world_size = 2
+    engine.tell(protocol.ToolStart(name, "t", "build"), protocol.ToolEnd(name, "t", duration_s=60.0))
+    engine.step()
+    (job,) = engine.worker.jobs
+    transfers.report(job.id, 1, 0.1, ok=True)
+    keys = engine.scheduler.time.chains.by_id[name].keys
+    assert not engine.cache.on_device(keys)
+    assert engine.cache.is_busy
+    transfers.report(job.id, 1, 0.1, ok=False)
+    assert not engine.cache.on_device(keys)
+    assert engine.pool.get_num_free_blocks() == 63
+
+
+# --- the worker's side --------------------------------------------------------------------------------
+
+
+class BrokenCopier:
+    """Fails in everything it is asked."""
+
+    start = pace = finished = close = broken
+
+
+def worker(tiny_model: Path, **options: Any) -> TokenCakeConnector:
+    from tests.unit.engine.time_bench import build
+
+    scheduler = build(tiny_model, **options)
+    return TokenCakeConnector(scheduler.vllm_config, KVConnectorRole.WORKER, scheduler.kv_cache_config)
+
+
+def one_step(connector: TokenCakeConnector, *jobs: Job) -> tuple[set[str], set[str], dict[int, bool]]:
+    """A step as vLLM's model runner makes it: calls loaded, those whose load failed, how the jobs went."""
+    connector.bind_connector_metadata(Jobs(list(jobs)))
+    connector.start_load_kv(SimpleNamespace())
+    connector.wait_for_save()
+    results = connector.get_transfer_results(set())
+    reports = connector.build_connector_worker_meta()
+    connector.clear_connector_metadata()
+    done = {} if reports is None else {job: ok for job, (_, _, ok) in reports.done.items()}
+    return results.finished_recving, results.failed_recving, done
+
+
+JOBS = (Job(1, "store", (1,), (0,)), Job(2, "load", (2,), (0,), "r"), Job(3, "load", (3,), (0,)))
+
+
+def test_every_hook_of_the_worker_survives_a_broken_copier(tiny_model: Path) -> None:
+    connector = worker(tiny_model)
+    connector._copier = BrokenCopier()
+    assert one_step(connector, *JOBS) == ({"r"}, {"r"}, {1: False, 2: False, 3: False})
+    connector.shutdown()
+
+
+def test_without_host_memory_every_job_is_reported_as_failed(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp] can't allocate memory")
+
+    connector = worker(tiny_model)
+    monkeypatch.setattr("tokencake_vllm.block_memory.new_rows", refuse)
+    with caplog.at_level(logging.ERROR, "vllm.tokencake"):
+        connector.register_kv_caches({"layer": torch.zeros(64, 1, 16, 128)})
+    assert isinstance(connector._copier, NoCopier)
+    assert one_step(connector, *JOBS) == ({"r"}, {"r"}, {1: False, 2: False, 3: False})
+
+
+def test_a_worker_without_caches_refuses_instead_of_keeping_calls_waiting(tiny_model: Path) -> None:
+    connector = worker(tiny_model)
+    assert one_step(connector, *JOBS)[1] == {"r"}
+
+
+def test_a_load_of_nothing_fails(tiny_model: Path) -> None:
+    connector = worker(tiny_model)
+    connector.register_kv_caches({"layer": torch.zeros(64, 1, 16, 128)})
+    assert one_step(connector, Job(0, "load", (), (), "r"))[:2] == ({"r"}, {"r"})
+    connector.shutdown()
+
+
+def test_jobs_of_a_connector_that_is_not_ours_are_nobodys(tiny_model: Path) -> None:
+    connector = worker(tiny_model)
+    assert connector.get_transfer_results(set()).finished_recving == set()
+    connector.start_load_kv(SimpleNamespace())
+    assert connector.build_connector_worker_meta() is None
+
+
+# --- every rank comes to the same ---------------------------------------------------------------------
+
+
+def test_stages_of_different_length_have_the_same_slots(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    connector = worker(tiny_model)
+    config, settings = connector._vllm_config, connector.settings
+    monkeypatch.setattr(config.parallel_config, "pipeline_parallel_size", 2)
+    monkeypatch.setattr(config.parallel_config, "world_size", 2)
+    monkeypatch.setattr(config.model_config, "get_total_num_hidden_layers", lambda: 5)
+    config.kv_transfer_config.kv_connector_extra_config.clear()
+    slots = []
+    for layers in (2, 3):
+        kv_cache_config = connector._kv_cache_config
+        kv_cache_config.kv_cache_groups[0].layer_names[:] = [f"layer{number}" for number in range(layers)]
+        slots.append(host_slots(config, kv_cache_config, settings))
+        page_bytes = kv_cache_config.kv_cache_groups[0].kv_cache_spec.page_size_bytes
+        assert block_bytes_of(config, kv_cache_config) == 2 * 3 * page_bytes
+    assert slots[0] == slots[1]
+
+
+@pytest.mark.parametrize("name", ["decode_context_parallel_size", "prefill_context_parallel_size"])
+def test_with_context_parallelism_the_time_scheduler_stays_off(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    connector = worker(tiny_model)
+    assert unfit(connector._vllm_config, connector._kv_cache_config) is None
+    monkeypatch.setattr(connector._vllm_config.parallel_config, name, 2)
+    assert unfit(connector._vllm_config, connector._kv_cache_config) is not None
