@@ -27,7 +27,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "engine"), str(ROOT / "proxy")]
 
 from tests.tiny_model import make_tiny_model  # noqa: E402  # the path comes first
 from tokencake import protocol  # noqa: E402
-from tokencake_proxy.processes import Processes, engine_command, free_port  # noqa: E402
+from tokencake_proxy.processes import STOCK_ENV, Processes, engine_command, free_port, stock_command  # noqa: E402
 
 AGENTS, TURNS, BLOCK = 8, 4, 32
 FIRST_TOKENS, MORE_TOKENS, ANSWER_TOKENS = 1_024, 64, 8
@@ -118,12 +118,10 @@ async def _tell(client: httpx.AsyncClient, event: protocol.Event) -> None:
 def measure(kind: str, model: Path, seed: int, logs: Path) -> tuple[list[float], dict[str, float]]:
     """One run of all agents on a fresh engine."""
     port = free_port()
-    command = engine_command(str(model), port, [*FLAGS, *(["--additional-config", OURS] if kind == "ours" else [])])
-    env = dict(ENV)
     if kind == "stock":
-        command[command.index("tokencake_vllm.serve")] = "vllm.entrypoints.openai.api_server"
-        command.insert(command.index(str(model)), "--model")
-        env["VLLM_PLUGINS"] = ""
+        command, env = stock_command(str(model), port, FLAGS), {**ENV, **STOCK_ENV}
+    else:
+        command, env = engine_command(str(model), port, [*FLAGS, "--additional-config", OURS]), ENV
     base = f"http://127.0.0.1:{port}"
     first_tokens_s: list[float] = []
     with Processes(logs) as processes:

@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import httpx
 import openai
@@ -25,6 +25,7 @@ from code_team.model import NAME, prepare_model
 from code_team.team import build_team
 from tokencake_langgraph import ChatTokencake
 from tokencake_proxy.processes import (
+    STOCK_ENV,
     Processes,
     StartError,
     default_log_dir,
@@ -32,10 +33,13 @@ from tokencake_proxy.processes import (
     free_port,
     proxy_command,
     raise_on_sigterm,
+    stock_command,
 )
 
 MAX_TASKS: Final = 70
 """Of which the engine's state still shows every call."""
+
+Kind = Literal["tokencake", "stock"]
 
 _TASKS: Final = (
     "a to-do list that is kept in a text file",
@@ -46,9 +50,9 @@ _TASKS: Final = (
     "a password generator with a strength check",
 )
 
-# A pool that the agents of three tasks do not all fit into at once, so that the scheduler has something to decide.
+# A third of the KV memory that the agents of three tasks need at once, so that there is something to decide.
 ENGINE_FLAGS: Final = (
-    *("--max-model-len", "2048", "--block-size", "32", "--num-gpu-blocks-override", "192", "--max-num-seqs", "16"),
+    *("--max-model-len", "2048", "--block-size", "32", "--num-gpu-blocks-override", "112", "--max-num-seqs", "16"),
     *("--enforce-eager", "--enable-prompt-tokens-details", "--gpu-memory-utilization", "0.3"),
     *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
     *("--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}'),
@@ -60,6 +64,7 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="tokencake demo", description=__doc__)
     parser.add_argument("--tasks", type=int, default=3, metavar="N", help="tasks at once (default 3)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
+    parser.add_argument("--no-stock", action="store_true", help="do not run the same tasks on stock vLLM to compare")
     parser.add_argument("--no-progress", action="store_true", help="print no live table")
     parser.add_argument("--model", metavar="DIR", help=f"a model folder in place of {NAME}")
     args = parser.parse_args(argv)
@@ -78,13 +83,9 @@ def main(argv: Sequence[str]) -> int:
     os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1"  # all servers of the demo are here
     try:
         model = args.model or str(prepare_model())
-        with Processes(default_log_dir() / "demo") as processes:
-            base_url = _start_servers(processes, model, console)
-            try:
-                summary = asyncio.run(_run(base_url, args.tasks, None if args.no_progress else console))
-            except (openai.APIError, httpx.HTTPError) as error:
-                processes.check()  # if a server died, its log says more
-                raise RuntimeError(f"a call failed: {error}") from error
+        summary = _measure("tokencake", model, args, console)
+        if not args.no_stock:
+            summary["stock"] = _measure("stock", model, args, console)
     except (StartError, RuntimeError) as error:
         sys.stderr.write(f"{error}\n")
         return 1
@@ -94,40 +95,62 @@ def main(argv: Sequence[str]) -> int:
     if args.json:
         args.json.write_text(json.dumps(summary, indent=2) + "\n")
     console.print(report.table(summary))
-    share = summary["cached_tokens"] / max(1, summary["prompt_tokens"])
-    stalled_s = sum(stall["seconds"] or 0.0 for stall in summary["stalls"])
-    console.print(
-        f"{summary['llm_calls']} LLM calls and {summary['tool_calls']} tool calls in {summary['wall_s']:.1f} s. "
-        f"{share:.0%} of the prompt tokens came from the prefix cache instead of being computed again; "
-        f"agents were stalled in tools for {stalled_s:.1f} s, each second of it known to the engine."
-    )
+    console.print(report.kv_words(summary))
+    if "stock" in summary:
+        console.print(report.comparison(summary, summary["stock"]))
     return 0
 
 
-def _start_servers(processes: Processes, model: str, console: Console) -> str:
+def _measure(kind: Kind, model: str, args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """The tasks on one engine: TokenCake's, or vLLM without any plug-in."""
+    with Processes(default_log_dir() / "demo" / kind) as processes:
+        engine, proxy = _start_servers(processes, kind, model, console)
+        is_watched = kind == "tokencake" and not args.no_progress
+        try:
+            return asyncio.run(_run(engine, proxy, kind, args.tasks, console if is_watched else None))
+        except (openai.APIError, httpx.HTTPError) as error:
+            processes.check()  # if a server died, its log says more
+            raise RuntimeError(f"a call failed: {error}") from error
+
+
+def _start_servers(processes: Processes, kind: Kind, model: str, console: Console) -> tuple[str, str]:
+    """Base URLs of the engine and of the proxy before it."""
     engine_port, proxy_port = free_port(), free_port()
     engine = f"http://127.0.0.1:{engine_port}"
     flags = [*ENGINE_FLAGS, "--served-model-name", "demo"]
-    processes.start("engine", engine_command(model, engine_port, flags), ENGINE_ENV)
+    if kind == "stock":
+        processes.start("engine", stock_command(model, engine_port, flags), {**ENGINE_ENV, **STOCK_ENV})
+    else:
+        processes.start("engine", engine_command(model, engine_port, flags), ENGINE_ENV)
     processes.start("proxy", proxy_command(engine, "127.0.0.1", proxy_port))
-    console.print(f"Starting vLLM with {Path(model).name} and the proxy (logs in {processes.log_dir})")
+    name = "vLLM with TokenCake" if kind == "tokencake" else "stock vLLM for comparison"
+    console.print(f"Starting {name}, {Path(model).name} and the proxy (logs in {processes.log_dir})")
     with console.status("loading, about a minute the first time"):
         processes.wait_until_healthy("engine", f"{engine}/health", timeout_s=600)
         processes.wait_until_healthy("proxy", f"http://127.0.0.1:{proxy_port}/health", timeout_s=30)
-    return f"http://127.0.0.1:{proxy_port}"
+    return engine, f"http://127.0.0.1:{proxy_port}"
 
 
-async def _run(base_url: str, tasks: int, console: Console | None) -> dict[str, Any]:
-    model = ChatTokencake(model="demo", base_url=f"{base_url}/v1", temperature=0, max_retries=0)
-    async with httpx.AsyncClient(base_url=base_url, timeout=30) as client:
+async def _run(engine: str, proxy: str, kind: Kind, tasks: int, console: Console | None) -> dict[str, Any]:
+    model = ChatTokencake(model="demo", base_url=f"{proxy}/v1", temperature=0, max_retries=0)
+    async with httpx.AsyncClient(base_url=proxy, timeout=30) as client:
         with tempfile.TemporaryDirectory(prefix="tokencake-demo-") as scratch:
             team = build_team(model, Path(scratch))
+            task_s: list[float] = []
+
+            async def work(number: int) -> None:
+                await team.ainvoke({"task": _TASKS[number % len(_TASKS)]})
+                task_s.append(time.monotonic() - started)
+
             started = time.monotonic()
             async with _progress(client, console):
-                await asyncio.gather(*(team.ainvoke({"task": _TASKS[number % len(_TASKS)]}) for number in range(tasks)))
+                await asyncio.gather(*(work(number) for number in range(tasks)))
             wall_s = time.monotonic() - started
         await asyncio.to_thread(tokencake_langgraph.flush, 5.0)
-        return {**report.summarise(await _state(client)), "wall_s": wall_s}
+        metrics = await client.get(f"{engine}/metrics")
+        metrics.raise_for_status()
+        measured = {"wall_s": wall_s, "task_s": task_s, **report.read_metrics(metrics.text)}
+        return {**report.summarise(await _state(client)), **measured} if kind == "tokencake" else measured
 
 
 async def _state(client: httpx.AsyncClient) -> dict[str, Any]:

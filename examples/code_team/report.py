@@ -1,13 +1,17 @@
-"""What did the engine see? Everything here is read from the engine's own state, `GET /v1/tokencake/state`."""
+"""What did the engine see, and what was gained? Read from the engine's own `/v1/tokencake/state` and `/metrics`."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections import defaultdict
+from statistics import fmean
+from typing import Any, Final
 
+from prometheus_client.parser import text_string_to_metric_families
 from rich import box
 from rich.table import Table
 
-_SUMS = ("calls", "prompt_tokens", "cached_tokens", "output_tokens", "tool_calls", "stall_s", "queue_s")
+_MIB: Final = 1 << 20
+_SUMS: Final = ("calls", "prompt_tokens", "cached_tokens", "output_tokens", "tool_calls", "stall_s", "queue_s")
 
 
 def summarise(state: dict[str, Any]) -> dict[str, Any]:
@@ -47,6 +51,58 @@ def table(summary: dict[str, Any]) -> Table:
         cached = f"{row['cached_tokens'] / max(1, row['prompt_tokens']):.0%}"
         counts = (row["calls"], row["prompt_tokens"], cached, row["output_tokens"], row["tool_calls"])
         result.add_row(name, *map(str, counts), f"{row['stall_s']:.1f} s", f"{row['queue_s']:.1f} s")
+    return result
+
+
+def read_metrics(text: str) -> dict[str, Any]:
+    """What any vLLM counts, and under `kv` what TokenCake did with KV blocks."""
+    found: defaultdict[str, float] = defaultdict(float)
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            found[sample.name] += sample.value
+            labels = [f"{name}={value}" for name, value in sample.labels.items() if name in ("action", "by", "outcome")]
+            for label in labels:
+                found[f"{sample.name} {label}"] += sample.value
+    return {
+        "computed_tokens": int(found["vllm:prompt_tokens_total"] - found["vllm:prompt_tokens_cached_total"]),
+        "ttft_s": found["vllm:time_to_first_token_seconds_sum"]
+        / max(1, found["vllm:time_to_first_token_seconds_count"]),
+        "kv": {
+            "offloads": int(found["tokencake:kv_decisions_total action=offload"]),
+            "uploads_used": int(found["tokencake:kv_uploads_total outcome=used"]),
+            "loads": int(found["tokencake:kv_loads_total outcome=queued"]),
+            "copied_mib": found["tokencake:kv_copied_bytes_total"] / _MIB,
+            "saved_tokens": int(found["tokencake:kv_tokens_saved_total"]),
+        },
+    }
+
+
+def kv_words(summary: dict[str, Any]) -> str:
+    """What became of the KV cache of stalled agents."""
+    kv = summary["kv"]
+    stalled_s = sum(stall["seconds"] or 0.0 for stall in summary["stalls"])
+    return (
+        f"{summary['llm_calls']} LLM calls, {summary['tool_calls']} tool calls; agents were stalled in tools for "
+        f"{stalled_s:.1f} s. {kv['offloads']} times the KV cache of an agent went to host memory, {kv['uploads_used']} "
+        f"times it was back before the agent, {kv['loads']} times it was loaded when the agent called; "
+        f"{kv['copied_mib']:.0f} MiB were copied and {kv['saved_tokens']} tokens not computed again."
+    )
+
+
+def comparison(ours: dict[str, Any], stock: dict[str, Any]) -> Table:
+    """The same tasks on stock vLLM with as much KV memory on the device, run after ours."""
+    result = Table(title="The same tasks on stock vLLM", box=box.SIMPLE)
+    for column in ("", "stock", "TokenCake", "ratio"):
+        result.add_column(column, justify="right" if column else "left", no_wrap=True)
+
+    def row(name: str, theirs: float, mine: float, unit: str, digits: int) -> None:
+        ratio = f"{mine / theirs:.2f}" if theirs else "-"
+        result.add_row(name, f"{theirs:.{digits}f}{unit}", f"{mine:.{digits}f}{unit}", ratio)
+
+    row("prompt tokens computed", stock["computed_tokens"], ours["computed_tokens"], "", 0)
+    row("first token, mean", stock["ttft_s"], ours["ttft_s"], " s", 2)
+    row("task, mean", fmean(stock["task_s"]), fmean(ours["task_s"]), " s", 1)
+    row("all tasks", stock["wall_s"], ours["wall_s"], " s", 1)
     return result
 
 

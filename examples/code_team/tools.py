@@ -21,6 +21,8 @@ from pydantic import Field
 _TIME_LIMIT_S: Final = 10
 _MEMORY_LIMIT_BYTES: Final = 1 << 30
 _FILE_LIMIT_BYTES: Final = 1 << 20
+_HITS: Final = 6
+_READ_CHARS: Final = 3_000
 _WORD: Final = re.compile(r"[a-z]{3,}")
 _DOCUMENTED: Final = re.compile(r'(?:def|class) (?P<name>\w+)[^\n]*:\n\s+r?"""(?P<doc>\s*\S[^"]{0,2000})"""')
 _TESTS: Final = """
@@ -65,16 +67,16 @@ def programmer_tools(scratch: Path) -> list[BaseTool]:
 
 
 def _search(query: str) -> str:
-    """The first lines of the three docstrings that share most words with `query`."""
+    """The docstrings that share most words with `query`, as much of them as a programmer would read."""
     words = set(_WORD.findall(query.lower()))
     found: list[tuple[int, str]] = []
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
         for match in _DOCUMENTED.finditer(path.read_text(encoding="utf-8", errors="replace")):
             name, doc = f"{path.stem}.{match['name']}", match["doc"]
             if score := len(words.intersection(_WORD.findall(f"{name} {doc}".lower()))):
-                found.append((score, f"{name}: {doc.strip().splitlines()[0][:120]}"))
-    best = [line for _, line in sorted(found, key=lambda hit: (-hit[0], hit[1]))[:3]]
-    return "\n".join(best) or "nothing found"
+                found.append((score, f"{name}: {' '.join(doc.split())}"))
+    best = [text for _, text in sorted(found, key=lambda hit: (-hit[0], hit[1]))[:_HITS]]
+    return "\n\n".join(best)[:_READ_CHARS] or "nothing found"
 
 
 def _run_tests(scratch: Path) -> str:

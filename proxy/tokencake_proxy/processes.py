@@ -65,6 +65,16 @@ def engine_command(model: str, port: int, flags: Sequence[str]) -> list[str]:
     return [sys.executable, "-m", "tokencake_vllm.serve", model, *own, *flags]
 
 
+STOCK_ENV: Final = {"VLLM_PLUGINS": ""}
+"""With it vLLM loads no plug-in, not even one that is installed."""
+
+
+def stock_command(model: str, port: int, flags: Sequence[str]) -> list[str]:
+    """VLLM as it is on `port` of the loopback, to compare with; wants `STOCK_ENV`."""
+    own = ["--model", model, "--host", "127.0.0.1", "--port", str(port)]
+    return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *own, *flags]
+
+
 def proxy_command(upstream: str, host: str, port: int) -> list[str]:
     """The proxy in front of `upstream`."""
     return [

@@ -13,7 +13,7 @@ import pytest
 
 import tokencake_langgraph
 from tokencake_langgraph import ChatTokencake
-from tokencake_proxy.processes import Processes, engine_command, free_port, proxy_command
+from tokencake_proxy.processes import STOCK_ENV, Processes, engine_command, free_port, proxy_command, stock_command
 
 API_KEY = "secret-of-the-tests"
 os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1"
@@ -90,11 +90,9 @@ def stock_server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     """vLLM with no plug-in loaded, behind the proxy."""
     engine_port, proxy_port = free_port(), free_port()
     engine, proxy = f"http://127.0.0.1:{engine_port}", f"http://127.0.0.1:{proxy_port}"
-    command = engine_command(str(tiny_model), engine_port, [*FLAGS, "--api-key", API_KEY])
-    command[command.index("tokencake_vllm.serve")] = "vllm.entrypoints.openai.api_server"
-    command.insert(command.index(str(tiny_model)), "--model")
+    command = stock_command(str(tiny_model), engine_port, [*FLAGS, "--api-key", API_KEY])
     with Processes(tmp_path_factory.mktemp("stock-logs")) as processes:
-        processes.start("engine", command, {**ENV, "VLLM_PLUGINS": ""})
+        processes.start("engine", command, {**ENV, **STOCK_ENV})
         processes.start("proxy", proxy_command(engine, "127.0.0.1", proxy_port))
         processes.wait_until_healthy("engine", f"{engine}/health", timeout_s=300)
         processes.wait_until_healthy("proxy", f"{proxy}/health", timeout_s=30)

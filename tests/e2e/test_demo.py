@@ -44,9 +44,10 @@ def test_the_demo_writes_figures_that_the_engine_gave(tiny_model: Path, tmp_path
     )
     assert result.returncode == 0, result.stderr
     figures = json.loads(out.read_text())
-    assert set(figures) == {
-        *("llm_calls", "tool_calls", "agents", "prompt_tokens", "cached_tokens", "wall_s", "stalls")
-    }
+    measured = {"wall_s", "task_s", "computed_tokens", "ttft_s", "kv"}
+    known = {"llm_calls", "tool_calls", "agents", "prompt_tokens", "cached_tokens", "stalls", "stock"}
+    assert set(figures) == measured | known
+    assert set(figures["stock"]) == measured
     assert set(figures["agents"]) == {"architect", "programmer", "reviewer"}
     assert figures["agents"]["programmer"]["calls"] == 12
     assert figures["llm_calls"] == 14
@@ -54,12 +55,18 @@ def test_the_demo_writes_figures_that_the_engine_gave(tiny_model: Path, tmp_path
     assert {stall["tool"] for stall in figures["stalls"]} == {"search_docs", "write_file", "run_tests"}
     assert all(0 < stall["seconds"] < figures["wall_s"] for stall in figures["stalls"])
     assert 0 < figures["cached_tokens"] < figures["prompt_tokens"]
+    assert figures["computed_tokens"] == figures["prompt_tokens"] - figures["cached_tokens"]
+    assert figures["kv"]["offloads"] > 0
+    assert figures["kv"]["copied_mib"] > 0
+    assert set(figures["stock"]["kv"].values()) == {0}, "stock vLLM moved KV blocks"
+    assert figures["stock"]["computed_tokens"] > 0
     assert "programmer" in result.stdout
+    assert "prompt tokens computed" in result.stdout
     assert processes_of(tmp_path) == []
 
 
 def test_ctrl_c_in_the_demo_leaves_no_process_behind(tiny_model: Path, tmp_path: Path) -> None:
-    command = [*TOKENCAKE, "demo", "--model", str(tiny_model), "--tasks", "3", "--no-progress"]
+    command = [*TOKENCAKE, "demo", "--model", str(tiny_model), "--tasks", "3", "--no-progress", "--no-stock"]
     with subprocess.Popen(
         command, env=environment(tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     ) as demo:
