@@ -129,6 +129,48 @@ def test_a_block_that_changed_on_the_host_fails_its_checksum() -> None:
     copier.close()
 
 
+def big_copier(blocks: int) -> ThreadCopier:
+    """Blocks of 256 KiB."""
+    views = block_views({"layer": torch.zeros(blocks, 1, 1, 64 * 1_024)}, blocks)
+    return ThreadCopier(views, host_rows(views, blocks), checks=False)
+
+
+@pytest.mark.parametrize("kind", ["store", "load"])
+def test_while_a_step_computes_a_copy_takes_a_twentieth_of_the_time(kind: Any) -> None:
+    copier = big_copier(100)
+    copier.pace(is_computing=True, urgent=())
+    began = time.monotonic()
+    copier.start(Job(1, kind, tuple(range(100)), tuple(range(100))))
+    (done,) = finish(copier)
+    # Its last piece is not followed by a rest.
+    assert done.seconds < 0.05 * (time.monotonic() - began) + 0.01
+    copier.close()
+
+
+def test_a_copy_that_a_call_waits_for_overtakes_and_does_not_rest() -> None:
+    copier = big_copier(400)
+    copier.pace(is_computing=True, urgent=())
+    everything = tuple(range(200))
+    copier.start(Job(1, "store", everything, everything))
+    copier.start(Job(2, "load", tuple(range(200, 300)), tuple(range(200, 300)), "call"))
+    assert [done.job.id for done in finish(copier)] == [2]
+    copier.start(Job(3, "load", tuple(range(300, 400)), tuple(range(300, 400))))
+    copier.pace(is_computing=True, urgent=(3,))
+    assert [done.job.id for done in finish(copier)] == [3]
+    copier.pace(is_computing=False, urgent=())
+    assert [done.job.id for done in finish(copier)] == [1]
+    copier.close()
+
+
+def test_a_copier_that_is_closed_leaves_the_rest_undone() -> None:
+    copier = big_copier(200)
+    copier.pace(is_computing=True, urgent=())
+    copier.start(Job(1, "store", tuple(range(200)), tuple(range(200))))
+    copier.close()
+    assert not copier._thread.is_alive()
+    assert copier.finished() == []
+
+
 def test_without_host_memory_every_job_fails_and_nothing_raises() -> None:
     def refuse(*_: Any) -> Any:
         raise MemoryError("no")
