@@ -7,7 +7,7 @@ import os
 from typing import TYPE_CHECKING, Any, Final
 
 from tokencake_sim.bench_pictures import draw
-from tokencake_sim.bench_words import INTRO, ON_CPU, ON_SERVER, POLICIES, RECORDED, WRONG
+from tokencake_sim.bench_words import CALIBRATED, INTRO, ON_CPU, ON_SERVER, POLICIES, RECORDED, WRONG
 from tokencake_sim.published import FORK, FORK_AT_ONE, PAPER_REDUCTION, QPS, Figures
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ def write_page(results: Path, page: Path) -> None:
         _published(plain),
         "\n".join(["## Pictures\n", *(f"![{title}]({link}/{name})\n" for name, title in pictures)]),
         RECORDED,
+        CALIBRATED,
         WRONG,
     ]
     page.write_text("\n".join(section for section in sections if section), encoding="utf-8")

@@ -75,6 +75,14 @@ Not in it: calls without a hint, that is ordinary traffic; aborted and unfinishe
 that the engine has forgotten, all of which the command counts. Prompts and answers are never read, only their lengths.
 """
 
+CALIBRATED: Final = """\
+## Your own machine as a profile
+
+An engine started with `--additional-config '{"tokencake": {"measure": {"steps": 5000}}}'` keeps its newest steps: what
+each computed and how long it took. `tokencake sim calibrate URL` fits the fixed cost of a step, the prefill rate and
+the memory bandwidth to them and prints the profile. Give the engine a load that both prefills and only decodes first.
+"""
+
 WRONG: Final = """\
 ## Where the simulator is wrong
 
