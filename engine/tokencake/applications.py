@@ -9,26 +9,24 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
+from tokencake.branches import Branch, Stalled, slacks_s
 from tokencake.lengths import AnswerLengths
-from tokencake.paths import remaining_s
+from tokencake.lore import Lore, Place, Ways
 from tokencake.protocol import Graph, Hint
 
 _MAX_KEPT: Final = 8_192
 """Applications without a live call that are remembered, so that their next call finds its place."""
 
 _IDLE_S: Final = 3_600.0
-_LEARNING_RATE: Final = 0.2
-_FIRST_CALL_S: Final = 5.0
-"""A call takes so long as far as is known before the first one has ended."""
-
 _UNKNOWN_TOKENS: Final = 512
 """Length of an answer of which nothing is known; limits are often set far above what is written."""
 
-_PATHS_LIVE: Final = 64
-"""Answers learned after which the paths of a graph are measured anew."""
+_LEAST_LIFE_S: Final = 60.0
+"""A branch is waited for at least so long; a longer gap than usual says that it is over."""
+_LONG_GAP: Final = 4.0
 
 
 @dataclass(slots=True)
@@ -52,8 +50,13 @@ class Application:
     is_critical: bool = False
     """Whether a call of it was on a critical path: somebody waits for its end."""
     live: dict[str, LiveCall] = field(default_factory=dict)
-    visits: Counter[tuple[str, str]] = field(default_factory=Counter)
+    root: str = ""
+    """The agent of its first call."""
+    visits: Counter[Place] = field(default_factory=Counter)
     """How often a call of this graph and node came."""
+    answers: Counter[str] = field(default_factory=Counter)
+    """Live requests of each live call: several with `n` > 1."""
+    stalled: Stalled = field(default_factory=Stalled)
 
 
 @dataclass(slots=True)
@@ -68,8 +71,10 @@ class LiveCall:
     """Arrivals before it: breaks ties."""
     prompt_tokens: int
     max_tokens: int
-    remaining_s: float
-    """Longest way from its begin to the end of its application; 0 where nobody has said."""
+    branch: Branch | None
+    """Where it is in its application; None without a hint."""
+    service_s: float
+    """Seconds of calls on the longest way from its begin to the end of its application; 0 where nobody knows."""
     expected_tokens: int
     """Length of the answer to be reckoned with."""
     is_running: bool = False
@@ -80,6 +85,20 @@ class LiveCall:
     """Up to when its service has been counted."""
     preemptions: int = 0
     swaps: int = 0
+    slack_s: float | None = None
+    """What its branch has to spare at its next join, as of the last `measure_slack`; None where it has no siblings."""
+
+    @property
+    def remaining_s(self) -> float:
+        """Longest way from its begin to the end of its application, tools included; 0 where nobody knows."""
+        return 0.0 if self.branch is None else self.branch.remaining_s
+
+    @property
+    def is_critical(self) -> bool:
+        """Whether others of its application wait for it: measured where it has siblings, else as its client says."""
+        if self.slack_s is not None:
+            return self.slack_s == 0.0
+        return self.hint is not None and self.hint.critical is True
 
 
 class Applications:
@@ -90,23 +109,17 @@ class Applications:
         self.lengths = AnswerLengths()
         self.version = 0
         """Changes when a call comes or goes, or when one is started or stopped."""
-        self._graph_named = graph_named
+        self.lore = Lore(graph_named)
         self._tenant_mark = tenant_mark
         self._quantile = answer_quantile
         self._apps: OrderedDict[str, Application] = OrderedDict()
         self._tenants: dict[str, Tenant] = {}
         self._arrivals = 0
-        self._call_s = _FIRST_CALL_S
-        """Mean seconds of a call from its first slot to its end."""
-        self._node_s: OrderedDict[tuple[str, str], float] = OrderedDict()
-        self._node_visits: dict[tuple[str, str], float] = {}
-        self._learned = 0
-        self._paths: dict[str, tuple[int, dict[str, float]]] = {}
 
     @property
     def call_s(self) -> float:
         """Seconds that a call takes once it runs, on average of late."""
-        return self._call_s
+        return self.lore.call_s
 
     @property
     def known_apps(self) -> int:
@@ -123,6 +136,9 @@ class Applications:
         """A request entered the engine."""
         app = self._application(request_id, hint, now)
         self._arrivals += 1
+        name = request_id if hint is None or hint.call is None else hint.call
+        app.answers[name] += 1
+        branch, service_s = (None, 0.0) if hint is None else self._branch(app, name, hint, now)
         call = LiveCall(
             request_id,
             app,
@@ -131,12 +147,11 @@ class Applications:
             self._arrivals,
             prompt_tokens,
             max_tokens,
-            remaining_s=self._remaining_s(hint),
+            branch,
+            service_s,
             expected_tokens=self._expected_tokens(hint, max_tokens),
         )
         app.is_critical |= hint is not None and hint.critical is True
-        if hint is not None and hint.graph and hint.node:
-            app.visits[hint.graph, hint.node] += 1
         self.calls[request_id] = app.live[request_id] = call
         app.tenant.live_calls += 1
         self.version += 1
@@ -172,30 +187,20 @@ class Applications:
             return
         app = call.app
         del app.live[request_id]
+        app.answers -= Counter([request_id if call.branch is None else call.branch.call])
         app.touched_s = now
         app.tenant.live_calls -= 1
         self.version += 1
         if not is_aborted and call.started_s is not None:
-            self._learn(call, output_tokens, now)
+            self._learn(call, now - call.started_s, output_tokens)
+            self._stall(call, now)
 
     # --- what is learned --------------------------------------------------------------------------
 
-    def _learn(self, call: LiveCall, output_tokens: int, now: float) -> None:
-        took_s = now - (now if call.started_s is None else call.started_s)
-        self._call_s += _LEARNING_RATE * (took_s - self._call_s)
-        self._learned += 1
+    def _learn(self, call: LiveCall, took_s: float, output_tokens: int) -> None:
         self.lengths.learn(_agent(call.hint), output_tokens)
-        if call.hint is not None and call.hint.graph and call.hint.node:
-            key = call.hint.graph, call.hint.node
-            before = self._node_s.get(key, took_s)
-            self._node_s[key] = before + _LEARNING_RATE * (took_s - before)
-            visits = float(call.app.visits[key])
-            seen = self._node_visits.get(key, visits)
-            self._node_visits[key] = max(seen + _LEARNING_RATE * (visits - seen), 1.0)
-            self._node_s.move_to_end(key)
-            if len(self._node_s) > _MAX_KEPT:
-                oldest, _ = self._node_s.popitem(last=False)
-                self._node_visits.pop(oldest, None)
+        place = ("", "") if call.branch is None else call.branch.place
+        self.lore.learn_call(place, took_s, call.app.visits[place])
 
     def _expected_tokens(self, hint: Hint | None, max_tokens: int) -> int:
         learned = self.lengths.quantile(_agent(hint), self._quantile)
@@ -204,22 +209,63 @@ class Applications:
         known = learned if learned is not None else told
         return min(_UNKNOWN_TOKENS if known is None else known, max_tokens)
 
-    def _remaining_s(self, hint: Hint | None) -> float:
-        if hint is None:
-            return 0.0
-        graph = self._graph_named(hint.graph) if hint.graph else None
-        if graph is None or hint.node not in graph.nodes:
-            return (hint.remaining or 0) * self._call_s
-        measured_at, paths = self._paths.get(graph.graph, (-_PATHS_LIVE, {}))
-        if self._learned - measured_at >= _PATHS_LIVE:
-            paths = remaining_s(graph.nodes, graph.edges, lambda node: self._cost_s(graph.graph, node))
-            self._paths[graph.graph] = self._learned, paths
-            if len(self._paths) > _PATHS_LIVE:
-                del self._paths[next(iter(self._paths))]
-        return paths[hint.node]
+    # --- where a call is in its application ---------------------------------------------------------
 
-    def _cost_s(self, graph: str, node: str) -> float:
-        return self._node_s.get((graph, node), self._call_s) * self._node_visits.get((graph, node), 1.0)
+    def _branch(self, app: Application, name: str, hint: Hint, now: float) -> tuple[Branch, float]:
+        """The branch of the call `name` that comes, and the seconds of calls on its way."""
+        if not app.visits:
+            app.root = hint.agent or ""
+        place = _place(app, hint)
+        node = place[1]
+        ways = self.lore.ways(place[0])
+        if app.answers[name] == 1:
+            app.visits[place] += 1
+            cause, is_sure = app.stalled.arrive(hint.session, place, hint.join, hint.parent_call, ways)
+            if cause is not None:
+                self.lore.learn_follower(cause.place, place, now - cause.at_s if is_sure else None)
+        branch = Branch(name, hint.session, place, hint.join, hint.parent_call, now, 0.0)
+        if ways is None or node not in ways.remaining_s or (hint.remaining is not None and not ways.is_described):
+            told_s = (hint.remaining or 0) * self.call_s
+            return replace(branch, remaining_s=told_s), told_s
+        # Of the rounds of a loop that are expected, those that the application has had are over.
+        rounds = {other: app.visits[place[0], other] - (other == node) for other in ways.loop(node)}
+        service_s, gaps_s = ways.service_s[node], ways.remaining_s[node] - ways.service_s[node]
+        for other, count in rounds.items():
+            service_s -= count * self.lore.service_s((place[0], other))
+            gaps_s -= count * self.lore.gap_s((place[0], other))
+        service_s, gaps_s = max(service_s, self.lore.service_s(place)), max(gaps_s, 0.0)
+        rest_s = self._after_parent(app, branch, ways)
+        return replace(branch, remaining_s=service_s + gaps_s + rest_s), service_s + rest_s
+
+    def _after_parent(self, app: Application, branch: Branch, ways: Ways) -> float:
+        """What is left for the agent that waits for a sub-agent, where the graph does not lead back to it."""
+        parent = app.stalled.of_call(branch.parent)
+        if parent is None:
+            return 0.0
+        (graph, node), (parent_graph, parent_node) = branch.place, parent.place
+        leads_back = graph == parent_graph and parent_node in ways.shape.after[node]
+        return 0.0 if leads_back else parent.remaining_s
+
+    def _stall(self, call: LiveCall, now: float) -> None:
+        """The call is over: its branch waits in a tool, or for others, unless it says that nothing will follow."""
+        branch, hint = call.branch, call.hint
+        if branch is None or hint is None or call.app.answers[branch.call]:
+            return
+        gap_s = self.lore.gap_s(branch.place)
+        is_over = hint.reuse == "final" and hint.join is None
+        left_s = max(gap_s, branch.remaining_s - self.lore.service_s(branch.place))
+        until_s = now if is_over else now + max(_LEAST_LIFE_S, _LONG_GAP * gap_s)
+        call.app.stalled.leave(replace(branch, at_s=now, remaining_s=left_s, until_s=until_s))
+
+    def measure_slack(self, now: float) -> None:
+        """Set `slack_s` of every live call."""
+        for app in {id(call.app): call.app for call in self.calls.values()}.values():
+            live = {call.branch.call: call for call in app.live.values() if call.branch is not None}
+            parents = {call.branch.parent for call in live.values() if call.branch is not None}
+            stalled = [branch for branch in app.stalled.living(now) if branch.call not in parents]
+            branches = [call.branch for call in live.values() if call.branch is not None]
+            for branch, slack_s in zip(branches, slacks_s([*branches, *stalled], self.lore.ways, now), strict=False):
+                live[branch.call].slack_s = slack_s
 
     # --- who belongs together ---------------------------------------------------------------------
 
@@ -260,6 +306,13 @@ class Applications:
     def _forget_tenant(self, tenant: Tenant) -> None:
         if len(self._tenants) > _MAX_KEPT and not tenant.live_calls:
             self._tenants.pop(tenant.id, None)
+
+
+def _place(app: Application, hint: Hint) -> Place:
+    if hint.graph:
+        return hint.graph, hint.node or hint.agent or ""
+    # Told apart from every graph that has a name: a client's cannot be empty.
+    return f"\0{app.tenant.id}\0{app.root}", hint.agent or hint.node or ""
 
 
 def tenant_of(name: str, mark: str) -> str:

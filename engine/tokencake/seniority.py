@@ -78,7 +78,7 @@ def seniority_s(call: LiveCall, settings: SpaceSettings, peers: Peers, *, share:
         is_sibling: whether running calls hold most of its prompt.
     """
     app = call.app
-    level = level_of(app, share * max(peers.call_s, call.remaining_s), settings)
+    level = level_of(app, share * max(peers.call_s, call.service_s), settings)
     return (
         app.first_seen_s
         + settings.head_start_s * level

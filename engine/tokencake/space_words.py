@@ -31,6 +31,7 @@ class SpaceWords:
         self, settings: SpaceSettings, policy: SpacePolicy, applications: Applications, registry: Registry
     ) -> None:
         self._policy = policy
+        self._applications = applications
         self._calls = applications.calls
         self._registry = registry
         self._log = DecisionLog(settings.decisions)
@@ -46,6 +47,7 @@ class SpaceWords:
         now: float,
     ) -> None:
         """The step is over: who `started`, and who still waits, first in line first."""
+        self._applications.measure_slack(now)
         for name in started:
             # A call that comes back, after a preemption or with its user's next turn, has not waited since it came.
             if (call := self._calls.get(name)) is not None and call.started_s == now:
@@ -124,4 +126,4 @@ class SpaceWords:
 
 
 def _is_critical(call: LiveCall | None) -> bool:
-    return call is not None and call.hint is not None and call.hint.critical is True
+    return call is not None and call.is_critical

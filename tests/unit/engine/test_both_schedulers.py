@@ -50,7 +50,7 @@ def check_budget(engine: Bench) -> None:
     assert budget["cached"] + budget["empty"] == engine.pool.get_num_free_blocks()
     assert budget["pinned"] <= engine.cache.pinned_blocks
     if not engine.cache.is_busy:
-        assert budget["uploading"] == budget["storing"] == budget["loading"] == 0
+        assert budget["uploading"] == budget["storing"] == 0
     if not engine.scheduler.requests and not engine.scheduler.deferred_frees:
         assert budget["running"] == budget["leaving"] == 0
 

@@ -1,41 +1,17 @@
 """Paths, promises, answer lengths, swaps and the decision log, from values."""
 
-import itertools
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tokencake.decision_log import Decision, DecisionLog
 from tokencake.lengths import AnswerLengths
-from tokencake.paths import remaining_s
 from tokencake.promises import Promise, peak_blocks, tokens_until_free
 from tokencake.settings import SettingsError, section
 from tokencake.space_settings import SpaceSettings
 from tokencake.swap import Candidate, swap_victims
 
 SETTINGS = SpaceSettings(swap_oldest=1, swap_from=2)
-
-
-def test_the_way_to_the_end_is_the_longest_one():
-    cost = {"a": 1.0, "b": 5.0, "c": 2.0, "d": 1.0}
-    edges = [("a", "b"), ("a", "c"), ("b", "d"), ("c", "d")]
-
-    assert remaining_s(cost, edges, cost.__getitem__) == {"a": 7.0, "b": 6.0, "c": 3.0, "d": 1.0}
-
-
-def test_a_loop_is_entered_once():
-    edges = [("agent", "tools"), ("tools", "agent"), ("agent", "end")]
-
-    assert remaining_s(["agent", "tools", "end"], edges, lambda _: 1.0)["agent"] == 2.0
-
-
-def test_a_graph_may_be_deeper_than_the_stack():
-    names = [str(number) for number in range(5_000)]
-
-    found = remaining_s(names, list(itertools.pairwise(names)), lambda _: 1.0)
-
-    assert found["0"] == 5_000
 
 
 def test_a_call_holds_back_what_it_needs_until_its_end_only():
