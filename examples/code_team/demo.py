@@ -23,6 +23,7 @@ import tokencake_langgraph
 from code_team import report
 from code_team.model import NAME, prepare_model
 from code_team.team import build_team
+from code_team.tools import BUILD_MACHINE_S
 from tokencake_langgraph import ChatTokencake
 from tokencake_proxy.processes import (
     STOCK_ENV,
@@ -132,7 +133,13 @@ def _start_servers(processes: Processes, kind: Kind, model: str, console: Consol
 
 
 async def _run(engine: str, proxy: str, kind: Kind, tasks: int, console: Console | None) -> dict[str, Any]:
-    model = ChatTokencake(model="demo", base_url=f"{proxy}/v1", temperature=0, max_retries=0)
+    model = ChatTokencake(
+        model="demo",
+        base_url=f"{proxy}/v1",
+        temperature=0,
+        max_retries=0,
+        tool_estimates={"run_tests": BUILD_MACHINE_S + 0.5},
+    )
     async with httpx.AsyncClient(base_url=proxy, timeout=30) as client:
         with tempfile.TemporaryDirectory(prefix="tokencake-demo-") as scratch:
             team = build_team(model, Path(scratch))

@@ -1,7 +1,8 @@
 """What can the programmers do? Search the standard library's documentation, write a file, run its unit tests.
 
 The tools are real and so are their waits: hundreds of modules are read, a file is forced to disk, a fresh Python runs
-the tests. A programmer works in a scratch folder of its own and cannot name a file outside it.
+the tests. Only the time that a build machine takes to get ready is a sleep. A programmer works in a scratch folder of
+its own and cannot name a file outside it.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ import resource
 import subprocess
 import sys
 import sysconfig
+import time
 from pathlib import Path
 from typing import Annotated, Final
 
 from langchain_core.tools import BaseTool, tool
 from pydantic import Field
 
+BUILD_MACHINE_S: Final = 3.0
 _TIME_LIMIT_S: Final = 10
 _MEMORY_LIMIT_BYTES: Final = 1 << 30
 _FILE_LIMIT_BYTES: Final = 1 << 20
@@ -60,7 +63,8 @@ def programmer_tools(scratch: Path) -> list[BaseTool]:
 
     @tool
     def run_tests() -> str:
-        """Run the unit tests of the project."""
+        """Run the unit tests of the project on a build machine."""
+        time.sleep(BUILD_MACHINE_S)
         return _run_tests(scratch)
 
     return [search_docs, write_file, run_tests]
