@@ -104,7 +104,9 @@ class LiveCall:
 class Applications:
     """Everything above, kept from what the scheduler does and what hints and graphs tell."""
 
-    def __init__(self, graph_named: Callable[[str], Graph | None], *, tenant_mark: str, answer_quantile: float) -> None:
+    def __init__(
+        self, graph_named: Callable[[str], Graph | None], *, tenant_mark: str | None, answer_quantile: float
+    ) -> None:
         self.calls: dict[str, LiveCall] = {}
         self.lengths = AnswerLengths()
         self.version = 0
@@ -315,8 +317,10 @@ def _place(app: Application, hint: Hint) -> Place:
     return f"\0{app.tenant.id}\0{app.root}", hint.agent or hint.node or ""
 
 
-def tenant_of(name: str, mark: str) -> str:
-    """The tenant whose prefix the proxy put before an id; "" where there is none."""
+def tenant_of(name: str, mark: str | None) -> str:
+    """The tenant whose prefix the proxy put before an id; "" where there is none, or `mark` is None."""
+    if mark is None:
+        return ""
     before, found, _ = name.partition(mark)
     return before if found else ""
 

@@ -16,6 +16,7 @@ from tokencake import parsing
 from tokencake.parsing import MAX_AGO_S, MAX_ID_CHARS, ProtocolError, TooLargeError
 
 __all__ = [
+    "DECISIONS_PATH",
     "EVENTS_PATH",
     "HINT_KEY",
     "MAX_AGO_S",
@@ -53,6 +54,7 @@ HINT_KEY: Final = "tokencake"
 
 EVENTS_PATH: Final = "/v1/tokencake/events"
 STATE_PATH: Final = "/v1/tokencake/state"
+DECISIONS_PATH: Final = "/v1/tokencake/decisions"
 
 MAX_HINT_BYTES: Final = 16_384
 MAX_BODY_BYTES: Final = 262_144

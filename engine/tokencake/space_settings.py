@@ -31,8 +31,9 @@ class SpaceSettings:
     """Seniority of an application that has a critical path over one that nobody waits for, above the same mean."""
     tenant_quantum_s: float = may(number(1e-3, 1e6), 2.0)
     """Device-seconds that one tenant may be ahead of another before the other's calls go first."""
-    tenant_mark: str = may(text(8), "::")
-    """What stands between the tenant and the rest in a scoped application or session id."""
+    tenant_mark: str | None = may(text(8))
+    """What the proxy puts behind the tenant in an application or session id, `::`; None: all clients are one tenant,
+    because whoever reaches the engine without such a proxy could call himself anything."""
 
     swap_oldest: int = may(count(1_000), 2)
     """So many of the oldest applications may have calls of younger ones swapped out to the host; 0: none."""

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 logger = init_logger("vllm.tokencake")
 
-DECISIONS_PATH: Final = "/v1/tokencake/decisions"
 STEPS_PATH: Final = "/v1/tokencake/steps"
 MAX_STATE_CALLS: Final = 10_000
 ANSWER_S: Final = 30.0
@@ -67,7 +66,7 @@ class TokenCakeEndpoints:
         """Add the routes, and a look at the engine's counters before each scrape of `/metrics`."""
         app.add_api_route(protocol.EVENTS_PATH, _post_events, methods=["POST"], include_in_schema=True)
         app.add_api_route(protocol.STATE_PATH, _get_state, methods=["GET"], include_in_schema=True)
-        app.add_api_route(DECISIONS_PATH, _get_decisions, methods=["GET"], include_in_schema=True)
+        app.add_api_route(protocol.DECISIONS_PATH, _get_decisions, methods=["GET"], include_in_schema=True)
         app.add_api_route(STEPS_PATH, _get_steps, methods=["GET"], include_in_schema=True)
         app.add_middleware(ScrapeMiddleware)
 
@@ -100,7 +99,7 @@ async def _read_body(request: Request) -> bytes:
     return b"".join(chunks)
 
 
-async def _post_events(request: Request) -> Response:
+async def _post_events(request: Request, tenant: str | None = None) -> Response:
     received = time.time()
     try:
         parsed = protocol.parse_events(await _read_body(request))
@@ -122,8 +121,8 @@ async def _post_events(request: Request) -> Response:
             results.append({"outcome": (outcome := next(outcomes))})
             if outcome == "unknown":
                 count_event(event.type, outcome)
-    need = sorted({graph for answer in answers for graph in answer["need"]})
-    return JSONResponse({"v": protocol.VERSION, "results": results, "need": need})
+    need = sorted({graph for answer in answers for graph in answer["need"] if graph.startswith(tenant or "")})
+    return JSONResponse(_unscoped({"v": protocol.VERSION, "results": results, "need": need}, tenant))
 
 
 async def _get_state(
@@ -138,7 +137,7 @@ async def _get_state(
     answers = await _ask(request, "tokencake_state", session, app, limit, tenant)
     if isinstance(answers, Response):
         return answers
-    return JSONResponse(answers[0] if len(answers) == 1 else _merged(answers, limit))
+    return JSONResponse(_unscoped(answers[0] if len(answers) == 1 else _merged(answers, limit), tenant))
 
 
 async def _get_decisions(
@@ -155,7 +154,22 @@ async def _get_decisions(
         return answers
     decisions = sorted((entry for answer in answers for entry in answer["decisions"]), key=lambda entry: entry["at"])
     longest_s = max(answer["longest_wait_s"] for answer in answers)
-    return JSONResponse({"v": protocol.VERSION, "longest_wait_s": longest_s, "decisions": decisions[-limit:]})
+    view = {"v": protocol.VERSION, "longest_wait_s": longest_s, "decisions": decisions[-limit:]}
+    return JSONResponse(_unscoped(view, tenant))
+
+
+def _unscoped(value: Any, tenant: str | None) -> Any:
+    """`value` as its tenant may read it: without the prefix that the proxy put before its ids."""
+    if tenant is None:
+        return value
+    match value:
+        case str():
+            return value.replace(tenant, "")
+        case dict():
+            return {name.removeprefix(tenant): _unscoped(item, tenant) for name, item in value.items()}
+        case list():
+            return [_unscoped(item, tenant) for item in value]
+    return value
 
 
 async def _get_steps(request: Request) -> Response:

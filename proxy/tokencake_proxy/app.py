@@ -74,7 +74,7 @@ class _Proxy:
         else:
             engine = choose_engine(self._engines)
             exchange = Exchange(scope, receive, send, route=route, engine=engine, metrics=self._metrics)
-            await exchange.run(self._settings.max_body_bytes)
+            await exchange.run(self._settings.max_body_bytes, has_tenants=self._settings.has_tenants)
 
     async def _answer_about_itself(self, scope: Scope, send: Send) -> None:
         if scope["method"] not in ("GET", "HEAD"):

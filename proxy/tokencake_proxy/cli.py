@@ -47,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     proxy = commands.add_parser("proxy", help="start the OpenAI-compatible proxy in front of an engine")
     proxy.add_argument("--upstream", required=True, metavar="URL", help="the engine, for example http://127.0.0.1:8000")
     _add_address(proxy)
+    proxy.add_argument("--tenants", action="store_true", help="keep clients with other API keys apart")
     proxy.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
 
     serve = commands.add_parser(
@@ -121,7 +122,7 @@ def _proxy(args: argparse.Namespace) -> int:
     from tokencake_proxy.settings import ProxySettings, SettingsError  # noqa: PLC0415
 
     try:
-        settings = ProxySettings(upstream=args.upstream)
+        settings = ProxySettings(upstream=args.upstream, has_tenants=args.tenants)
     except SettingsError as error:
         sys.stderr.write(f"{error}\n")
         return 2

@@ -20,6 +20,7 @@ from tokencake_proxy.body import ClientLeftError, read_body
 from tokencake_proxy.errors import Refusal, UpstreamError, error_event, send_refusal
 from tokencake_proxy.headers import first_value, request_lines, response_lines
 from tokencake_proxy.routes import EVENTS_ROUTE
+from tokencake_proxy.tenants import scoped
 from tokencake_proxy.upstream import Call, Engine
 
 if TYPE_CHECKING:
@@ -59,11 +60,11 @@ class Exchange:
         self._is_over = False
         self._has_client_left = False
 
-    async def run(self, max_body_bytes: int) -> None:
+    async def run(self, max_body_bytes: int, *, has_tenants: bool) -> None:
         """Answer the request, from the engine or with a refusal. Must be the last that its task does."""
         self._metrics.in_flight.inc()
         try:
-            await self._run(max_body_bytes)
+            await self._run(max_body_bytes, has_tenants=has_tenants)
         except ClientLeftError:
             self._metrics.client_disconnects.labels(self._phase).inc()
         except asyncio.CancelledError:
@@ -82,12 +83,14 @@ class Exchange:
             self._metrics.in_flight.dec()
             self._metrics.count_request(self._route, self._scope["method"], self._status)
 
-    async def _run(self, max_body_bytes: int) -> None:
+    async def _run(self, max_body_bytes: int, *, has_tenants: bool) -> None:
         scope = self._scope
         body = await read_body(scope["headers"], self._receive, max_body_bytes)
         self._phase = "waiting"
         target: bytes = scope["raw_path"] + (b"?" + scope["query_string"] if scope["query_string"] else b"")
         call = Call(scope["method"], target, request_lines(scope["headers"]), body)
+        if has_tenants:
+            call = scoped(call, self._route)
         watcher = asyncio.create_task(self._watch(asyncio.current_task()))
         try:
             response = await self._engine.answer(call)

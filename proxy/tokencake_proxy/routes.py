@@ -11,12 +11,13 @@ from __future__ import annotations
 import re
 from typing import Final
 
-from tokencake.protocol import EVENTS_PATH, STATE_PATH
+from tokencake.protocol import DECISIONS_PATH, EVENTS_PATH, STATE_PATH
 
 HEALTH_PATH: Final = "/health"
 METRICS_PATH: Final = "/metrics"
 
 EVENTS_ROUTE: Final = "tokencake_events"
+VIEW_ROUTES: Final = ("tokencake_state", "tokencake_decisions")
 REFUSED_ROUTE: Final = "refused"
 
 _NAMED: Final = {
@@ -28,6 +29,7 @@ _NAMED: Final = {
     "/v1/models": "models",
     EVENTS_PATH: EVENTS_ROUTE,
     STATE_PATH: "tokencake_state",
+    DECISIONS_PATH: "tokencake_decisions",
     "/inference/v1/generate": "generate",
     "/cohere/v2/chat": "cohere_chat",
     "/tokenize": "tokenize",

@@ -31,6 +31,8 @@ class ProxySettings:
     """How long an unused connection to the engine is kept. Below vLLM's 5 s, so that the proxy is the one to close."""
     max_body_bytes: int = 64 * 2**20
     """A request's body is held in memory until its answer ends; a longer body is refused with 413."""
+    has_tenants: bool = False
+    """Whether clients with other API keys are kept apart: their ids are scoped, and each sees its own only."""
     shutdown_grace_s: int = 10
     """How long calls may go on after Ctrl-C or SIGTERM; then they are broken off."""
 

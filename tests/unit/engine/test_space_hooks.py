@@ -266,7 +266,7 @@ def test_a_tenant_that_lies_gains_nothing_over_one_that_tells_the_truth(
     """Both want the same work, all of it at once; the liar claims age, weight, and that all is critical and short."""
     now = [1_000.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
-    scheduler = make_scheduler(with_space(**ON, tenant_quantum_s=0.2), num_blocks=24)
+    scheduler = make_scheduler(with_space(**ON, tenant_quantum_s=0.2, tenant_mark="::"), num_blocks=24)
     requests = {}
     for number in range(20):
         liar, honest = f"liar{number}", f"honest{number}"

@@ -28,6 +28,7 @@ from tokencake_proxy.settings import ProxySettings
         ("/version", "version"),
         ("/v1/tokencake/events", "tokencake_events"),
         ("/v1/tokencake/state", "tokencake_state"),
+        ("/v1/tokencake/decisions", "tokencake_decisions"),
     ],
 )
 def test_inference_routes_of_vllm_pass(path, route):
