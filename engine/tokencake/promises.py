@@ -7,7 +7,7 @@ another wants it is promised to both.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 
@@ -53,3 +53,26 @@ def tokens_until_free(promises: Iterable[Promise], need_blocks: int, free_blocks
         if free_blocks + returned - pending - grown >= need_blocks:
             return promise.left_tokens
     return ordered[-1].left_tokens + 1 if ordered else 0
+
+
+def delays(
+    coming: Promise, waiting: Iterable[int], promises: Collection[Promise], free_blocks: int, block_tokens: int
+) -> bool:
+    """Whether admitting `coming` now would make one of `waiting` start later.
+
+    Args:
+        coming: what it will take; nothing of it is allocated yet.
+        waiting: blocks that calls need which go before it and do not fit now, the first in line first.
+        promises: of all admitted calls.
+        free_blocks: now.
+        block_tokens: tokens of a block.
+    """
+    grown = coming.pending_blocks + -(-coming.left_tokens // block_tokens)
+    taken = (*promises, Promise(coming.left_tokens, 0, grown))
+    total = 0
+    for need in waiting:
+        total += need
+        before = tokens_until_free(promises, total, free_blocks, block_tokens)
+        if tokens_until_free(taken, total, free_blocks - coming.pending_blocks, block_tokens) > before:
+            return True
+    return False

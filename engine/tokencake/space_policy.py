@@ -22,12 +22,12 @@ class Memory:
     block_tokens: int = 16
     promises: tuple[Promise, ...] = ()
     """Of all admitted calls."""
+    passed: tuple[int, ...] = ()
+    """What each call needs that was passed over in this step, the first in line first."""
+    has_passed_critical: bool = False
+    """Whether one of them belongs to an application with a critical path."""
     is_closed: bool = False
-    """Whether a call was passed over in this step that nobody may pass any more."""
-    has_refused_critical: bool = False
-    """Whether a call of an application with a critical path was passed over in this step."""
-    can_swap: bool = False
-    """Whether a call that is pushed out comes back at the cost of a load."""
+    """Whether the first of them has been passed for so long that nobody may pass it any more."""
     private_blocks: Mapping[str, int] = field(default_factory=dict)
     """By request: blocks that nobody else holds, as of the last ranking."""
     taken: tuple[tuple[LiveCall, int], ...] = ()

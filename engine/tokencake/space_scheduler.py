@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 
 from tokencake.applications import Applications, LiveCall
 from tokencake.paper_policy import Paper
-from tokencake.promises import Promise, peak_blocks
+from tokencake.promises import Promise, delays, peak_blocks
 from tokencake.seniority import Peers, peers_of, seniority_s
 from tokencake.space_policy import Memory, Rank, SpacePolicy
 from tokencake.space_settings import SpaceSettings
@@ -54,17 +54,24 @@ class Ours:
 
     def refusal(self, call: LiveCall, need_blocks: int, memory: Memory) -> str | None:
         """See `SpacePolicy`."""
-        if not (self._settings.is_committed and memory.can_swap):
-            return None
+        if not self._settings.guarded:
+            return None  # vLLM waits for the first that does not fit, and lets nobody pass
         if memory.is_closed:
             return "closed"
-        if need_blocks > self._settings.large_share * memory.total_blocks:
-            return None  # vLLM waits for it at the head of the line, and lets nobody pass
-        if memory.has_refused_critical and not call.app.is_critical:
+        if need_blocks + sum(promise.pending_blocks for promise in memory.promises) > memory.free_blocks:
+            return "full"
+        # Where nobody was passed over, it may grow beyond what is free: those that it goes before give way.
+        return self._refusal_to_pass(call, need_blocks, memory) if memory.passed else None
+
+    def _refusal_to_pass(self, call: LiveCall, need_blocks: int, memory: Memory) -> str | None:
+        if memory.has_passed_critical and not call.app.is_critical:
             return "critical"
         coming = Promise(call.expected_tokens, need_blocks, 0)
-        peak = peak_blocks((*memory.promises, coming), memory.block_tokens)
-        return None if peak <= memory.free_blocks else "promised"
+        if peak_blocks((*memory.promises, coming), memory.block_tokens) > memory.free_blocks:
+            return "promised"
+        guarded = memory.passed[: self._settings.guarded]
+        is_late = delays(coming, guarded, memory.promises, memory.free_blocks, memory.block_tokens)
+        return "delays" if is_late else None
 
     def reserve(self) -> dict[str, int]:
         """See `SpacePolicy`. Order does here what a reserve does there."""

@@ -44,13 +44,11 @@ class SpaceSettings:
     swap_patience_tokens: int = may(count(100_000), 64)
     """Tokens of its answer within which a call is waited for rather than swapped out."""
 
-    is_committed: bool = may(flag, False)
-    """Admit a call only if the expected growth of all admitted calls fits too, and pass over it if not. Only while
-    calls can be swapped: without that, those that pass keep ever more applications alive and starve the old ones."""
-    large_share: float = may(number(0, 1), 0.3)
-    """Of all blocks: a call that needs more is waited for and not passed."""
+    guarded: int = may(count(1_000), 1)
+    """So many of the first calls that do not fit are not delayed by those that pass them, as far as can be foreseen;
+    0: whoever does not fit is waited for, and nobody passes."""
     pass_s: float = may(SECONDS, 20.0)
-    """How long others may pass the first in line while it is refused; from then on nobody starts before it does."""
+    """How long others may pass the first in line while it does not fit; from then on nobody starts before it does."""
     answer_quantile: float = may(number(0, 1), 0.8)
     """Of an agent's recent answers: the length to be reckoned with."""
     scan: int = may(count(100_000), 64)

@@ -17,7 +17,9 @@ _EXPLAINED: Final = 16
 """Waiting calls, from the first in line on, whose wait is explained at one ranking."""
 
 _REASONS: Final = {
+    "full": "it does not fit beside the calls that run",
     "promised": "the memory is promised to what the calls that run will yet write",
+    "delays": "it would still hold memory when a call before it could have it",
     "critical": "a call of an application with a critical path waits for memory",
     "closed": "a call before it has been passed for too long",
     "reserved": "the rest of the memory is reserved for critical agent types",

@@ -36,7 +36,6 @@ class Gate:
         self.private_blocks: Mapping[str, int] = {}
         """By running request, as of the last ranking."""
         self.step = 0
-        self.can_swap = False
         self._settings = settings
         self._policy = policy
         self._applications = applications
@@ -50,13 +49,13 @@ class Gate:
         self._promises: list[Promise] | None = None
         self._taken: list[tuple[LiveCall, int]] = []
         self._tried: tuple[Request, LiveCall, int] | None = None
-        self._refusals = 0
-        self._has_refused_critical = False
+        self._passed: list[int] = []
+        self._has_passed_critical = False
         self._is_closed = False
 
     def admits(self, request: Request, call: LiveCall, admitted: Callable[[], list[Request]], now: float) -> bool:
         """Whether `request` may try to get its blocks; `admitted` names those that have theirs."""
-        if self._refusals >= self._settings.scan:
+        if len(self._passed) >= self._settings.scan:
             return False
         self._settle_tried(admitted)
         need = self._view.blocks_of(request.num_tokens) - self._view.held_prefix_blocks(request)
@@ -64,9 +63,9 @@ class Gate:
         if reason is None:
             self._tried = request, call, need
             return True
-        self._refusals += 1
-        self._has_refused_critical |= call.app.is_critical
-        if self._refusals == 1:  # the most senior of those that could not run
+        self._passed.append(need)
+        self._has_passed_critical |= call.app.is_critical
+        if len(self._passed) == 1:  # the most senior of those that could not run
             call.refused_s = now if call.refused_s is None else call.refused_s
             self._is_closed = now - call.refused_s > self._settings.pass_s
         self._registry.counts["space_refusals", reason] += 1
@@ -90,9 +89,9 @@ class Gate:
             free_blocks=self._view.free_blocks,
             block_tokens=self._view.block_tokens,
             promises=tuple(self._promises or ()),
+            has_passed_critical=self._has_passed_critical,
             is_closed=self._is_closed,
-            has_refused_critical=self._has_refused_critical,
-            can_swap=self.can_swap,
+            passed=tuple(self._passed),
             private_blocks=self.private_blocks,
             taken=tuple(self._taken),
             step=self.step,

@@ -136,7 +136,7 @@ class SpaceMixin(_Base):
             for request in self.running
             if request.request_id in self.applications.calls
         }
-        self._gate.step, self._gate.can_swap = self._steps, self._can_swap
+        self._gate.step = self._steps
         self.space_policy.begin(self.applications, self._gate.memory(), now)
         self._sort()
         if self._swap(now):
@@ -240,6 +240,8 @@ class SpaceMixin(_Base):
                     self._gate.left_tokens(other),
                 )
                 for name, other in running.items()
+                # What has just begun has nothing on the host yet.
+                if other.num_computed_tokens - other.num_in_flight_tokens >= other.num_prompt_tokens
             ],
             by_age(calls.values(), self.space_policy, self._needs),
             self.space,

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from tokencake_sim.arrivals import Arrivals, arrival_times
-from tokencake_sim.generators import chat, code_writer, deep_research, react, supervisor
+from tokencake_sim.generators import chat, code_writer, deep_research, flood, react, supervisor
 from tokencake_sim.load import check_nodes
 from tokencake_sim.workload import App, Node, Workload
 
@@ -31,12 +31,15 @@ _KINDS: Final[Mapping[str, Build]] = {
     "react": react.build,
     "supervisor": supervisor.build,
     "chat": chat.build,
+    "critical": flood.build_critical,
+    "batch": flood.build_batch,
 }
 _PATTERNS: Final[Mapping[str, tuple[str, ...]]] = {
     "code-writer": ("code-writer",),
     "deep-research": ("deep-research",),
     "react": ("react",),
     "supervisor": ("supervisor",),
+    "flood": ("batch", "critical", "batch", "batch"),
     "mixed": ("code-writer", "chat", "deep-research", "chat", "chat"),
 }
 GENERATORS: Final[Mapping[str, str]] = {
@@ -44,6 +47,7 @@ GENERATORS: Final[Mapping[str, str]] = {
     "deep-research": deep_research.SUMMARY,
     "react": react.SUMMARY,
     "supervisor": supervisor.SUMMARY,
+    "flood": flood.SUMMARY,
     "mixed": f"code-writer and deep-research in turn, {CHATS_PER_PAIR} chats without hints for each pair of them",
 }
 """Name and one line about each workload."""

@@ -138,7 +138,7 @@ def test_nobody_is_swapped_out_while_the_engine_is_paused(bench: Callable[..., B
 
 @pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
 @pytest.mark.parametrize(
-    "space", [{}, {"is_committed": True, "swap_oldest": 9, "swap_from": 1, "short_s": 0.0}, {"policy": "paper"}]
+    "space", [{}, {"guarded": 0, "swap_oldest": 9, "swap_from": 1, "short_s": 0.0}, {"policy": "paper"}]
 )
 def test_whatever_happens_every_block_is_accounted_for_and_every_call_ends(
     tiny_model: Path, space: dict[str, Any], is_async: bool

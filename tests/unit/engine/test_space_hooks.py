@@ -231,13 +231,13 @@ ARRIVAL = st.tuples(
 
 @pytest.mark.parametrize("policy", ["ours", "paper"])
 @pytest.mark.parametrize("is_async", [False, True])
-@pytest.mark.parametrize("is_committed", [False, True])
+@pytest.mark.parametrize("guarded", [0, 1])
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(arrivals=st.lists(ARRIVAL, min_size=1, max_size=14))
 def test_every_call_ends_and_nothing_admissible_waits_while_nothing_runs(
-    make_scheduler: Any, make_request: Any, step: Any, policy: str, is_async: bool, is_committed: bool, arrivals: Any
+    make_scheduler: Any, make_request: Any, step: Any, policy: str, is_async: bool, guarded: int, arrivals: Any
 ) -> None:
-    create = with_space(**ON, policy=policy, is_committed=is_committed)
+    create = with_space(**ON, policy=policy, guarded=guarded)
     scheduler = make_scheduler(create, is_async=is_async, num_blocks=24)
     requests = {}
     for number, (_, app, fields, tokens, answer, _) in enumerate(arrivals):

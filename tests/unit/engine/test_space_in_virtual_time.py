@@ -84,7 +84,6 @@ def test_switched_off_the_whole_run_is_that_of_stock(crowd: Workload) -> None:
 @pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
 def test_swapped_calls_are_swapped_a_few_times_at_most_and_all_end(crowd: Workload, is_async: bool) -> None:
     settings = {
-        "is_committed": True,
         "swap_oldest": 8,
         "swap_from": 1,
         "swap_patience_tokens": 0,

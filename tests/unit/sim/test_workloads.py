@@ -97,6 +97,17 @@ def test_the_coding_pipeline_has_the_published_shape():
     assert sum(prompts) / len(prompts) == pytest.approx(9_060, rel=0.001)
 
 
+def test_in_the_flood_a_few_are_critical_and_most_of_the_work_is_not():
+    apps = generate("flood", count=40, qps=1.0, seed=1).apps
+    written = {True: 0, False: 0}
+    for app in apps:
+        for node in app.nodes:
+            written[bool(node.critical)] += node.output_tokens
+
+    assert [app.kind for app in apps[:4]] == ["batch", "critical", "batch", "batch"]
+    assert written[False] > 3 * written[True]
+
+
 def test_each_prompt_of_the_coding_pipeline_extends_the_context_of_its_first_predecessor():
     (app,) = generate("code-writer", count=1, qps=1.0, seed=1).apps
     texts = texts_of(app)

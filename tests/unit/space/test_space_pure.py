@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from tokencake.decision_log import Decision, DecisionLog
 from tokencake.lengths import AnswerLengths
-from tokencake.promises import Promise, peak_blocks, tokens_until_free
+from tokencake.promises import Promise, delays, peak_blocks, tokens_until_free
 from tokencake.settings import SettingsError, section
 from tokencake.space_settings import SpaceSettings
 from tokencake.swap import Candidate, swap_victims
@@ -36,6 +36,16 @@ def test_one_promise_more_never_lowers_the_peak_of_those_that_end_before_it(prom
     last = Promise(1_000, 3, 0)
 
     assert peak_blocks([*promises, last], 16) >= peak_blocks(promises, 16)
+
+
+def test_a_call_delays_those_before_it_if_it_still_holds_what_they_could_have():
+    running = [Promise(32, 0, 50), Promise(64, 0, 30)]
+
+    # 20 are free: 70 come together after 32 tokens and 100 after 64.
+    assert not delays(Promise(16, 10, 0), [60], running, 20, 16)
+    assert delays(Promise(48, 10, 0), [65], running, 20, 16)
+    assert not delays(Promise(48, 10, 0), [55], running, 20, 16), "both fit"
+    assert delays(Promise(80, 10, 0), [55, 40], running, 20, 16), "the second one could begin after 64"
 
 
 def test_lengths_are_a_quantile_once_enough_are_known():

@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tokencake.applications import Applications, tenant_of
+from tokencake.promises import Promise
 from tokencake.protocol import Graph, Hint
 from tokencake.space_policy import Memory
 from tokencake.space_scheduler import Ours, by_age, policy_of
@@ -150,37 +151,57 @@ def test_ages_are_those_of_applications(applications, call):
     assert by_age(applications.calls.values(), policy, {}) == ["a", "b"]
 
 
-def test_a_call_is_refused_while_what_is_promised_would_not_fit(applications, call):
-    policy = Ours(SpaceSettings(is_committed=True))
+def test_the_first_in_line_is_admitted_if_it_fits_now(applications, call):
+    policy = Ours(SpaceSettings())
     policy.begin(applications, Memory(100, 50), now=0.0)
     one = call("app", max_tokens=160)
 
-    assert policy.refusal(one, 20, Memory(100, 30, can_swap=True)) is None
-    assert policy.refusal(one, 21, Memory(100, 30, can_swap=True)) == "promised"
-    assert policy.refusal(one, 21, Memory(100, 30)) is None
+    assert policy.refusal(one, 30, Memory(100, 30)) is None
+    assert policy.refusal(one, 31, Memory(100, 30)) == "full"
+    assert policy.refusal(one, 30, Memory(100, 30, promises=(Promise(16, 1, 0),))) == "full"
 
 
-def test_a_large_call_is_waited_for_and_not_passed(applications, call):
-    policy = Ours(SpaceSettings(is_committed=True, large_share=0.3))
+def test_who_passes_must_fit_when_grown(applications, call):
+    policy = Ours(SpaceSettings())
     policy.begin(applications, Memory(100, 50), now=0.0)
+    one = call("app", max_tokens=160)
+    memory = Memory(100, 30, passed=(31,), promises=(Promise(160, 0, 60),))
 
-    assert policy.refusal(call("app"), 31, Memory(100, 5, can_swap=True)) is None
+    assert policy.refusal(one, 10, memory) is None
+    assert policy.refusal(one, 11, memory) == "promised"
+
+
+def test_who_passes_does_not_delay_the_first_in_line(applications, call):
+    policy = Ours(SpaceSettings())
+    policy.begin(applications, Memory(100, 50), now=0.0)
+    ends_soon, ends_late = call("app", max_tokens=16), call("app", max_tokens=320)
+    memory = Memory(100, 45, passed=(95,), promises=(Promise(32, 0, 52),))
+
+    assert policy.refusal(ends_soon, 10, memory) is None
+    assert policy.refusal(ends_late, 10, memory) == "delays"
 
 
 def test_a_call_that_has_been_passed_for_too_long_is_not_passed_any_more(applications, call):
-    policy = Ours(SpaceSettings(is_committed=True))
+    policy = Ours(SpaceSettings())
     policy.begin(applications, Memory(100, 50), now=0.0)
 
-    assert policy.refusal(call("app"), 1, Memory(100, 50, can_swap=True, is_closed=True)) == "closed"
+    assert policy.refusal(call("app"), 1, Memory(100, 50, passed=(60,), is_closed=True)) == "closed"
 
 
 def test_calls_that_nobody_waits_for_do_not_pass_one_that_somebody_waits_for(applications, call):
-    policy = Ours(SpaceSettings(is_committed=True))
+    policy = Ours(SpaceSettings())
     policy.begin(applications, Memory(100, 50), now=0.0)
-    memory = Memory(100, 50, can_swap=True, has_refused_critical=True)
+    memory = Memory(100, 45, passed=(95,), promises=(Promise(32, 0, 52),), has_passed_critical=True)
 
-    assert policy.refusal(call("background"), 1, memory) == "critical"
-    assert policy.refusal(call("urgent", critical=True), 1, memory) is None
+    assert policy.refusal(call("background", max_tokens=1), 1, memory) == "critical"
+    assert policy.refusal(call("urgent", max_tokens=1, critical=True), 1, memory) is None
+
+
+def test_nobody_passes_where_that_is_switched_off(applications, call):
+    policy = Ours(SpaceSettings(guarded=0))
+    policy.begin(applications, Memory(100, 50), now=0.0)
+
+    assert policy.refusal(call("app"), 51, Memory(100, 50)) is None  # vLLM finds no room and waits for it
 
 
 def test_an_answer_of_which_nothing_is_known_is_not_taken_to_be_as_long_as_it_may(call):
