@@ -62,7 +62,7 @@ def sweep() -> list[Case]:
     cases = [Case("code-writer", qps, policy) for qps in QPS for policy in SWEPT]
     cases += [Case("code-writer", 1.0, bound) for bound in BOUNDS]
     cases += [Case("deep-research", qps, policy) for qps in (0.2, 1.0) for policy in COMPARED]
-    cases += [Case("mixed", 1.0, policy, apps=40) for policy in COMPARED]
+    cases += [Case(workload, 1.0, policy, apps=40) for workload in ("mixed", "flood") for policy in COMPARED]
     cases += [Case(workload, 1.0, policy) for workload in ("react", "supervisor") for policy in COMPARED]
     varied = [
         *(Case("code-writer", 1.0, "", variant=f"poisson-{seed}", arrivals="poisson", seed=seed) for seed in (1, 2, 3)),

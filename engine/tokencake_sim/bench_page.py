@@ -45,6 +45,7 @@ def write_page(results: Path, page: Path) -> None:
         _mechanism(plain),
         _others(plain),
         _kinds(plain),
+        _shielding(plain),
         _robustness(runs),
         _after_tools(runs),
         _published(plain),
@@ -229,6 +230,29 @@ def _kinds(plain: Runs) -> str:
     head = ["kind", "applications", *(f"`{name}`, mean s" for name in mixed), "mean / P95 of TTFT, to `stock+host`"]
     words = "The workload `mixed` by kind: whom does the order serve, and at whose cost?\n"
     return "\n".join([words, _table(head, rows)])
+
+
+def _shielding(plain: Runs) -> str:
+    """Critical agents in a flood."""
+    flooded = {name: run for name in COMPARED if (run := plain.get(("flood", QPS[-1], name))) is not None}
+    if not flooded:
+        return ""
+    rows = [
+        [
+            f"`{name}`",
+            f"{run['kinds']['critical']['app_latency_s']['mean']:.0f}",
+            f"{run['critical_call_latency_s']['p95']:.1f}",
+            f"{run['critical_inversions']}",
+            f"{run['makespan_s']:.0f}",
+        ]
+        for name, run in flooded.items()
+    ]
+    words = (
+        "Critical agents among three times as many long calls that nobody waits for (`flood`). An inversion is a "
+        "critical call that was passed over or preempted for one that is not.\n"
+    )
+    head = ["", "critical agents, mean s", "their calls, P95 s", "critical inversions", "all work done, s"]
+    return "\n".join(["## Shielding\n", words, _table(head, rows)])
 
 
 def _robustness(runs: list[Metrics]) -> str:

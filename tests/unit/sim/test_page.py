@@ -4,6 +4,7 @@ import xml.etree.ElementTree as ET
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tokencake_sim import PROFILES, generate, policy_named, simulate
 from tokencake_sim.bench_page import write_page
 from tokencake_sim.plots import gantt, round_up
 
@@ -65,6 +66,17 @@ def test_ours_stands_beside_what_it_is_measured_against(tmp_path, run, crowd):
     assert "| host-20-gib |" in page
     median_s = found["ours"]["ttft_after_tool_s"]["p50"]
     assert f"{median_s:.2f} / " in page.split("## After a tool")[1]
+
+
+def test_a_flood_shows_what_becomes_of_the_critical(tmp_path):
+    metrics = simulate(generate("flood", count=4, qps=1.0, seed=1), PROFILES["a800-qwen2.5-14b"], policy_named("ours"))
+    case = {**metrics.metrics, "qps": 1.0, "variant": "plain"}
+    (tmp_path / "flood.json").write_text(json.dumps(case))
+
+    write_page(tmp_path, tmp_path / "bench.md")
+
+    latency_s = metrics.metrics["kinds"]["critical"]["app_latency_s"]["mean"]
+    assert f"| `ours` | {latency_s:.0f} | " in (tmp_path / "bench.md").read_text()
 
 
 def test_a_gantt_has_a_row_for_each_call(run, crowd):
