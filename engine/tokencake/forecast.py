@@ -31,6 +31,8 @@ FADE: Final = 0.98
 ENOUGH: Final = 8.0
 """Observations from which on the user's estimate is not asked any more."""
 _SPLIT_EVENLY: Final = 0.5
+UNSEEN_SHARE: Final = 0.05
+"""So many stalls outlast everything seen before (our choice)."""
 
 
 def _bin(seconds: float) -> int:
@@ -67,6 +69,16 @@ class Stall:
             left -= weight
         return max(0.0, _edge(BINS) - self.waited_s)
 
+    def share_within(self, seconds: float) -> float:
+        """The probability that the stall is over in so many seconds."""
+        alive, until_s = self._alive(), self.waited_s + seconds
+        within = 0.0
+        for index, weight in enumerate(alive):
+            low, high = max(_edge(index), self.waited_s), _edge(index + 1)
+            if weight > 0.0 and until_s > low:
+                within += weight * min(1.0, (until_s - low) / (high - low))
+        return within / sum(alive)
+
     @property
     def mean_s(self) -> float:
         """Expected rest."""
@@ -75,14 +87,16 @@ class Stall:
         return max(0.0, sum(w * m for w, m in zip(alive, middles, strict=True)) / sum(alive) - self.waited_s)
 
     def _alive(self) -> list[float]:
-        """What is left of the distribution. Once it has outlived everything seen, it lasts as long again."""
+        """What is left of the distribution. What has outlived much of what was seen may last as long again."""
         alive = [0.0] * BINS
         for index, weight in enumerate(self.weights):
             low, high = _edge(index), _edge(index + 1)
             if high > self.waited_s:
                 alive[index] = weight * (high - max(low, self.waited_s)) / (high - low)
-        if sum(alive) <= 1e-6:  # noqa: PLR2004  # numerically nothing
-            return list(_spread(max(self.waited_s, SHORTEST_S) * 2, ESTIMATE_SIGMA, from_s=self.waited_s))
+        outlived = UNSEEN_SHARE * (1.0 - sum(alive))
+        if outlived > UNSEEN_SHARE / 2:
+            longer = _spread(2 * self.waited_s, ESTIMATE_SIGMA, from_s=self.waited_s)
+            alive = [seen + outlived * unseen for seen, unseen in zip(alive, longer, strict=True)]
         return alive
 
 
@@ -96,6 +110,10 @@ def _spread(median_s: float, sigma: float, from_s: float = 0.0) -> tuple[float, 
     kept = [weight if index >= first else 0.0 for index, weight in enumerate(weights)]
     total = sum(kept)
     return tuple(weight / total for weight in kept) if total else tuple(weights)
+
+
+BACK_NOW: Final = Stall((1.0,) + (0.0,) * (BINS - 1))
+"""Nothing is left to wait for."""
 
 
 class _History:
@@ -147,6 +165,10 @@ class Forecast:
         else:
             prior = _spread(estimate_s, ESTIMATE_SIGMA)
         return Stall(tuple((s + p) * _SPLIT_EVENLY for s, p in zip(seen, prior, strict=True)))
+
+    def knows(self, agent: str | None, tool: str | None) -> bool:
+        """Whether such a stall was ever seen."""
+        return (agent or "", tool or "") in self._histories
 
     @staticmethod
     def _center(history: _History) -> float:

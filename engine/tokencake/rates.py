@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import exp, inf
 from typing import Final
 
 ALPHA: Final = 0.5
@@ -10,6 +11,10 @@ ALPHA: Final = 0.5
 FIRST_GUESS_BYTES_PER_S: Final = 12e9
 """Of either direction (the paper's code)."""
 FIRST_GUESS_PREFILL_TOKENS_PER_S: Final = 5_000.0
+
+WINDOW_S: Final = 10.0
+QUIET_SHARE: Final = 0.5
+"""Calls may come faster than they lately did: only half of the free blocks are counted on (our choice)."""
 
 
 @dataclass(slots=True)
@@ -22,6 +27,35 @@ class Rate:
         """`units` took `seconds`."""
         if units > 0 and seconds > 0:
             self.seconds += ALPHA * (seconds / units - self.seconds)
+
+
+@dataclass(slots=True)
+class Residence:
+    """How long blocks that nobody holds stay in the device's prefix cache."""
+
+    seconds: float = inf
+    """Learned from those that were looked for."""
+    taken: float = 0.0
+    """Blocks that calls took within about the last `WINDOW_S`."""
+    since_s: float = 0.0
+
+    def take(self, blocks: float, now_s: float) -> None:
+        """A call took so many."""
+        self.taken = self._lately(now_s) + blocks
+        self.since_s = now_s
+
+    def from_now_s(self, free_blocks: int, now_s: float) -> float:
+        """What is set free now will stay so long: as in the past, or longer while calls take few."""
+        lately = self._lately(now_s)
+        return max(self.seconds, QUIET_SHARE * free_blocks * WINDOW_S / lately) if lately > 0 else inf
+
+    def _lately(self, now_s: float) -> float:
+        return self.taken * exp(min(0.0, self.since_s - now_s) / WINDOW_S)
+
+    def learn(self, age_s: float, *, was_there: bool) -> None:
+        """Blocks set free `age_s` ago were still there, or were not."""
+        if was_there != (age_s <= self.seconds):
+            self.seconds = age_s if self.seconds == inf else self.seconds + ALPHA * (age_s - self.seconds)
 
 
 @dataclass(slots=True)
@@ -38,6 +72,8 @@ class Rates:
     """Per token."""
     admission: Rate = field(default_factory=lambda: Rate(0.0))
     """Per call that gets its first slot while others wait."""
+
+    residence: Residence = field(default_factory=Residence)
 
     def __post_init__(self) -> None:
         self.to_host = Rate(self.block_bytes / FIRST_GUESS_BYTES_PER_S)

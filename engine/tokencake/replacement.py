@@ -12,10 +12,11 @@ from math import inf
 from typing import Final
 
 from tokencake.host_tier import HostBlock, HostTier
+from tokencake.returns import Returns
 from tokencake.stalls import Chain, Chains, Phase
 
-UNSURE_TIMES: Final = 2.0
-"""A chain of which nobody said that it will be extended counts as twice as far off: an even chance."""
+MIN_CHANCE: Final = 0.01
+"""What was never extended is as good as a hundred times as far off."""
 RUNNING_REST_S: Final = 1.0
 _MIN_PACE_S: Final = 0.001
 
@@ -41,7 +42,13 @@ def distance_s(phase: Phase, place: int, rest_s: float, queued: int, pace_s: flo
 
 
 def distances(
-    chains: Chains, tier: HostTier, places: Mapping[str, int], own: Chain, now_s: float, pace_s: float
+    chains: Chains,
+    tier: HostTier,
+    places: Mapping[str, int],
+    own: Chain,
+    returns: Returns,
+    now_s: float,
+    pace_s: float,
 ) -> tuple[Callable[[HostBlock], float], float]:
     """The distance of the end of every chain on the host, and that of `own`, which wants to be stored."""
     ends: dict[bytes, float] = {}
@@ -51,11 +58,10 @@ def distances(
         known = tier.known(chain.keys)
         if not known and chain is not own:
             continue
-        # Once overdue, a stall is expected to last about as long again.
-        rest_s = abs(chain.back_s - now_s) if chain.phase == "stalled" else RUNNING_REST_S
+        rest_s = chain.rest_s(now_s) if chain.phase == "stalled" else RUNNING_REST_S
         seconds = distance_s(chain.phase, places.get(chain.id, queued), rest_s, queued, pace_s)
-        if chain.hint is None or chain.hint.reuse != "extends":
-            seconds *= UNSURE_TIMES
+        # What is extended in one of two cases counts as twice as far off.
+        seconds /= max(MIN_CHANCE, returns.chance(chain.hint))
         if chain is own:
             own_s = seconds
         if known:

@@ -13,9 +13,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal, TypeAlias
 
-from tokencake.forecast import Forecast, Stall
+from tokencake.forecast import BACK_NOW, Forecast, Stall
 from tokencake.protocol import Hint
 from tokencake.records import Call, Session, ToolCall
+from tokencake.returns import place_of
 
 Phase: TypeAlias = Literal["waiting", "running", "stalled"]
 
@@ -38,8 +39,8 @@ class Chain:
     hint: Hint | None
     phase: Phase
     since_s: float
-    heirs_left: int = 1
-    """Calls that will extend it and have not come."""
+    heirs_left: int | None = None
+    """Calls that will extend it and have not come; None until the first of them says how many there are."""
     give_up_s: float | None = None
     keep_until_s: float | None = None
     """When a pinned chain is copied after all; None where it is not pinned for a short stall."""
@@ -49,8 +50,12 @@ class Chain:
     """When the agent is expected back, in the middle of the forecast."""
     outcome: str = "none"
     """What was decided for the stall, for the answer and the state."""
-    is_back: bool = False
-    """The last tool has ended: the next call is on its way."""
+    is_uploaded: bool = False
+    """Its upload is complete or was given up: there is only one for each stall."""
+
+    def rest_s(self, now_s: float) -> float:
+        """Until the agent is back, in the middle of the forecast. Once overdue, it lasts about as long again."""
+        return abs(self.back_s - now_s)
 
 
 @dataclass(slots=True)
@@ -63,6 +68,8 @@ class Chains:
     _stalled_at: dict[bytes, list[Chain]] = field(default_factory=dict)
     """Stalled chains by their last block."""
     _by_session: dict[str, set[str]] = field(default_factory=dict)
+    _hired: dict[str, set[str]] = field(default_factory=dict)
+    """Chains of sub-agents by the call inside which they work."""
 
     def __iter__(self) -> Iterator[Chain]:
         return iter(self.by_id.values())
@@ -73,18 +80,19 @@ class Chains:
         self.remove(request_id)
         self._add(Chain(request_id, keys, hint, "waiting", now_s))
         if parent is not None:
+            if parent.heirs_left is None:
+                parent.heirs_left = (hint.fan_out if hint else None) or 1
             parent.heirs_left -= 1
             if parent.heirs_left <= 0:
                 self.remove(parent.id)
         return parent
 
-    def stall(self, request_id: str, keys: Sequence[bytes], now_s: float, give_up_s: float) -> Chain | None:
+    def stall(self, request_id: str, keys: Sequence[bytes], now_s: float) -> Chain | None:
         """The call is over and left the blocks `keys`; its chain waits for those who extend it."""
         chain = self.remove(request_id)
         if chain is None or not keys:
             return None
-        heirs = max(1, (chain.hint.out_degree if chain.hint else None) or 1)
-        stalled = Chain(request_id, keys, chain.hint, "stalled", now_s, heirs, give_up_s)
+        stalled = Chain(request_id, keys, chain.hint, "stalled", now_s)
         self._add(stalled)
         return stalled
 
@@ -109,11 +117,34 @@ class Chains:
             names.discard(request_id)
             if not names:
                 del self._by_session[chain.hint.session]
+            if chain.hint.parent_call is not None:
+                hired = self._hired[chain.hint.parent_call]
+                hired.discard(request_id)
+                if not hired:
+                    del self._hired[chain.hint.parent_call]
         return chain
 
     def of_session(self, session: str) -> list[Chain]:
         """Its chains."""
         return [self.by_id[name] for name in self._by_session.get(session, ())]
+
+    def hired_by(self, chain: Chain) -> list[Chain]:
+        """Those of the sub-agents that work inside a tool call of this chain's call."""
+        call = (chain.hint.call if chain.hint else None) or chain.id
+        return [self.by_id[name] for name in self._hired.get(call, ())]
+
+    def siblings_of(self, chain: Chain) -> list[Chain]:
+        """The other branches of its application that feed the same join."""
+        hint = chain.hint
+        if hint is None or hint.join is None or hint.app is None:
+            return []
+        return [
+            other
+            for other in self
+            if other.hint is not None
+            and (other.hint.app, other.hint.join) == (hint.app, hint.join)
+            and other.hint.session != hint.session
+        ]
 
     def dead(self, chain: Chain) -> list[bytes]:
         """The blocks of a removed chain that nobody else wants, from the tail."""
@@ -134,6 +165,8 @@ class Chains:
             self._stalled_at.setdefault(chain.keys[-1], []).append(chain)
         if chain.hint is not None:
             self._by_session.setdefault(chain.hint.session, set()).add(chain.id)
+            if chain.hint.parent_call is not None:
+                self._hired.setdefault(chain.hint.parent_call, set()).add(chain.id)
 
     def _parent(self, keys: Sequence[bytes]) -> Chain | None:
         if not self._stalled_at:
@@ -171,27 +204,70 @@ def _common(one: Sequence[bytes], other: Sequence[bytes]) -> int:
 
 # --- how long will it last? -------------------------------------------------------------------------
 
+AFTER_TOOLS: Final = "(after its tools)"
+"""In place of a tool's name: from the end of the last tool to the next call, which may wait at a join."""
+ANSWER: Final = "(answer)"
+"""In place of a tool's name: from a call's first slot to its end."""
 
-def expected_rest(chain: Chain, call: Call | None, session: Session | None, forecast: Forecast, now_s: float) -> Stall:
+
+def expected_rest(
+    chain: Chain, call: Call | None, session: Session | None, chains: Chains, forecast: Forecast, now_s: float
+) -> Stall:
     """The rest of the stall of `chain`, from what events have told or, before they came, from the hint.
 
-    With several tools open it is the longest that counts: the agent goes on when the last has ended.
+    With several tools open it is the longest that counts: the agent goes on when the last has ended. A tool inside
+    which sub-agents work lasts as long as they do. Behind the last tool a branch may have to wait for its siblings.
     """
     agent = chain.hint.agent if chain.hint else None
-    tools = [tool for tool in call.tools.values() if tool.is_open] if call else []
-    rests = [_tool_rest(tool, agent, forecast, now_s) for tool in tools]
+    tools = call.tools if call else {}
+    hired = chains.hired_by(chain)
+    # The answer of the last sub-agent says better than any past when such a tool ends.
+    ending = {h.hint.parent_tool_call for h in hired if h.hint} - {
+        h.hint.parent_tool_call for h in hired if h.hint and h.hint.reuse != "final"
+    }
+    rests = [
+        _tool_rest(tool, agent, forecast, now_s) for name, tool in tools.items() if tool.is_open and name not in ending
+    ]
+    rests += [_call_rest(h, forecast, now_s) for h in hired]
     for kind, wait in (session.waits if session else {}).items():
         if wait.ended_s is None:
             rests.append(forecast.stall(agent, kind, wait.estimate_s).after(max(0.0, now_s - wait.started_s)))
     if rests:
         return _latest(rests)
+    if (over_s := ended_s(chain, tools.values(), session)) is not None:
+        return _rest_after_tools(chain, over_s, chains, forecast, now_s)
     waited_s = max(0.0, now_s - chain.since_s)
     expects = chain.hint.expects_tools if chain.hint else None
-    if expects and not (call and call.tools):
+    if expects:
         return _latest([forecast.stall(agent, tool, estimate_s) for tool, estimate_s in expects.items()]).after(
             waited_s
         )
     return forecast.stall(agent, None, None).after(waited_s)
+
+
+def ended_s(chain: Chain, tools: Iterable[ToolCall], session: Session | None) -> float | None:
+    """When the last of what the agent is known to have waited for ended; None where nothing is known."""
+    ends = [tool.ended_s for tool in tools if tool.ended_s is not None]
+    waits = session.waits.values() if session else ()
+    ends += [wait.ended_s for wait in waits if wait.ended_s is not None and wait.ended_s >= chain.since_s]
+    return max(ends, default=None)
+
+
+def _rest_after_tools(chain: Chain, over_s: float, chains: Chains, forecast: Forecast, now_s: float) -> Stall:
+    hint = chain.hint
+    if hint is None:
+        return BACK_NOW
+    if forecast.knows(place_of(hint), AFTER_TOOLS):
+        return forecast.stall(place_of(hint), AFTER_TOOLS).after(max(0.0, now_s - over_s))
+    return _latest([_call_rest(sibling, forecast, now_s) for sibling in chains.siblings_of(chain)] or [BACK_NOW])
+
+
+def _call_rest(chain: Chain, forecast: Forecast, now_s: float) -> Stall:
+    """Until another call, which this agent waits for, is over: its own stall, or its answer."""
+    if chain.phase == "stalled":
+        return Forecast().stall(None, None, chain.rest_s(now_s))
+    agent = chain.hint.agent if chain.hint else None
+    return forecast.stall(agent, ANSWER).after(max(0.0, now_s - chain.since_s) if chain.phase == "running" else 0.0)
 
 
 def _tool_rest(tool: ToolCall, agent: str | None, forecast: Forecast, now_s: float) -> Stall:

@@ -31,8 +31,8 @@ class TimeSettings:
     host_kv_gib: float = parsing.may(parsing.number(0, 16_384), 4.0)
     """Host memory for KV, GiB over all ranks of one engine, allocated once at the start. Default 4."""
     keep_share: float = parsing.may(parsing.number(0, 0.9), 0.3)
-    """At most this share of the device's blocks is pinned for short stalls and for uploads that wait for their call.
-    Default 0.3; pins are given up before anybody has to wait for them (our choice)."""
+    """At most this share of the device's blocks is pinned for short stalls. Default 0.3; pins are given up before
+    anybody has to wait for them (our choice)."""
     short_stall_s: float = parsing.may(parsing.number(0, 3_600), 0.2)
     """A gap that is probably shorter, queueing included, is never copied. Seconds, default 0.2 (the issue's bound)."""
     upload: bool = parsing.may(parsing.flag, True)
@@ -76,6 +76,8 @@ class Finished:
     is_near_end: bool
     recent_stores: int
     """Within the last `CHURN_STEPS` steps."""
+    residence_s: float
+    """How long what nobody holds stays on the device."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +100,15 @@ class TimePolicy(Protocol):
     def upload_in_s(self, rest: Stall, blocks: int, rates: Rates, settings: TimeSettings) -> float:
         """In how many seconds the upload of `blocks` should start."""
 
+    def may_upload(self, rest: Stall, chance: float, residence_s: float) -> bool:
+        """Whether an upload now will be of use.
+
+        Args:
+            rest: of the stall.
+            chance: that anybody comes at all.
+            residence_s: how long what nobody holds stays on the device.
+        """
+
 
 class Ours:
     """Store whatever may be used again; never copy for a gap too short to pay; drop what is dead.
@@ -118,7 +129,10 @@ class Ours:
             # Beside it another call of this size must still find room, or the pins would only be in the way.
             is_in_budget = call.pinned_blocks + call.blocks <= settings.keep_share * call.device_blocks
             has_room = is_in_budget and call.free_blocks >= call.blocks and not call.waiting_calls
-            return Decision("keep" if has_room else "leave", "short")
+            if has_room:
+                return Decision("keep", "short")
+            if gap_s <= call.residence_s or not call.missing:
+                return Decision("leave", "short")
         if not call.missing:
             return Decision("offload", "on host already")
         if rates.recompute_s(call.missing) <= round_trip_s:
@@ -130,7 +144,15 @@ class Ours:
         lead_s = max(settings.upload_lead_s, 1.25 * rates.load_s(blocks))
         return max(0.0, rest.quantile(settings.upload_quantile) - lead_s)
 
+    def may_upload(self, rest: Stall, chance: float, residence_s: float) -> bool:
+        """Only what will probably be there still when the agent is back."""
+        return chance >= MIN_CHANCE and chance * rest.share_within(residence_s) >= MIN_USE
 
+
+MIN_CHANCE: Final = 0.5
+"""Below it the next call is taken for one that will not come."""
+MIN_USE: Final = 0.8
+"""An upload is started where it is used with this probability: nine in ten are to be, and most are surer."""
 CHURN_STEPS: Final = 4
 LOW_PRESSURE: Final = 0.60
 EMERGENCY_USE: Final = 0.85
@@ -208,6 +230,10 @@ class Paper:
     def upload_in_s(self, rest: Stall, blocks: int, rates: Rates, settings: TimeSettings) -> float:  # noqa: ARG002  # as above
         """The predicted return less `max(0.1 s, 1.25 T)`."""
         return max(0.0, rest.mean_s - max(PAPER_LEAD_S, PAPER_LEAD_TIMES * rates.load_s(blocks)))
+
+    def may_upload(self, rest: Stall, chance: float, residence_s: float) -> bool:  # noqa: ARG002  # as above
+        """Always."""
+        return True
 
 
 def policy_of(settings: TimeSettings) -> TimePolicy:

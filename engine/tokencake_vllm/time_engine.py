@@ -1,38 +1,43 @@
 """What does the Time Scheduler do when a call comes, runs, ends or is preempted, and when an event tells of its stall?
 
-Decisions come from `tokencake.time_scheduler`, copies go through `HostCache`, uploads through `Uploads`; here is what
-joins them for one vLLM scheduler: which chain a call extends, what is pinned and for how long, and what is counted.
+What is expected comes from `StallBook`, decisions from `tokencake.time_scheduler`; copies go through `HostCache`,
+uploads through `Uploads`, the order of free blocks is kept by `FreeOrder`. Here is what joins them.
 """
 
 from __future__ import annotations
 
+import heapq
 import itertools
 from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from vllm.v1.core.kv_cache_utils import BlockHash, make_block_hash_with_group_id
 from vllm.v1.request import Request, RequestStatus
 
-from tokencake.forecast import Forecast, Stall
 from tokencake.host_tier import Distance
 from tokencake.replacement import distances, least_recent, unbounded
-from tokencake.stalls import Chain, Chains, expected_rest, give_up_after
-from tokencake.time_scheduler import CHURN_STEPS, Decision, Finished, TimeSettings, policy_of
+from tokencake.stall_book import StallBook
+from tokencake.time_scheduler import CHURN_STEPS, MIN_CHANCE, Decision, Finished, TimeSettings, policy_of
 from tokencake_vllm.alarm import Alarm
-from tokencake_vllm.uploads import GROWTH_BLOCKS, QUEUE_SCAN, Uploads, demand, key_of
+from tokencake_vllm.free_order import FreeOrder
+from tokencake_vllm.uploads import GROWTH_BLOCKS, QUEUE_SCAN, Uploads, demand
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_utils import KVCacheBlock
 
-    from tokencake.protocol import Hint
-    from tokencake.records import Call, Session
+    from tokencake.forecast import Stall
+    from tokencake.stalls import Chain
     from tokencake_vllm.host_cache import HostCache
 
 _ENDED_WELL: Final = (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
 _PAPER_BACKOFF_STEPS: Final = 8
 _PREFILL_STEP_TOKENS: Final = 256
 """A step with at least so many tokens tells how fast prefill is."""
+LOOK_AGAIN_S: Final = 0.5
+"""After so long at the earliest, where an upload was not worth its copy yet."""
+IDLE_STEPS: Final = 16
+AHEAD: Final = 4
+"""So often, and at so many stalled agents, is looked while the device has room."""
 
 
 class TimeEngine:
@@ -41,18 +46,18 @@ class TimeEngine:
     def __init__(self, scheduler: Any, cache: HostCache, settings: TimeSettings) -> None:
         self.cache = cache
         self.settings = settings
-        self.chains = Chains()
-        self.forecast = Forecast()
+        self.book = StallBook(scheduler.registry)
+        self.chains = self.book.chains
         self.alarm = Alarm()
         self.is_resetting = False
         self._scheduler = scheduler
         self._registry = scheduler.registry
         self._pool = scheduler.kv_cache_manager.block_pool
         self._policy = policy_of(settings)
-        self.uploads = Uploads(scheduler, cache, self.chains, self.count, settings.keep_share)
-        self._parents: dict[str, str] = {}
+        self._order = FreeOrder(scheduler, cache, self.chains)
+        self.uploads = Uploads(scheduler, cache, self.chains, self._order, self._is_worth, self.count)
+        self._parents: dict[str, Chain] = {}
         """Of a waiting call: the chain that it extends, and whose pins it takes over."""
-        self._dead: list[tuple[KVCacheBlock, bytes]] = []
         self._steps = 0
         self._stored_at_step: deque[int] = deque()
         self._scheduled_s: deque[float] = deque()
@@ -68,39 +73,35 @@ class TimeEngine:
     def arrive(self, request: Request, now: float) -> None:
         """See whose stall this call ends."""
         hint = self._registry.hint_of(request.request_id)
-        parent = self.chains.arrive(request.request_id, list(request.block_hashes), hint, now)
+        parent = self.book.arrive(request.request_id, list(request.block_hashes), hint, now)
+        if hint is not None and hint.reuse == "final" and hint.parent_call is not None:
+            # The last call of a sub-agent: whoever waits for it is back soon.
+            for employer in self.book.stalled_at(hint.parent_call):
+                self._refine(employer, now)
         if parent is None:
             return
-        self._learn_return(parent, now)
-        self._parents[request.request_id] = parent.id
+        self._parents[request.request_id] = parent
         parent.due_s = None
         self.uploads.cancel(parent.id)
         if self.uploads.is_late(parent):
             self.count("kv_uploads", "late")
 
-    def _learn_return(self, parent: Chain, now: float) -> None:
-        agent = parent.hint.agent if parent.hint else None
-        call = self._call_of(parent)
-        tools = list(call.tools.values()) if call else []
-        if not tools and not (parent.hint and parent.hint.expects_tools):
-            self.forecast.learn(agent, None, now - parent.since_s)
-        for tool in tools:
-            if tool.is_open and tool.started_s is not None:  # its end was lost: the next call is one
-                self.forecast.learn(agent, tool.tool, now - tool.started_s)
-
-    def start(self, request: Request) -> None:
+    def start(self, request: Request, now: float) -> None:
         """A call has its first slot, and with it its own hold on what it hit."""
-        if (chain := self.chains.by_id.get(request.request_id)) is not None:
-            chain.phase = "running"
+        self.book.start(request.request_id, now)
+        self.cache.rates.residence.take(-(-request.num_tokens // self.cache.rates.block_tokens), now)
         stats = request.prefill_stats
         local, external = (stats.num_local_cached_tokens, stats.num_external_cached_tokens) if stats else (0, 0)
         self.count("kv_tokens_saved", "load", by=external)
         parent = self._parents.pop(request.request_id, None)
         if parent is not None:
-            block_tokens = self.cache.rates.block_tokens
-            gained = self.uploads.settle(parent, local // block_tokens)
-            self.count("kv_tokens_saved", "upload", by=gained * block_tokens)
-            self.cache.release(parent)
+            blocks = local // self.cache.rates.block_tokens
+            if parent.id not in self.cache.held and not self.uploads.has_brought(parent.id):
+                was_there = blocks >= len(parent.keys) - 1
+                self.cache.rates.residence.learn(now - parent.since_s, was_there=was_there)
+            gained = self.uploads.settle(parent.id, blocks)
+            self.count("kv_tokens_saved", "upload", by=gained * self.cache.rates.block_tokens)
+            self.cache.release(parent.id)
 
     def preempt(self, request: Request) -> None:
         """A call is about to lose its blocks: what it computed goes to the host."""
@@ -116,28 +117,25 @@ class TimeEngine:
         """The call still holds its blocks; returns what the client is told of them."""
         name = request.request_id
         if (parent := self._parents.pop(name, None)) is not None:
-            self.uploads.settle(parent, None)
-            self.cache.release(parent)
+            self.uploads.settle(parent.id, None)
+            self.cache.release(parent.id)
         if request.status not in _ENDED_WELL:
             self.chains.remove(name)
             return None
-        known_chain = self.chains.by_id.get(name)
-        hint = known_chain.hint if known_chain else None
         keys, blocks = self._computed(request)
-        rest = self._first_rest(name, hint, now)
-        chain = self.chains.stall(name, keys, now, now + give_up_after(rest, ()))
-        if chain is None:
+        stalled = self.book.finish(name, keys, now)
+        if stalled is None:
             return None
-        chain.back_s = now + rest.quantile(0.5)
+        chain, rest = stalled
         decision = self._policy.at_finish(self._finished(chain, rest), self.cache.rates, self.settings)
         stored = self._do(decision, chain, blocks, rest, now)
         for old in self.chains.overflow():
             self._drop(old)
-        return None if hint is None else {"tokencake": self._told(chain, decision, stored, rest)}
+        return None if chain.hint is None else {"tokencake": self._told(chain, decision, stored, rest)}
 
     def _told(self, chain: Chain, decision: Decision, stored: int, rest: Stall) -> dict[str, Any]:
         """What goes back with the answer."""
-        call = self._call_of(chain)
+        call = self.book.call_of(chain)
         return {
             "decision": decision.action,
             "why": decision.why,
@@ -163,7 +161,7 @@ class TimeEngine:
         elif decision.action == "offload":
             stored = self._store(chain, chain.keys, blocks)
             self.cache.part(chain.id, chain.keys)
-        self._plan_upload(chain, now, None if self._is_back(chain) else rest)
+        self._plan_upload(chain, now, rest)
         self.alarm.set(chain.id, chain.give_up_s or now)
         return stored
 
@@ -182,7 +180,7 @@ class TimeEngine:
             self._stored_at_step.popleft()
         return Finished(
             reuse=hint.reuse if hint else None,
-            is_over=self._is_over(hint),
+            is_over=self.book.is_over(hint),
             rest=rest,
             queue_s=waiting_calls * cache.rates.admission.seconds,
             blocks=len(chain.keys),
@@ -197,14 +195,8 @@ class TimeEngine:
             importance=(hint.importance if hint else None) or 0.0,
             is_near_end=bool(hint and hint.max_depth and hint.remaining is not None and hint.remaining <= 1),
             recent_stores=len(self._stored_at_step),
+            residence_s=self._residence_s(),
         )
-
-    def _is_over(self, hint: Hint | None) -> bool:
-        if hint is None:
-            return False
-        session = self._registry.sessions.get(hint.session)
-        app = self._registry.apps.get(hint.app) if hint.app else None
-        return bool((session and session.ended) or (app and app.ended))
 
     def _store(self, chain: Chain, keys: Sequence[bytes], blocks: Sequence[KVCacheBlock]) -> int:
         cache, now = self.cache, self._now
@@ -217,7 +209,7 @@ class TimeEngine:
                 line = itertools.chain(self._scheduler.kv_holding_waiting, self._scheduler.waiting)
                 places = {request.request_id: place for place, request in enumerate(line)}
                 pace_s = cache.rates.admission.seconds
-                distance, own_s = distances(self.chains, cache.tier, places, chain, now, pace_s)
+                distance, own_s = distances(self.chains, cache.tier, places, chain, self.book.returns, now, pace_s)
         stored = cache.store(keys, blocks, now, distance, own_s)
         if stored:
             self._stored_at_step.append(self._steps)
@@ -227,98 +219,26 @@ class TimeEngine:
 
     def _drop(self, chain: Chain) -> None:
         """Nobody will extend it: what only it wanted is the first to be reused, and stays a hit until then."""
-        self.chains.remove(chain.id)
+        self.book.drop(chain)
         self.uploads.settle(chain.id, None)
         self.cache.release(chain.id)
-        find = self._pool.cached_block_hash_to_block.get_one_block
-        for key in self.chains.dead(chain):
-            full = make_block_hash_with_group_id(BlockHash(key), 0)
-            if (block := find(full)) is not None:
-                self._dead.append((block, full))
-
-    def demote_dead(self) -> None:
-        """Dead blocks that are free go to the head of the free queue, the tail of a chain first."""
-        dead, self._dead = self._dead, []
-        first: dict[int, KVCacheBlock] = {}
-        for block, full in dead:
-            if block.block_hash != full or key_of(full) in self.chains.wanted:
-                continue
-            if block.ref_cnt == 0:
-                first[block.block_id] = block
-            elif self._scheduler.defer_block_free and self._steps % _PAPER_BACKOFF_STEPS:
-                # With async scheduling the blocks of a call are set free a step after its end.
-                self._dead.append((block, full))
-        queue = self._pool.free_block_queue
-        for block in first.values():
-            queue.remove(block)
-        queue.prepend_n(list(first.values()))
+        self._order.bury(self.chains.dead(chain))
 
     # --- events -----------------------------------------------------------------------------------------
 
     def hear(self, event: dict[str, Any], now: float) -> None:
         """The registry has taken `event` in: see whose stall it changes."""
-        match event["type"]:
-            case "tool_start" | "tool_progress" | "tool_end":
-                self._hear_tool(event, now)
-            case "stall_start" | "stall_end":
-                for chain in self._stalled(event["session"]):
-                    self._refine(chain, now)
-            case "session_end":
-                for chain in self._stalled(event["session"]):
-                    self._drop(chain)
-            case "app_end":
-                for chain in [c for c in self.chains if c.hint is not None and c.hint.app == event["app"]]:
-                    if chain.phase == "stalled":
-                        self._drop(chain)
-        self.demote_dead()
-
-    def _hear_tool(self, event: dict[str, Any], now: float) -> None:
-        call = self._registry.calls.get(event["call"])
-        if call is None:
-            return
-        tool = call.tools.get(event["tool_call"])
-        if event["type"] == "tool_end" and tool is not None and tool.duration_s is not None:
-            expected = self.forecast.stall(call.hint.agent, tool.tool, tool.estimate_s)
-            self._registry.observe("forecast_error_s", abs(expected.quantile(0.5) - tool.duration_s))
-            self.forecast.learn(call.hint.agent, tool.tool, tool.duration_s)
-        for chain in self._stalled(call.hint.session):
-            if self._call_of(chain) is call:
-                self._refine(chain, now)
-
-    def _stalled(self, session: str) -> list[Chain]:
-        return [chain for chain in self.chains.of_session(session) if chain.phase == "stalled"]
+        told, ended = self.book.hear(event)
+        for chain in told:
+            self._refine(chain, now)
+        for chain in ended:
+            self._drop(chain)
+        self._order.demote_dead()
 
     def _refine(self, chain: Chain, now: float) -> None:
-        """An event told more about how long a stall will last."""
-        if self._is_back(chain):
-            chain.back_s = now
-            self._plan_upload(chain, now, None)
-            return
-        call = self._call_of(chain)
-        rest = expected_rest(chain, call, self._session_of(chain), self.forecast, now)
-        chain.back_s = now + rest.quantile(0.5)
-        chain.give_up_s = now + give_up_after(rest, [tool.deadline_s for tool in call.tools.values()] if call else ())
-        self.alarm.set(chain.id, chain.give_up_s)
+        rest = self.book.refine(chain, now)
+        self.alarm.set(chain.id, chain.give_up_s or now)
         self._plan_upload(chain, now, rest)
-
-    def _is_back(self, chain: Chain) -> bool:
-        """Whether the last tool has ended, and every other wait."""
-        call, session = self._call_of(chain), self._session_of(chain)
-        waits = list(session.waits.values()) if session else []
-        tools = list(call.tools.values()) if call else []
-        if any(tool.is_open for tool in tools) or any(wait.ended_s is None for wait in waits):
-            return False
-        return bool(tools) or any(wait.ended_s is not None and wait.ended_s >= chain.since_s for wait in waits)
-
-    def _first_rest(self, request_id: str, hint: Hint | None, now: float) -> Stall:
-        stalled = Chain(request_id, (), hint, "stalled", now)
-        return expected_rest(stalled, self._call_of(stalled), self._session_of(stalled), self.forecast, now)
-
-    def _call_of(self, chain: Chain) -> Call | None:
-        return None if chain.hint is None else self._registry.calls.get(chain.hint.call or chain.id)
-
-    def _session_of(self, chain: Chain) -> Session | None:
-        return None if chain.hint is None else self._registry.sessions.get(chain.hint.session)
 
     # --- the step ---------------------------------------------------------------------------------------
 
@@ -327,8 +247,7 @@ class TimeEngine:
         self._steps += 1
         self._scheduled_s.append(now)
         self._now = now
-        if self._dead:
-            self.demote_dead()
+        self._order.demote_dead()
         for name in self.alarm.take_due(now):
             chain = self.chains.by_id.get(name)
             if chain is not None and chain.phase == "stalled":
@@ -338,7 +257,9 @@ class TimeEngine:
         if self.cache.held:
             self.yield_pins()
         if len(self.uploads):
-            self.uploads.start()
+            self.uploads.start(self._steps, now)
+        if self._steps % IDLE_STEPS == 0 and self.uploads.is_idle():
+            self._look_ahead(now)
 
     def _look(self, chain: Chain, now: float) -> None:
         if chain.give_up_s is not None and chain.give_up_s <= now:
@@ -347,17 +268,46 @@ class TimeEngine:
             return
         if chain.due_s is not None and chain.due_s <= now:
             chain.due_s = None
+            self._learn_residence(chain, now)
             self.uploads.want(chain.id)
         if chain.keep_until_s is not None and chain.keep_until_s <= now:
             self._stop_keeping(chain)
 
-    def _plan_upload(self, chain: Chain, now: float, rest: Stall | None) -> None:
-        """Time the upload by the forecast; the agent is back already where `rest` is None."""
-        if self.settings.upload:
-            blocks = len(chain.keys)
-            wait_s = 0.0 if rest is None else self._policy.upload_in_s(rest, blocks, self.cache.rates, self.settings)
-            chain.due_s = now + wait_s
+    def _is_worth(self, chain: Chain) -> bool:
+        """Whether an upload now will be there still when the agent is back; if not, when to ask again."""
+        rest = self.book.rest(chain, self._now)
+        chance, residence_s = self.book.returns.chance(chain.hint), self._residence_s()
+        if not self.book.may_last(chain) and self._policy.may_upload(rest, chance, residence_s):
+            return True
+        if chance >= MIN_CHANCE:
+            chain.due_s = self._now + max(LOOK_AGAIN_S, rest.quantile(self.settings.upload_quantile))
             self.alarm.set(chain.id, chain.due_s)
+        return False
+
+    def _residence_s(self) -> float:
+        return self.cache.rates.residence.from_now_s(self._pool.get_num_free_blocks(), self._now)
+
+    def _learn_residence(self, chain: Chain, now: float) -> None:
+        """See whether its blocks, which nobody has touched since, are still on the device."""
+        if chain.id not in self.cache.held and not self.uploads.has_brought(chain.id):
+            self.cache.rates.residence.learn(now - chain.since_s, was_there=self._is_here(chain))
+
+    def _plan_upload(self, chain: Chain, now: float, rest: Stall) -> None:
+        """Time the upload by the forecast."""
+        if self.settings.upload and not chain.is_uploaded:
+            chain.due_s = now + self._policy.upload_in_s(rest, len(chain.keys), self.cache.rates, self.settings)
+            self.alarm.set(chain.id, chain.due_s)
+
+    def _look_ahead(self, now: float) -> None:
+        """The device has room: those who are back next need not wait until their upload is due."""
+        planned = [c for c in self.chains if c.due_s is not None and not c.is_uploaded and not self._is_here(c)]
+        for chain in heapq.nsmallest(AHEAD, planned, key=lambda c: c.rest_s(now)):
+            self._learn_residence(chain, now)
+            self.uploads.want(chain.id)
+
+    def _is_here(self, chain: Chain) -> bool:
+        """Whether its end is on the device: the ends go first."""
+        return bool(self.cache.on_device(chain.keys[-1:]))
 
     def _stop_keeping(self, chain: Chain) -> None:
         """A short stall has become a long one, or somebody needs the room: copy, then let go."""
@@ -374,7 +324,8 @@ class TimeEngine:
         heir = None
         for request in itertools.islice(self._scheduler.waiting, 1):
             need += -(-request.num_tokens // self._scheduler.block_size)
-            heir = self._parents.get(request.request_id)
+            parent = self._parents.get(request.request_id)
+            heir = parent.id if parent is not None else None
         for name in sorted(self.cache.held, key=lambda name: name == heir):
             if self._pool.get_num_free_blocks() >= need:
                 return
@@ -392,7 +343,7 @@ class TimeEngine:
             here = self.cache.on_device(chain.keys)
             if len(here) < len(chain.keys):
                 continue
-            rest = expected_rest(chain, self._call_of(chain), self._session_of(chain), self.forecast, now)
+            rest = self.book.rest(chain, now)
             decision = self._policy.at_finish(self._finished(chain, rest), self.cache.rates, self.settings)
             if decision.action == "offload":
                 self._do(decision, chain, here, rest, now)
@@ -400,10 +351,9 @@ class TimeEngine:
     def after_step(self, started: Sequence[Request], resumed: Sequence[str], now: float) -> None:
         """Some calls got a slot."""
         for request in started:
-            self.start(request)
+            self.start(request, now)
         for name in resumed:
-            if (chain := self.chains.by_id.get(name)) is not None:
-                chain.phase = "running"
+            self.book.start(name, now)
         if started:
             is_queue = bool(self._scheduler.waiting)
             if is_queue and self._admitted_s is not None:
@@ -416,7 +366,7 @@ class TimeEngine:
         self._completed_s = now
         if tokens >= _PREFILL_STEP_TOKENS:
             self.cache.rates.prefill.learn(tokens, now - began)
-        self.demote_dead()
+        self._order.demote_dead()
 
     def is_stalled(self, chain_id: str) -> bool:
         """Whether this chain still waits for somebody."""
@@ -428,7 +378,7 @@ class TimeEngine:
     def reset(self) -> None:
         """Give back everything that is held; what the host has is as old as what the device had."""
         self.uploads.reset()
-        self._dead.clear()
+        self._order.forget()
         self.cache.reset()
 
     def residency(self, session: str) -> list[dict[str, Any]]:

@@ -39,7 +39,7 @@ class TimeMixin(_Base):
         connector = self.connector
         if isinstance(connector, TokenCakeConnector) and connector.cache is not None:
             self.time = engine = TimeEngine(self, connector.cache, connector.settings)
-            self._forecast_file = ForecastFile(engine.forecast, connector.settings.forecast_file)
+            self._forecast_file = ForecastFile(engine.book.forecast, connector.settings.forecast_file)
             connector.on_finished = self._finish_call
             logger.info(
                 "TokenCake: Time Scheduler `%s`, %d blocks of host memory",

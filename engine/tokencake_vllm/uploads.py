@@ -1,7 +1,9 @@
 """Which stalled agent's KV comes back before the agent does, where does it find room, and was it of use?
 
-An upload takes free blocks only, beyond what waiting calls need, and only such as nobody wants. What it brought stays
-pinned until the call is there, somebody needs the room, or the stall is given up.
+An upload takes free blocks only, beyond what waiting calls need: such as nobody wants, or as an agent wants who is
+expected back far later and has them on the host. What it brought is not pinned. It is the newest of what is free, so
+that it goes last, and a call that needs the room never waits for it. There is one upload for each stall: a wrong
+forecast costs one copy.
 """
 
 from __future__ import annotations
@@ -9,29 +11,24 @@ from __future__ import annotations
 import itertools
 from typing import TYPE_CHECKING, Any, Final
 
-from vllm.logger import init_logger
-
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from vllm.v1.core.kv_cache_utils import KVCacheBlock
 
     from tokencake.stalls import Chain, Chains
+    from tokencake_vllm.free_order import FreeOrder
     from tokencake_vllm.host_cache import HostCache
 
-logger = init_logger("vllm.tokencake")
-
 PER_STEP: Final = 4
+RETRY_STEPS: Final = 4
+"""A chain for which there was no room is looked at again so many steps later."""
 QUEUE_SCAN: Final = 32
 """Waiting calls looked at for their demand: those behind will not get room in this step."""
+IDLE_SHARE: Final = 0.5
+"""A device with so much of it free has room to look ahead (our choice)."""
 GROWTH_BLOCKS: Final = 2
 """Left free for each running call."""
-_GROUP_BYTES: Final = 4
-
-
-def key_of(full_hash: bytes) -> bytes:
-    """A block's hash without the group it is kept for."""
-    return full_hash[:-_GROUP_BYTES]
 
 
 def demand(scheduler: Any) -> tuple[int, int, int]:
@@ -54,14 +51,15 @@ class Uploads:
         scheduler: Any,
         cache: HostCache,
         chains: Chains,
+        order: FreeOrder,
+        is_worth: Callable[[Chain], bool],
         count: Callable[..., None],
-        keep_share: float,
     ) -> None:
-        self._scheduler, self._cache, self._chains, self._count = scheduler, cache, chains, count
+        self._scheduler, self._cache, self._chains = scheduler, cache, chains
+        self._order, self._is_worth, self._count = order, is_worth, count
         self._pool = scheduler.kv_cache_manager.block_pool
-        self._max_pinned = int(keep_share * self._pool.num_gpu_blocks)
-        self._ready: dict[str, bool] = {}
-        """Chains whose upload is due; whether it was refused for want of room."""
+        self._ready: dict[str, int] = {}
+        """Chains whose upload is due; the step at which one was refused for want of room, or 0."""
         self._spans: dict[str, tuple[int, int]] = {}
         """First and last block of what was uploaded for a chain and has not been used."""
 
@@ -70,7 +68,7 @@ class Uploads:
 
     def want(self, chain_id: str) -> None:
         """Its time has come."""
-        self._ready.setdefault(chain_id, False)
+        self._ready.setdefault(chain_id, 0)
 
     def cancel(self, chain_id: str) -> None:
         """Start nothing more for it."""
@@ -106,57 +104,57 @@ class Uploads:
 
     # --- start --------------------------------------------------------------------------------------
 
-    def start(self) -> None:
+    def start(self, step: int, now: float) -> None:
         """Start what is due and finds room."""
-        room = self._room()
-        if room <= 0:
-            self._refuse(next(iter(self._ready)))
-            return
-        for name in list(itertools.islice(self._ready, PER_STEP)):
+        due = [name for name, refused in self._ready.items() if not refused or step - refused >= RETRY_STEPS]
+        room = self._spare() if due else 0
+        for name in due[:PER_STEP]:
             chain = self._chains.by_id.get(name)
-            if chain is None:
+            if chain is None or chain.is_uploaded:
                 self.cancel(name)
                 continue
             here = self._cache.on_device(chain.keys)
             left = len(self._cache.tier.ready(chain.keys[len(here) :]))
-            if not left:
+            if not left or len(here) < self._spans.get(name, (0, 0))[1]:
+                # There is nothing to bring, or what was brought has been displaced: once is enough.
+                chain.is_uploaded = name in self._spans
                 self.cancel(name)
-                self._stay(chain, here)
+                self._order.renew(here)
                 continue
-            budget = self._max_pinned - self._cache.pinned_blocks - len(here)
+            if name not in self._spans and not self._is_worth(chain):
+                self.cancel(name)
+                continue
             # Gradually, half of what is missing at a time (paper 4.3); every piece is a hit of its own.
             piece = (left + 1) // 2 if left > self._cache.job_blocks else left
-            # Beside it another call of this size must still find room, or it would only be in the way.
-            count = min(piece, room - len(chain.keys), budget)
-            if count <= 0:
-                self._refuse(name)
+            found = self._order.worth_less(chain, min(piece, room), now) if room > 0 else []
+            if len(found) < min(piece, self._cache.job_blocks):
+                self._refuse(name, step)
                 break
-            room -= count
+            room -= len(found)
             self.cancel(name)
-            self._upload(chain, here, count)
+            self._upload(chain, here, found)
 
-    def _refuse(self, name: str) -> None:
+    def _refuse(self, name: str, step: int) -> None:
         if not self._ready[name]:
-            self._ready[name] = True
             self._count("kv_uploads", "no_room")
+        self._ready[name] = step
 
-    def _upload(self, chain: Chain, here: list[KVCacheBlock], count: int) -> None:
+    def _upload(self, chain: Chain, here: list[KVCacheBlock], found: list[KVCacheBlock]) -> None:
         cache = self._cache
         is_first = chain.id not in self._spans
+        self._order.prefer(found)
         cache.release(chain.id)
         cache.hold(chain.id, here)
 
         def landed(ok: bool) -> None:  # a callback has no keywords
+            cache.release(chain.id)
             if chain.id in self._chains.by_id and ok:
                 self.want(chain.id)  # perhaps there is more of it
             elif not ok:
                 self._spans.pop(chain.id, None)
                 self._count("kv_uploads", "failed")
-                cache.release(chain.id)
-            elif chain.id not in self._spans:  # given up meanwhile
-                cache.release(chain.id)
 
-        started = cache.upload(chain.id, chain.keys, len(here), count, landed)
+        started = cache.upload(chain.id, chain.keys, len(here), len(found), landed)
         if not started:
             cache.release(chain.id)
             return
@@ -165,21 +163,14 @@ class Uploads:
         first = self._spans.get(chain.id, (len(here), 0))[0]
         self._spans[chain.id] = (first, len(here) + started)
 
-    def _stay(self, chain: Chain, here: list[KVCacheBlock]) -> None:
-        """All of it is on the device: it only has to stay, if there is room for that."""
-        budget = min(self._max_pinned - self._cache.pinned_blocks, self._pool.get_num_free_blocks() // 2)
-        if here and chain.id not in self._cache.held and len(here) <= budget and not self._scheduler.waiting:
-            self._cache.hold(chain.id, here)
+    # --- room ---------------------------------------------------------------------------------------
 
-    def _room(self) -> int:
-        """Free blocks beyond what waits and what grows, up to the first that somebody wants."""
+    def _spare(self) -> int:
+        """Free blocks beyond what waits and what grows."""
         _, waiting_blocks, _ = demand(self._scheduler)
-        free = self._pool.get_num_free_blocks() - waiting_blocks - GROWTH_BLOCKS * len(self._scheduler.running)
-        room = 0
-        block = self._pool.free_block_queue.fake_free_list_head.next_free_block
-        while room < free and block is not None and block.next_free_block is not None:
-            if block.block_hash is not None and key_of(block.block_hash) in self._chains.wanted:
-                break
-            room += 1
-            block = block.next_free_block
-        return room
+        return int(self._pool.get_num_free_blocks() - waiting_blocks - GROWTH_BLOCKS * len(self._scheduler.running))
+
+    def is_idle(self) -> bool:
+        """Whether nobody waits, nothing is on its way and half of the device is free."""
+        is_free = self._pool.get_num_free_blocks() >= IDLE_SHARE * self._pool.num_gpu_blocks
+        return is_free and not self._scheduler.waiting and not self._cache.loading and not self._ready

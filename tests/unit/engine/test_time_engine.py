@@ -95,6 +95,66 @@ def test_the_upload_is_timed_by_the_forecast(bench: Callable[..., Bench]) -> Non
     assert engine.count("kv_uploads", "started") == 1
 
 
+def test_a_wrong_forecast_costs_one_copy(bench: Callable[..., Bench]) -> None:
+    engine = bench()
+    name = long_stall(engine)
+    engine.tell(protocol.ToolStart(name, "t", "build", estimate_s=60.0))
+    engine.wipe()
+    for _ in range(10):  # it is displaced again and again, and the agent does not come
+        engine.clock.now += 45.0
+        engine.run()
+        engine.wipe()
+    engine.tell(protocol.ToolEnd(name, "t", duration_s=450.0))
+    engine.run()
+    assert engine.count("kv_uploads", "started") == 1
+    assert engine.count("kv_copied_bytes", "load") <= 6 * engine.cache.rates.block_bytes
+    engine.answer(engine.follow_up(name))
+    assert engine.count("kv_uploads", "wasted") == 1
+    engine.check()
+
+
+def test_an_upload_takes_what_is_needed_later_and_on_the_host(bench: Callable[..., Bench]) -> None:
+    engine = bench(num_blocks=24)
+    soon = engine.answer(PROMPT, session="soon", expects_tools={"build": 60.0}, reuse="extends")
+    for number in range(1, 5):
+        tokens = [1_000 * number + i for i in range(100)]
+        engine.answer(tokens, session=f"late{number}", expects_tools={"sleep": 3_000.0}, reuse="extends")
+    assert not engine.cache.on_device(engine.scheduler.time.chains.by_id[soon].keys)
+    engine.tell(protocol.ToolEnd(soon, "t", "build", duration_s=60.0))
+    engine.run()
+    assert engine.count("kv_uploads", "started") == 1
+    follow_up = engine.answer(engine.follow_up(soon), session="soon")
+    assert engine.tokens_found(follow_up) == (96, 0)
+    engine.check()
+
+
+def test_an_upload_takes_nothing_that_waiting_calls_need(bench: Callable[..., Bench]) -> None:
+    engine = bench(num_blocks=24, max_seqs=1)
+    name = long_stall(engine)
+    engine.tell(protocol.ToolStart(name, "t", "build", estimate_s=60.0))
+    engine.wipe()
+    running, waiting = (engine.call([n * 1_000 + i for i in range(200)], session=f"w{n}") for n in (1, 2))
+    engine.step()
+    engine.tell(protocol.ToolEnd(name, "t", duration_s=60.0))
+    engine.step()
+    assert engine.count("kv_uploads", "started") == 0
+    engine.run()
+    assert {running, waiting} <= set(engine.told)
+    engine.check()
+
+
+def test_a_device_with_room_uploads_before_it_is_due(bench: Callable[..., Bench]) -> None:
+    engine = bench()
+    name = long_stall(engine)
+    engine.tell(protocol.ToolStart(name, "t", "build", estimate_s=20.0))
+    engine.wipe()
+    engine.clock.now += 5.0
+    engine.answer([5_000 + i for i in range(30)], session="other", max_tokens=40)
+    assert engine.count("kv_uploads", "started") == 1
+    assert engine.tokens_found(engine.answer(engine.follow_up(name))) == (96, 0)
+    engine.check()
+
+
 def test_a_call_that_comes_during_its_upload_waits_for_it(bench: Callable[..., Bench]) -> None:
     engine = bench()
     name = long_stall(engine)
@@ -364,7 +424,7 @@ def test_durations_are_learned_and_the_error_is_observed(bench: Callable[..., Be
     for number in range(10):
         name = engine.answer([1_000 * number + i for i in range(40)], session=f"s{number}")
         engine.tell(protocol.ToolStart(name, "t", "build"), protocol.ToolEnd(name, "t", duration_s=3.0))
-    assert engine.scheduler.time.forecast.stall("writer", "build").quantile(0.5) == pytest.approx(3.0, rel=0.3)
+    assert engine.scheduler.time.book.forecast.stall("writer", "build").quantile(0.5) == pytest.approx(3.0, rel=0.3)
     assert len(engine.scheduler.tokencake_metrics()["observed"]["forecast_error_s"]) == 10
 
 

@@ -123,3 +123,18 @@ def test_quantiles_are_ordered_and_never_negative(
     assert 0.0 <= low <= high
     assert stall.quantile(min(1.0, share + 0.2)) >= stall.quantile(share) - 1e-6
     assert stall.mean_s >= 0.0
+
+
+def test_what_has_outlived_nearly_everything_may_last_as_long_again() -> None:
+    forecast = Forecast()
+    for _ in range(20):
+        forecast.learn("a", "t", 10.0)
+    overdue = forecast.stall("a", "t").after(11.3)
+    assert overdue.quantile(0.9) > 5.0
+    assert forecast.stall("a", "t").quantile(0.9) == pytest.approx(10.0, rel=0.3)
+
+
+def test_the_share_within_is_the_inverse_of_the_quantile() -> None:
+    rest = Forecast().stall(None, None, 8.0).after(3.0)
+    for share in (0.1, 0.5, 0.9):
+        assert rest.share_within(rest.quantile(share)) == pytest.approx(share, abs=0.01)

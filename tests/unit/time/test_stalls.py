@@ -7,7 +7,7 @@ import pytest
 from tokencake.forecast import Forecast
 from tokencake.protocol import Hint, Stage
 from tokencake.records import Call, Session, ToolCall, Wait
-from tokencake.stalls import Chain, Chains, expected_rest, give_up_after
+from tokencake.stalls import AFTER_TOOLS, ANSWER, Chain, Chains, expected_rest, give_up_after
 
 KEYS = [bytes([number]) * 4 for number in range(10)]
 OTHER = [bytes([100 + number]) * 4 for number in range(10)]
@@ -19,7 +19,7 @@ def hint(**fields: object) -> Hint:
 
 def stalled(chains: Chains, name: str, keys: list[bytes], **fields: object) -> None:
     chains.arrive(name, keys[:1], hint(**fields), 0.0)
-    chains.stall(name, keys, 1.0, 100.0)
+    chains.stall(name, keys, 1.0)
 
 
 def test_the_call_that_extends_a_chain_ends_its_stall() -> None:
@@ -33,10 +33,10 @@ def test_the_call_that_extends_a_chain_ends_its_stall() -> None:
 
 def test_a_fan_out_is_waited_for_to_its_last_branch() -> None:
     chains = Chains()
-    stalled(chains, "one", KEYS[:4], out_degree=2)
-    chains.arrive("two", KEYS[:6], hint(), 2.0)
+    stalled(chains, "one", KEYS[:4])
+    chains.arrive("two", KEYS[:6], hint(fan_out=2), 2.0)
     assert "one" in chains.by_id
-    chains.arrive("three", [*KEYS[:4], *OTHER[:2]], hint(), 2.0)
+    chains.arrive("three", [*KEYS[:4], *OTHER[:2]], hint(fan_out=2), 2.0)
     assert "one" not in chains.by_id
 
 
@@ -57,7 +57,7 @@ def test_a_block_is_dead_when_nobody_wants_it() -> None:
     assert removed is not None
     assert chains.dead(removed) == [KEYS[3], KEYS[2]]
     chains.remove("two")
-    assert (chains.wanted, chains._stalled_at, chains._by_session) == ({}, {}, {})
+    assert (chains.wanted, chains._stalled_at, chains._by_session, chains._hired) == ({}, {}, {}, {})
 
 
 def chain(**fields: object) -> Chain:
@@ -66,7 +66,7 @@ def chain(**fields: object) -> Chain:
 
 def median(given: Chain, tools: list[ToolCall], now: float = 0.0, session: Session | None = None) -> float:
     call = Call("c", given.hint, 0.0, 10, tools=dict(enumerate(tools)))
-    return expected_rest(given, call, session, Forecast(), now).quantile(0.5)
+    return expected_rest(given, call, session, Chains(), Forecast(), now).quantile(0.5)
 
 
 def test_before_events_the_hint_tells_which_tools_may_come() -> None:
@@ -96,6 +96,48 @@ def test_a_fraction_tells_the_pace() -> None:
 def test_a_human_is_waited_for_like_a_tool() -> None:
     session = Session("s", "a", None, 0.0, waits={"human": Wait(0.0, 300.0)})
     assert median(chain(), [], session=session) == pytest.approx(300.0, rel=0.2)
+
+
+def test_a_branch_waits_at_its_join_for_the_slowest_sibling() -> None:
+    chains, forecast = Chains(), Forecast()
+    for name in ("one", "two", "three"):
+        at = Hint(session=name, call=name, agent="a", app="x", node=name, join="merge")
+        keys = [*KEYS[:2], name.encode()]
+        chains.arrive(name, keys, at, 0.0)
+        chains.stall(name, keys, 0.0)
+        chains.by_id[name].back_s = {"one": 1.0, "two": 30.0, "three": 8.0}[name]
+    done = ToolCall("x", started_s=0.0, ended_s=1.0)
+    one = chains.by_id["one"]
+    call = Call("one", one.hint or hint(), 0.0, 10, tools={"t": done})
+    assert expected_rest(one, call, None, chains, forecast, 1.0).quantile(0.5) == pytest.approx(29.0, rel=0.2)
+    chains.remove("two")
+    assert expected_rest(one, call, None, chains, forecast, 1.0).quantile(0.5) == pytest.approx(7.0, rel=0.2)
+    chains.remove("three")
+    assert expected_rest(one, call, None, chains, forecast, 1.0).quantile(0.5) < 0.01
+
+
+def test_how_long_a_node_waits_behind_its_tools_is_learned() -> None:
+    forecast = Forecast()
+    for _ in range(10):
+        forecast.learn("/n", AFTER_TOOLS, 12.0)
+    given = Chain("c", KEYS, hint(node="n", join="merge"), "stalled", 0.0)
+    call = Call("c", hint(), 0.0, 10, tools={"t": ToolCall("x", started_s=0.0, ended_s=4.0)})
+    assert expected_rest(given, call, None, Chains(), forecast, 4.0).quantile(0.5) == pytest.approx(12.0, rel=0.2)
+    assert expected_rest(given, call, None, Chains(), forecast, 14.0).quantile(0.5) < 3.0
+
+
+def test_a_tool_lasts_as_long_as_the_last_answer_of_its_sub_agent() -> None:
+    chains, forecast = Chains(), Forecast()
+    for _ in range(10):
+        forecast.learn("a", "delegate", 60.0)
+        forecast.learn("worker", ANSWER, 2.0)
+    worker = Hint(session="w", agent="worker", parent_call="c", parent_tool_call="t", reuse="final")
+    chains.arrive("w", OTHER[:2], worker, 10.0)
+    call = Call("c", hint(), 0.0, 10, tools={"t": ToolCall("delegate", started_s=0.0)})
+    given = Chain("c", KEYS, hint(call="c"), "stalled", 0.0)
+    assert expected_rest(given, call, None, chains, forecast, 10.0).quantile(0.5) == pytest.approx(2.0, rel=0.2)
+    chains.remove("w")
+    assert expected_rest(given, call, None, chains, forecast, 10.0).quantile(0.5) == pytest.approx(50.0, rel=0.2)
 
 
 def test_a_stall_is_given_up_at_its_deadline_or_after_four_times_its_late_quantile() -> None:

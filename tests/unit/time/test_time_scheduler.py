@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import inf
 from typing import Any
 
 import pytest
@@ -44,6 +45,7 @@ def finished(stall_s: float = 8.0, **changed: Any) -> Finished:
         importance=0.0,
         is_near_end=False,
         recent_stores=0,
+        residence_s=inf,
     )
     return replace(usual, **changed)
 
@@ -176,3 +178,17 @@ def test_bad_settings_are_refused(raw: dict[str, object]) -> None:
 def test_an_unknown_key_is_answered_with_the_known_ones() -> None:
     with pytest.raises(SettingsError, match="host_kv_gib"):
         settings_of(host_gib=1)
+
+
+def test_an_upload_that_would_be_gone_before_the_agent_is_back_is_not_begun() -> None:
+    rest = Forecast().stall(None, None, 8.0)
+    assert Ours().may_upload(rest, 1.0, 60.0)
+    assert not Ours().may_upload(rest, 1.0, 4.0)
+    assert not Ours().may_upload(rest, 0.4, inf)
+    assert Paper().may_upload(rest, 0.4, 4.0)
+
+
+def test_a_short_stall_whose_blocks_would_be_gone_by_its_end_is_copied() -> None:
+    crowded = finished(0.05, free_blocks=100, residence_s=0.01)
+    assert ours(crowded) == "offload"
+    assert ours(replace(crowded, residence_s=5.0)) == "leave"

@@ -1,0 +1,143 @@
+"""Which agents are stalled, how long will each stall still last, and what does its end teach?
+
+Joins the chains of one engine with the registry of calls and events. Knows nothing of blocks or copies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from tokencake.forecast import Forecast, Stall
+from tokencake.returns import Returns, place_of
+from tokencake.stalls import AFTER_TOOLS, ANSWER, Chain, Chains, ended_s, expected_rest, give_up_after
+
+if TYPE_CHECKING:
+    from tokencake.protocol import Hint
+    from tokencake.records import Call, Session
+    from tokencake.registry import Registry
+
+
+class StallBook:
+    """The stalls of one engine."""
+
+    def __init__(self, registry: Registry) -> None:
+        self.chains = Chains()
+        self.forecast = Forecast()
+        self.returns = Returns()
+        self._registry = registry
+
+    # --- the life of a call -----------------------------------------------------------------------------
+
+    def arrive(self, request_id: str, keys: Sequence[bytes], hint: Hint | None, now: float) -> Chain | None:
+        """A call came; returns the stalled chain that it extends, and learns from its return."""
+        parent = self.chains.arrive(request_id, keys, hint, now)
+        if parent is not None:
+            self.returns.learn(parent.hint, came=True)
+            self._learn_return(parent, now)
+        return parent
+
+    def _learn_return(self, parent: Chain, now: float) -> None:
+        hint, call = parent.hint, self.call_of(parent)
+        agent = hint.agent if hint else None
+        tools = list(call.tools.values()) if call else []
+        if not tools and not (hint and hint.expects_tools):
+            self.forecast.learn(agent, None, now - parent.since_s)
+        for tool in tools:
+            if tool.is_open and tool.started_s is not None:  # its end was lost: the next call is one
+                self.forecast.learn(agent, tool.tool, now - tool.started_s)
+        if hint is not None and tools:
+            over_s = ended_s(parent, tools, self.session_of(parent))
+            is_open = any(tool.is_open for tool in tools)
+            self.forecast.learn(place_of(hint), AFTER_TOOLS, 0.0 if is_open or over_s is None else now - over_s)
+
+    def start(self, request_id: str, now: float) -> None:
+        """A call has a slot, for the first time or again."""
+        if (chain := self.chains.by_id.get(request_id)) is not None:
+            chain.phase, chain.since_s = "running", now
+
+    def finish(self, request_id: str, keys: Sequence[bytes], now: float) -> tuple[Chain, Stall] | None:
+        """A call has ended well and left the blocks `keys`: its stall begins, and with it what is expected of it."""
+        running = self.chains.by_id.get(request_id)
+        if running is not None and running.phase == "running" and running.hint is not None:
+            self.forecast.learn(running.hint.agent, ANSWER, now - running.since_s)
+        chain = self.chains.stall(request_id, keys, now)
+        if chain is None:
+            return None
+        rest = self.rest(chain, now)
+        chain.back_s, chain.give_up_s = now + rest.quantile(0.5), now + give_up_after(rest, ())
+        return chain, rest
+
+    def drop(self, chain: Chain) -> None:
+        """Nobody will extend it."""
+        self.chains.remove(chain.id)
+        if chain.heirs_left is None and chain.hint is not None and chain.hint.reuse != "final":
+            self.returns.learn(chain.hint, came=False)
+
+    # --- what is expected -------------------------------------------------------------------------------
+
+    def rest(self, chain: Chain, now: float) -> Stall:
+        """How long its stall will still last."""
+        return expected_rest(chain, self.call_of(chain), self.session_of(chain), self.chains, self.forecast, now)
+
+    def may_last(self, chain: Chain) -> bool:
+        """Whether it waits for a sub-agent that will call again: then nobody can say how long."""
+        return any(hired.hint is None or hired.hint.reuse != "final" for hired in self.chains.hired_by(chain))
+
+    def refine(self, chain: Chain, now: float) -> Stall:
+        """The same, after something has told more about it."""
+        rest, call = self.rest(chain, now), self.call_of(chain)
+        chain.back_s = now + rest.quantile(0.5)
+        chain.give_up_s = now + give_up_after(rest, [tool.deadline_s for tool in call.tools.values()] if call else ())
+        return rest
+
+    def is_over(self, hint: Hint | None) -> bool:
+        """Whether the session or the application has ended."""
+        if hint is None:
+            return False
+        session = self._registry.sessions.get(hint.session)
+        app = self._registry.apps.get(hint.app) if hint.app else None
+        return bool((session and session.ended) or (app and app.ended))
+
+    # --- events -----------------------------------------------------------------------------------------
+
+    def hear(self, event: dict[str, Any]) -> tuple[list[Chain], list[Chain]]:
+        """The registry has taken `event` in: the stalls that it tells of, and those that it ends for good."""
+        match event["type"]:
+            case "tool_start" | "tool_progress" | "tool_end":
+                return self._hear_tool(event), []
+            case "stall_start" | "stall_end":
+                return self._stalled(event["session"]), []
+            case "session_end":
+                return [], self._stalled(event["session"])
+            case "app_end":
+                app = event["app"]
+                return [], [c for c in self.chains if c.phase == "stalled" and c.hint and c.hint.app == app]
+        return [], []
+
+    def _hear_tool(self, event: dict[str, Any]) -> list[Chain]:
+        call = self._registry.calls.get(event["call"])
+        if call is None:
+            return []
+        tool = call.tools.get(event["tool_call"])
+        if event["type"] == "tool_end" and tool is not None and tool.duration_s is not None:
+            expected = self.forecast.stall(call.hint.agent, tool.tool, tool.estimate_s)
+            self._registry.observe("forecast_error_s", abs(expected.quantile(0.5) - tool.duration_s))
+            self.forecast.learn(call.hint.agent, tool.tool, tool.duration_s)
+        return self.stalled_at(call.id)
+
+    def stalled_at(self, call_id: str) -> list[Chain]:
+        """The chains that this call left."""
+        call = self._registry.calls.get(call_id)
+        return [] if call is None else [c for c in self._stalled(call.hint.session) if self.call_of(c) is call]
+
+    def _stalled(self, session: str) -> list[Chain]:
+        return [chain for chain in self.chains.of_session(session) if chain.phase == "stalled"]
+
+    def call_of(self, chain: Chain) -> Call | None:
+        """What the registry knows of its call."""
+        return None if chain.hint is None else self._registry.calls.get(chain.hint.call or chain.id)
+
+    def session_of(self, chain: Chain) -> Session | None:
+        """What the registry knows of its session."""
+        return None if chain.hint is None else self._registry.sessions.get(chain.hint.session)
