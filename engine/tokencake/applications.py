@@ -57,6 +57,8 @@ class Application:
     answers: Counter[str] = field(default_factory=Counter)
     """Live requests of each live call: several with `n` > 1."""
     stalled: Stalled = field(default_factory=Stalled)
+    measured_version: int = -1
+    """`Applications.version` when its slack was measured."""
 
 
 @dataclass(slots=True)
@@ -86,19 +88,12 @@ class LiveCall:
     preemptions: int = 0
     swaps: int = 0
     slack_s: float | None = None
-    """What its branch has to spare at its next join, as of the last `measure_slack`; None where it has no siblings."""
+    """As of the last time that `Applications.slack_s` measured its application."""
 
     @property
     def remaining_s(self) -> float:
         """Longest way from its begin to the end of its application, tools included; 0 where nobody knows."""
         return 0.0 if self.branch is None else self.branch.remaining_s
-
-    @property
-    def is_critical(self) -> bool:
-        """Whether others of its application wait for it: measured where it has siblings, else as its client says."""
-        if self.slack_s is not None:
-            return self.slack_s == 0.0
-        return self.hint is not None and self.hint.critical is True
 
 
 class Applications:
@@ -259,15 +254,29 @@ class Applications:
         until_s = now if is_over else now + max(_LEAST_LIFE_S, _LONG_GAP * gap_s)
         call.app.stalled.leave(replace(branch, at_s=now, remaining_s=left_s, until_s=until_s))
 
-    def measure_slack(self, now: float) -> None:
-        """Set `slack_s` of every live call."""
-        for app in {id(call.app): call.app for call in self.calls.values()}.values():
-            live = {call.branch.call: call for call in app.live.values() if call.branch is not None}
-            parents = {call.branch.parent for call in live.values() if call.branch is not None}
-            stalled = [branch for branch in app.stalled.living(now) if branch.call not in parents]
-            branches = [call.branch for call in live.values() if call.branch is not None]
-            for branch, slack_s in zip(branches, slacks_s([*branches, *stalled], self.lore.ways, now), strict=False):
-                live[branch.call].slack_s = slack_s
+    def slack_s(self, call: LiveCall, now: float) -> float | None:
+        """What its branch has to spare at its next join; None where it has no siblings.
+
+        An application is measured when it is asked for, and again when calls have come, gone or changed their state.
+        """
+        app = call.app
+        if app.measured_version != self.version:
+            app.measured_version = self.version
+            self._measure_slack(app, now)
+        return call.slack_s
+
+    def is_critical(self, call: LiveCall, now: float) -> bool:
+        """Whether others of its application wait for it: measured where it has siblings, else as its client says."""
+        slack_s = self.slack_s(call, now)
+        return slack_s == 0.0 if slack_s is not None else call.hint is not None and call.hint.critical is True
+
+    def _measure_slack(self, app: Application, now: float) -> None:
+        live = [(call, call.branch) for call in app.live.values() if call.branch is not None]
+        parents = {branch.parent for _, branch in live}
+        stalled = [branch for branch in app.stalled.living(now) if branch.call not in parents]
+        branches = [branch for _, branch in live]
+        for (call, _), slack_s in zip(live, slacks_s([*branches, *stalled], self.lore.ways, now), strict=False):
+            call.slack_s = slack_s
 
     # --- who belongs together ---------------------------------------------------------------------
 

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 MAX_STALLED: Final = 64
 """Stalled branches remembered of one application."""
 
+MAX_PLACES: Final = 64
+"""An application that is at more places at once has no slack: to compare them all would take too long."""
+
 _Key: TypeAlias = "tuple[str | None, str | None, Place]"
 
 
@@ -107,8 +110,8 @@ def slacks_s(branches: Sequence[Branch], ways_of: Callable[[str], Ways | None], 
         key = branch.parent, branch.join, branch.place
         farthest[key] = max(farthest.get(key, 0.0), branch.left_s(now))
         counts[key] = counts.get(key, 0) + 1
-    latest: dict[_Key, float | None] = {}
-    for key, count in counts.items():
+    latest: dict[_Key, float | None] = dict.fromkeys(counts)
+    for key, count in counts.items() if len(counts) <= MAX_PLACES else ():
         others = [left_s for other, left_s in farthest.items() if other != key and _is_together(key, other, ways_of)]
         latest[key] = max([*others, farthest[key]]) if others or count > 1 else None
     found: list[float | None] = []

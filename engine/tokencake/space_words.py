@@ -49,7 +49,6 @@ class SpaceWords:
         now: float,
     ) -> None:
         """The step is over: who `started`, and who still waits, first in line first."""
-        self._applications.measure_slack(now)
         for name in started:
             # A call that comes back, after a preemption or with its user's next turn, has not waited since it came.
             if (call := self._calls.get(name)) is not None and call.started_s == now:
@@ -68,15 +67,15 @@ class SpaceWords:
                 words = f"waits behind {ahead.app.id} ({why}); needs up to {needs.get(name, 0)} blocks"
                 self._add(now, call, "waits", f"{ahead.app.id} {why}", words)
             ahead = call
-        self._count_inversions(waiting, started)
+        self._count_inversions(waiting, started, now)
 
     def _why(self, ahead: Rank, behind: Rank) -> str:
         pairs = zip(ahead, behind, self._policy.rank_words, strict=True)
         return next((words for mine, other, words in pairs if mine != other), "it came first")
 
-    def _count_inversions(self, waiting: Sequence[str], started: Sequence[str]) -> None:
-        minor = sum(not _is_critical(self._calls.get(name)) for name in started)
-        if minor and any(_is_critical(self._calls.get(name)) for name in waiting):
+    def _count_inversions(self, waiting: Sequence[str], started: Sequence[str], now: float) -> None:
+        minor = sum(not self._is_critical(name, now) for name in started)
+        if minor and any(self._is_critical(name, now) for name in waiting):
             self._registry.counts["space_inversions", "admission"] += minor
 
     def note_preempted(self, request_id: str, running: Sequence[str], now: float) -> None:
@@ -84,7 +83,7 @@ class SpaceWords:
         call = self._calls.get(request_id)
         if call is None:
             return
-        if _is_critical(call) and any(not _is_critical(self._calls.get(name)) for name in running):
+        if self._is_critical(request_id, now) and any(not self._is_critical(name, now) for name in running):
             self._registry.counts["space_inversions", "preemption"] += 1
         self._add(now, call, "preempted", str(call.preemptions), "lost its memory: calls before it had to grow")
 
@@ -126,6 +125,6 @@ class SpaceWords:
         agent = None if call.hint is None else call.hint.agent
         self._log.add(Decision(now, call.request_id, name, call.app.id, agent, kind, words), topic)
 
-
-def _is_critical(call: LiveCall | None) -> bool:
-    return call is not None and call.is_critical
+    def _is_critical(self, request_id: str, now: float) -> bool:
+        call = self._calls.get(request_id)
+        return call is not None and self._applications.is_critical(call, now)

@@ -49,8 +49,11 @@ class Engine:
         return call
 
     def slack(self) -> dict[str, float | None]:
-        self.applications.measure_slack(self.now)
-        return {call.branch.place[1]: call.slack_s for call in self.applications.calls.values() if call.branch}
+        calls = [call for call in self.applications.calls.values() if call.branch is not None]
+        return {call.branch.place[1]: self.applications.slack_s(call, self.now) for call in calls}
+
+    def is_critical(self, call: LiveCall) -> bool:
+        return self.applications.is_critical(call, self.now)
 
     def diamond(self, app: str) -> None:
         """One whole application: the right branch is the longer one, mostly because of its tool."""
@@ -212,7 +215,7 @@ def test_the_longest_branch_is_critical_and_the_other_has_its_lead_to_spare(lear
     left, right = learned.begin("left", app="x", graph="diamond"), learned.begin("right", app="x", graph="diamond")
     slack = learned.slack()
 
-    assert (slack["right"], right.is_critical, left.is_critical) == (0.0, True, False)
+    assert (slack["right"], learned.is_critical(right), learned.is_critical(left)) == (0.0, True, False)
     assert slack["left"] == pytest.approx(25.0, rel=0.1)
 
 
@@ -228,12 +231,10 @@ def test_a_branch_in_a_tool_is_waited_for_too_until_its_next_call_joins(learned:
 
 def test_the_critical_path_is_found_anew_when_a_branch_ends(learned: Engine) -> None:
     left, right = learned.begin("left", app="x", graph="diamond"), learned.begin("right", app="x", graph="diamond")
-    learned.slack()
-    assert not left.is_critical
+    assert not learned.is_critical(left)
     learned.end(right, is_aborted=True)
-    learned.slack()
 
-    assert left.slack_s is None  # nobody else feeds the join any more
+    assert learned.slack() == {"left": None}  # nobody else feeds the join any more
 
 
 def test_a_call_behind_a_join_has_no_siblings(learned: Engine) -> None:
@@ -263,6 +264,14 @@ def test_siblings_that_say_nothing_of_a_join_and_have_no_graph_are_not_guessed_a
     assert engine.slack() == {"a": None, "b": None}
 
 
+def test_an_application_that_is_everywhere_at_once_has_no_slack_and_costs_little() -> None:
+    engine = Engine()
+    for number in range(2_000):
+        engine.begin(f"node{number}", join=f"j{number % 7}", remaining=1)
+
+    assert set(engine.slack().values()) == {None}
+
+
 def test_what_never_comes_back_is_waited_for_no_longer(learned: Engine) -> None:
     learned.run("right", 5.0, app="x", graph="diamond")
     learned.now += 10_000.0
@@ -271,10 +280,12 @@ def test_what_never_comes_back_is_waited_for_no_longer(learned: Engine) -> None:
     assert learned.slack() == {"left": None}
 
 
-def test_a_call_is_critical_as_its_client_says_where_nothing_is_measured(call: Callable[..., LiveCall]) -> None:
-    assert call("a", critical=True).is_critical
-    assert not call("b").is_critical
-    assert not call(None).is_critical
+def test_a_call_is_critical_as_its_client_says_where_nothing_is_measured(
+    applications: Applications, call: Callable[..., LiveCall]
+) -> None:
+    calls = call("a", critical=True), call("b"), call(None)
+
+    assert [applications.is_critical(one, 0.0) for one in calls] == [True, False, False]
 
 
 # --- whatever clients say ---------------------------------------------------------------------------
@@ -306,9 +317,9 @@ def test_whatever_clients_say_ways_are_finite_slack_is_no_debt_and_somebody_is_c
         call = applications.add(f"r{number}", Hint(**fields), prompt_tokens=1, max_tokens=1, now=now)
         assert 0.0 <= call.service_s <= call.remaining_s + 1e-6 < float("inf")
         applications.start(call.request_id, now)
-        applications.measure_slack(now)
         for live in applications.calls.values():
-            assert live.slack_s is None or live.slack_s >= 0.0
+            slack_s = applications.slack_s(live, now)
+            assert slack_s is None or slack_s >= 0.0
         for name in list(applications.calls)[:ended]:
             applications.end(name, 1, is_aborted=is_aborted, now=now)
     for name in list(applications.calls):
