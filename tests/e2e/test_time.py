@@ -1,7 +1,11 @@
-"""A real vLLM on the CPU: KV leaves the device, the device is overwritten, KV comes back, and nobody can tell."""
+"""A real vLLM on the CPU: KV leaves the device, the device is overwritten, KV comes back, and nobody can tell.
+
+What it answers is compared with a vLLM that has neither the plug-in nor the connector.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Iterator
@@ -16,28 +20,53 @@ from tokencake import protocol
 from tokencake_vllm.serve import SCHEDULER, connector_config
 
 BLOCK = 32
+LENGTHS = (10 * BLOCK - 9, 10 * BLOCK - 8, 10 * BLOCK, 10 * BLOCK + 1)
+"""With the eight tokens of the answer they end inside a block, at its edge and behind it."""
+STOCK = {
+    "max_model_len": 1_024,
+    "block_size": BLOCK,
+    "max_num_seqs": 8,
+    "max_num_batched_tokens": 128,  # every prompt is computed in chunks
+    "num_gpu_blocks_override": 100,
+    "enforce_eager": True,
+    "disable_log_stats": True,
+}
+ENV = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+}
+
+
+@contextlib.contextmanager
+def environment(**values: str) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {**ENV, **values}.items():
+            patch.setenv(name, value)
+        yield
 
 
 class Engine:
-    """vLLM's `LLM` with the plug-in; its engine core is a process of its own."""
+    """vLLM's `LLM`, with the plug-in or without; its engine core is a process of its own."""
 
-    def __init__(self, model: Path, **time_settings: Any) -> None:
+    def __init__(self, model: Path, *, is_stock: bool = False, options: Any = None, **time_settings: Any) -> None:
         from vllm import LLM
 
-        self.llm = LLM(
-            str(model),
-            max_model_len=1_024,
-            block_size=BLOCK,
-            max_num_seqs=8,
-            max_num_batched_tokens=128,
-            num_gpu_blocks_override=100,
-            enforce_eager=True,
-            disable_log_stats=True,
-            scheduler_cls=SCHEDULER,
-            kv_transfer_config=connector_config(),
-            additional_config={"tokencake": {"time": {"host_kv_gib": 0.05, **time_settings}}},
-        )
+        ours = {
+            "scheduler_cls": SCHEDULER,
+            "kv_transfer_config": connector_config(),
+            "additional_config": {"tokencake": {"time": {"host_kv_gib": 0.05, **time_settings}}},
+        }
+        self.llm = LLM(str(model), **{**STOCK, **({} if is_stock else ours), **(options or {})})
         self.made = 0
+        self.is_closed = False
+
+    def close(self) -> None:
+        if not self.is_closed:
+            self.is_closed = True
+            self.llm.llm_engine.engine_core.shutdown()
 
     def rpc(self, method: str, *args: Any) -> Any:
         return self.llm.llm_engine.engine_core.call_utility("tokencake", method, args)
@@ -83,45 +112,74 @@ class Engine:
         time.sleep(0.3)
 
 
-@pytest.fixture(scope="module")
-def engine(tiny_model: Path) -> Iterator[Engine]:
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {
-            "HF_HUB_OFFLINE": "1",
-            "VLLM_NO_USAGE_STATS": "1",
-            "VLLM_CPU_KVCACHE_SPACE": "1",
-            "VLLM_PLUGINS": "tokencake",
-            "VLLM_LOGGING_LEVEL": "WARNING",
-            "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
-        }.items():
-            patch.setenv(name, value)
-        running = Engine(tiny_model, debug_checksums=True)
-        yield running
-        running.llm.llm_engine.engine_core.shutdown()
-
-
-def same(first: Any, second: Any) -> bool:
-    """Text and logprobs, bit by bit."""
-    a, b = first.outputs[0], second.outputs[0]
-    if list(a.token_ids) != list(b.token_ids):
-        return False
-    return all(
-        {token: entry.logprob for token, entry in one.items()} == {token: entry.logprob for token, entry in two.items()}
-        for one, two in zip(a.logprobs, b.logprobs, strict=True)
-    )
-
-
 def prompt(seed: int, length: int) -> list[int]:
     return [(seed * 7_919 + place * 104_729) % 1_800 + 50 for place in range(length)]
 
 
-@pytest.mark.parametrize("length", [10 * BLOCK - 9, 10 * BLOCK - 8, 10 * BLOCK, 10 * BLOCK + 1])
-def test_what_was_offloaded_and_uploaded_gives_the_same_answer(engine: Engine, length: int) -> None:
+def follow_up(tokens: list[int], answer: Any) -> list[int]:
+    return [*tokens, *answer.outputs[0].token_ids, *prompt(1, 20)]
+
+
+CROWD = [prompt(99, 5 * BLOCK) + prompt(100 + number, 90 + 17 * number) for number in range(4)]
+"""Calls that share a prefix."""
+OTHERS = [prompt(200 + number, 150) for number in range(2)]
+"""Calls that run beside them."""
+
+
+@pytest.fixture(scope="module")
+def stock(tiny_model: Path) -> dict[Any, Any]:
+    """What a vLLM without the plug-in answers, with the same blocks found in its prefix cache."""
+    answers: dict[Any, Any] = {}
+    with environment(VLLM_PLUGINS=""):
+        engine = Engine(tiny_model, is_stock=True)
+        for length in LENGTHS:
+            tokens = prompt(length, length)
+            (answers[length],) = engine.ask(tokens)
+            engine.ask(follow_up(tokens, answers[length]))
+            (answers[length, "follow-up"],) = engine.ask(follow_up(tokens, answers[length]))
+        engine.ask(*CROWD, *OTHERS)
+        answers["crowd"] = engine.ask(*CROWD, *OTHERS)
+        answers["alone"] = [engine.ask(tokens)[0] for tokens in CROWD]
+        engine.close()
+    return answers
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_model: Path, stock: dict[Any, Any]) -> Iterator[Engine]:
+    with environment(VLLM_PLUGINS="tokencake"):
+        running = Engine(tiny_model, debug_checksums=True)
+        yield running
+        running.close()
+
+
+def logprobs(answer: Any) -> list[dict[int, float]]:
+    return [{token: entry.logprob for token, entry in one.items()} for one in answer.outputs[0].logprobs]
+
+
+def same(first: Any, second: Any) -> bool:
+    """Text and logprobs, bit by bit."""
+    return list(first.outputs[0].token_ids) == list(second.outputs[0].token_ids) and logprobs(first) == logprobs(second)
+
+
+def as_stock(ours: Any, other: Any) -> bool:
+    """The text, and the logprobs to the last digit.
+
+    On the CPU that digit depends on whether a connector is loaded at all: with vLLM's own `ExampleConnector`, as with
+    ours switched off, one of 32 logprobs of a cold prompt differs by 2e-6 from those without.
+    """
+    if list(ours.outputs[0].token_ids) != list(other.outputs[0].token_ids):
+        return False
+    return all(one == pytest.approx(two, abs=4e-6) for one, two in zip(logprobs(ours), logprobs(other), strict=True))
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_what_was_offloaded_and_uploaded_gives_the_same_answer(
+    engine: Engine, stock: dict[Any, Any], length: int
+) -> None:
     tokens = prompt(length, length)
     (first,) = engine.ask(tokens)
-    name = f"c{engine.made}"
-    follow_up = [*tokens, *first.outputs[0].token_ids, *prompt(1, 20)]
-    (warm,) = engine.ask(follow_up)  # the prefix is still on the device
+    assert as_stock(first, stock[length])
+    (warm,) = engine.ask(follow_up(tokens, first))  # the prefix is still on the device
     (again,) = engine.ask(tokens)
     assert same(first, again)
     name = f"c{engine.made}"
@@ -133,28 +191,29 @@ def test_what_was_offloaded_and_uploaded_gives_the_same_answer(engine: Engine, l
         "applied",
     ]
     engine.wait_for(name, "on_device")
-    (after,) = engine.ask(follow_up)
+    (after,) = engine.ask(follow_up(tokens, first))
     found = engine.call(f"c{engine.made}")["cached_tokens"]
-    assert found["device"] >= (length + 8) // BLOCK * BLOCK - BLOCK
-    assert found["host"] <= 2 * BLOCK
-    assert same(warm, after)
+    assert found["device"] == (length + 7) // BLOCK * BLOCK
+    assert found["host"] <= BLOCK  # of the follow-up before, one block more
+    assert same(after, warm)
+    assert as_stock(after, stock[length, "follow-up"])
 
 
-def test_loaded_on_demand_beside_others_with_a_shared_prefix(engine: Engine) -> None:
-    shared = prompt(99, 5 * BLOCK)
-    prompts = [shared + prompt(100 + number, 90 + 17 * number) for number in range(4)]
-    before = engine.ask(*prompts)
-    names = [f"c{engine.made - 3 + number}" for number in range(4)]
+def test_loaded_on_demand_beside_others_with_a_shared_prefix(engine: Engine, stock: dict[Any, Any]) -> None:
+    engine.ask(*CROWD, *OTHERS)
+    names = [f"c{engine.made - len(CROWD) - len(OTHERS) + 1 + number}" for number in range(len(CROWD))]
     for name in names:
         engine.wait_for(name, "on_host")
     engine.wipe()
-    after = engine.ask(*prompts)
-    assert all(same(one, two) for one, two in zip(before, after, strict=True))
-    hosts = [engine.call(f"c{engine.made - 3 + number}")["cached_tokens"]["host"] for number in range(4)]
+    together = engine.ask(*CROWD, *OTHERS)
+    assert [as_stock(ours, other) for ours, other in zip(together, stock["crowd"], strict=True)] == [True] * len(
+        together
+    )
+    hosts = [engine.call(f"c{engine.made - number}")["cached_tokens"]["host"] for number in range(len(together))]
     assert max(hosts) >= 5 * BLOCK
     engine.wipe()
-    alone = [engine.ask(tokens)[0] for tokens in prompts]
-    assert [list(o.outputs[0].token_ids) for o in alone] == [list(o.outputs[0].token_ids) for o in before]
+    alone = [engine.ask(tokens)[0] for tokens in CROWD]
+    assert [as_stock(ours, other) for ours, other in zip(alone, stock["alone"], strict=True)] == [True] * len(alone)
 
 
 def test_reset_forgets_the_host(engine: Engine) -> None:
@@ -162,6 +221,18 @@ def test_reset_forgets_the_host(engine: Engine) -> None:
     (before,) = engine.ask(tokens)
     engine.wait_for(f"c{engine.made}", "on_host")
     assert engine.llm.reset_prefix_cache()
+    (after,) = engine.ask(tokens)
+    assert engine.call(f"c{engine.made}")["cached_tokens"] == {"device": 0, "host": 0}
+    assert same(before, after)
+
+
+def test_sleep_forgets_the_host_and_the_engine_wakes_up(engine: Engine) -> None:
+    tokens = prompt(8, 200)
+    (before,) = engine.ask(tokens)
+    engine.wait_for(f"c{engine.made}", "on_host")
+    engine.llm.llm_engine.sleep(level=1)
+    assert engine.kv(f"c{engine.made}")["on_host"] == 0
+    engine.llm.llm_engine.wake_up()
     (after,) = engine.ask(tokens)
     assert engine.call(f"c{engine.made}")["cached_tokens"] == {"device": 0, "host": 0}
     assert same(before, after)
@@ -210,3 +281,34 @@ def test_a_timer_wakes_an_idle_engine(engine: Engine) -> None:
     engine.wipe()
     time.sleep(4.0)  # no RPC in this time: the engine wakes by itself
     assert engine.kv(name)["on_device"] == engine.kv(name)["blocks"]
+
+
+def test_two_ranks_move_their_parts_of_each_block(tiny_model: Path, engine: Engine) -> None:
+    from vllm.platforms import current_platform
+
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    if not current_platform.is_cpu() or len(cores) < 2:
+        pytest.skip("wants the CPU build and a core for each rank")
+    engine.close()  # the last test here: both ranks want its cores
+    with environment(VLLM_PLUGINS="tokencake", VLLM_CPU_OMP_THREADS_BIND=f"{cores[0]}|{cores[1]}"):
+        ranks = Engine(tiny_model, options={"tensor_parallel_size": 2}, debug_checksums=True)
+        tokens = prompt(320, 320)
+        ranks.ask(tokens)
+        (warm,) = ranks.ask(tokens)
+        name = f"c{ranks.made}"
+        ranks.wait_for(name, "on_host")
+        ranks.wipe()
+        ranks.tell(protocol.ToolStart(name, "t", "build"), protocol.ToolEnd(name, "t", duration_s=600.0))
+        ranks.wait_for(name, "on_device")
+        (uploaded,) = ranks.ask(tokens)
+        assert ranks.call(f"c{ranks.made}")["cached_tokens"] == {"device": 9 * BLOCK, "host": 0}
+        ranks.wait_for(f"c{ranks.made}", "on_host")
+        ranks.wipe()
+        (loaded,) = ranks.ask(tokens)
+        assert ranks.call(f"c{ranks.made}")["cached_tokens"] == {"device": 0, "host": 9 * BLOCK}
+        assert same(uploaded, warm)
+        assert same(loaded, warm)
+        counts = {tuple(key): count for key, count in ranks.rpc("tokencake_metrics")["counts"]}
+        assert counts.get(("errors",), 0) == 0
+        assert not any(key[0] == "kv_copy_failures" for key in counts)
+        ranks.close()
