@@ -148,7 +148,9 @@ class Lore:
         if known is None or known.graph is not described or count >= min(2 * known.at + 1, known.at + _STALE):
             ways = None
             if described is not None:
-                ways = self._measure(graph, shape_of(described.nodes, described.edges), is_described=True)
+                before = known.ways if known is not None and known.graph is described else None
+                shape = shape_of(described.nodes, described.edges) if before is None else before.shape
+                ways = self._measure(graph, shape, is_described=True)
             elif calls is not None and count >= _ENOUGH:
                 often = [
                     edge for edge, times in self._edges.get(graph, Counter()).items() if times >= _RARE * calls[edge[0]]
