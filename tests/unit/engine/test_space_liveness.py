@@ -12,7 +12,7 @@ pytest.importorskip("vllm", reason="the plug-in's tests need vLLM")
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from vllm.v1.request import RequestStatus
+from vllm.v1.request import Request, RequestStatus
 
 from tests.unit.engine.step_bench import Steps, hint, with_settings
 from tests.unit.engine.time_bench import Bench, as_json
@@ -176,6 +176,22 @@ def test_nobody_who_came_after_the_bound_begins_before_a_call_that_waits(
     late = came_s["large"] + BOUND_S + SHORT_WAITS["pass_s"]
     passed = [name for name, at in steps.began_s.items() if came_s[name] > late and at < steps.began_s["large"]]
     assert passed == []
+
+
+def test_the_later_turns_of_a_talk_have_not_waited_since_its_first(clocked: Any, make_request: Any) -> None:
+    steps = clocked()
+    for _ in range(2):
+        plain = make_request("talk", list(range(40)), hint("talk"), max_tokens=4)
+        params, hasher = plain.sampling_params, plain._block_hasher
+        steps.add(Request("talk", list(range(40)), params, None, block_hasher=hasher, resumable=True))
+        for _ in range(8):
+            steps.step()
+        steps.now += 1_000.0
+
+    assert steps.told["talk"] == 8
+    assert steps.scheduler.tokencake_decisions(None, None, 10)["longest_wait_s"] <= STEP_S
+    steps.scheduler.finish_requests("talk", RequestStatus.FINISHED_ABORTED)
+    steps.check_empty()
 
 
 # --- lies -------------------------------------------------------------------------------------------
