@@ -75,16 +75,16 @@ def test_every_block_is_somebodys_at_each_stage_of_a_call(bench: Callable[..., B
     budgets.append(engine.scheduler.block_budget())
 
     seen = [{state: blocks for state, blocks in budget.items() if blocks} for budget in budgets]
-    assert seen == [
+    assert seen[:4] == [
         {"empty": 63},
         {"running": 7, "empty": 56},
         {"storing": 6, "empty": 57},
         {"cached": 6, "empty": 57},
-        {"uploading": seen[4]["uploading"], "pinned": 6 - seen[4]["uploading"], "empty": 57}
-        if seen[4]["uploading"] < 6
-        else {"uploading": 6, "empty": 57},
-        {"pinned": 6, "empty": 57},
     ]
+    # An upload may come in parts, and whether it stays pinned is the Time Scheduler's affair.
+    under_way, brought = budgets[4:]
+    assert under_way["uploading"] > 0
+    assert (brought["uploading"], brought["pinned"] + brought["cached"], brought["empty"]) == (0, 6, 57)
 
 
 def test_a_load_that_a_call_waits_for_is_told_apart(bench: Callable[..., Bench]) -> None:
