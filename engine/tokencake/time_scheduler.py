@@ -131,7 +131,8 @@ class Ours:
             has_room = is_in_budget and call.free_blocks >= call.blocks and not call.waiting_calls
             if has_room:
                 return Decision("keep", "short")
-            if gap_s <= call.residence_s or not call.missing:
+            # Where others wait for the room, what is not on the host is lost.
+            if not call.missing or (gap_s <= call.residence_s and not call.waiting_calls):
                 return Decision("leave", "short")
         if not call.missing:
             return Decision("offload", "on host already")

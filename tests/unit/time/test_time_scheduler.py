@@ -192,3 +192,5 @@ def test_a_short_stall_whose_blocks_would_be_gone_by_its_end_is_copied() -> None
     crowded = finished(0.05, free_blocks=100, residence_s=0.01)
     assert ours(crowded) == "offload"
     assert ours(replace(crowded, residence_s=5.0)) == "leave"
+    assert ours(replace(crowded, residence_s=5.0, waiting_calls=1)) == "offload"
+    assert ours(replace(crowded, missing=0)) == "leave"
