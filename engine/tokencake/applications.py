@@ -24,6 +24,10 @@ _IDLE_S: Final = 3_600.0
 _UNKNOWN_TOKENS: Final = 512
 """Length of an answer of which nothing is known; limits are often set far above what is written."""
 
+_FIRST_TOKEN_S: Final = 0.02
+"""A token of an answer takes so long as far as is known before the first call has ended."""
+_LEARNING_RATE: Final = 0.1
+
 _LEAST_LIFE_S: Final = 60.0
 """A branch is waited for at least so long; a longer gap than usual says that it is over."""
 _LONG_GAP: Final = 4.0
@@ -86,7 +90,6 @@ class LiveCall:
     charged_s: float = 0.0
     """Up to when its service has been counted."""
     preemptions: int = 0
-    swaps: int = 0
     slack_s: float | None = None
     """As of the last time that `Applications.slack_s` measured its application."""
 
@@ -112,6 +115,8 @@ class Applications:
         self._apps: OrderedDict[str, Application] = OrderedDict()
         self._tenants: dict[str, Tenant] = {}
         self._arrivals = 0
+        self.token_s = _FIRST_TOKEN_S
+        """Seconds that a call takes for each token of its answer, on average of late."""
 
     @property
     def call_s(self) -> float:
@@ -196,6 +201,7 @@ class Applications:
 
     def _learn(self, call: LiveCall, took_s: float, output_tokens: int) -> None:
         self.lengths.learn(_agent(call.hint), output_tokens)
+        self.token_s += _LEARNING_RATE * (took_s / max(1, output_tokens) - self.token_s)
         place = ("", "") if call.branch is None else call.branch.place
         self.lore.learn_call(place, took_s, call.app.visits[place])
 

@@ -10,6 +10,8 @@ them only until it has had its service: nobody waits for ever.
                 - sibling_s                   if running calls hold most of its prompt
                 - (claim - mean claim of its tenant's live calls)
     claim       = importance_s x importance + critical_s if its application has a critical path
+
+Calls without a hint stay in the order of their arrival: they have one level, that of the mean of them, and no sibling.
 """
 
 from __future__ import annotations
@@ -35,19 +37,27 @@ class Peers:
     """Of each active tenant: by how many quanta it has had more than the least served one."""
     claims_s: dict[str, float]
     """Mean claim of each tenant's live calls."""
-    call_s: float
-    """Seconds a call takes once it runs."""
+    token_s: float
+    """Seconds a call takes for each token of its answer."""
+    plain_level: int = 0
+    """Of all calls without a hint."""
 
 
-def peers_of(calls: Iterable[LiveCall], tenants: list[Tenant], settings: SpaceSettings, call_s: float) -> Peers:
-    """`Peers` of the live `calls`, whose tenants are `tenants`."""
+def peers_of(
+    calls: Iterable[LiveCall], tenants: list[Tenant], settings: SpaceSettings, token_s: float, total_tokens: int
+) -> Peers:
+    """`Peers` of the live `calls`, whose tenants are `tenants`, on a device that holds `total_tokens`."""
     least = min((tenant.served_s for tenant in tenants), default=0.0)
     levels = {tenant.id: int((tenant.served_s - least) / settings.tenant_quantum_s) for tenant in tenants}
     totals: dict[str, float] = {}
+    plain, plain_s = 0, 0.0
     for call in calls:
+        if call.hint is None:
+            plain += 1
+            plain_s += call.prompt_tokens / total_tokens * call.expected_tokens * token_s
         totals[call.app.tenant.id] = totals.get(call.app.tenant.id, 0.0) + claim_s(call, settings)
     means = {tenant.id: totals.get(tenant.id, 0.0) / max(1, tenant.live_calls) for tenant in tenants}
-    return Peers(levels, means, call_s)
+    return Peers(levels, means, token_s, plain_level=int(plain_s > settings.short_s * plain))
 
 
 def claim_s(call: LiveCall, settings: SpaceSettings) -> float:
@@ -78,7 +88,10 @@ def seniority_s(call: LiveCall, settings: SpaceSettings, peers: Peers, *, share:
         is_sibling: whether running calls hold most of its prompt.
     """
     app = call.app
-    level = level_of(app, share * max(peers.call_s, call.service_s), settings)
+    if call.hint is None:
+        level, is_sibling = peers.plain_level, False
+    else:
+        level = level_of(app, share * max(call.expected_tokens * peers.token_s, call.service_s), settings)
     return (
         app.first_seen_s
         + settings.head_start_s * level

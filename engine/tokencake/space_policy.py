@@ -26,6 +26,8 @@ class Memory:
     """What each call needs that was passed over in this step, the first in line first."""
     has_passed_critical: bool = False
     """Whether one of them belongs to an application with a critical path."""
+    has_passed_plain: bool = False
+    """Whether one of them came without a hint."""
     is_closed: bool = False
     """Whether the first of them has been passed for so long that nobody may pass it any more."""
     private_blocks: Mapping[str, int] = field(default_factory=dict)

@@ -6,8 +6,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-
 from tokencake.applications import Applications, LiveCall
 from tokencake.paper_policy import Paper
 from tokencake.promises import Promise, delays, peak_blocks
@@ -39,7 +37,8 @@ class Ours:
             applications.calls.values(),
             applications.active_tenants(),
             self._settings,
-            applications.call_s,
+            applications.token_s,
+            memory.total_blocks * memory.block_tokens,
         )
 
     def rank(self, call: LiveCall, *, need_blocks: int, is_sibling: bool) -> Rank:
@@ -66,6 +65,8 @@ class Ours:
     def _refusal_to_pass(self, call: LiveCall, need_blocks: int, memory: Memory) -> str | None:
         if memory.has_passed_critical and not call.app.is_critical:
             return "critical"
+        if memory.has_passed_plain and call.hint is None:
+            return "order"
         coming = Promise(call.expected_tokens, need_blocks, 0)
         if peak_blocks((*memory.promises, coming), memory.block_tokens) > memory.free_blocks:
             return "promised"
@@ -81,13 +82,3 @@ class Ours:
 def policy_of(settings: SpaceSettings) -> SpacePolicy:
     """The policy that the settings name."""
     return Paper() if settings.policy == "paper" else Ours(settings)
-
-
-def by_age(calls: Iterable[LiveCall], policy: SpacePolicy, need_of: Mapping[str, int]) -> list[str]:
-    """Ids of the applications of `calls`, most senior first."""
-    best: dict[str, Rank] = {}
-    for call in calls:
-        rank = policy.rank(call, need_blocks=need_of.get(call.request_id, 0), is_sibling=False)
-        if call.app.id not in best or rank < best[call.app.id]:
-            best[call.app.id] = rank
-    return sorted(best, key=best.__getitem__)

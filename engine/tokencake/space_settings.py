@@ -12,7 +12,7 @@ from tokencake.parsing import SECONDS, count, flag, may, number, one_of, text
 class SpaceSettings:
     """Device-seconds: the share of the KV blocks held, times seconds. The defaults are measured in docs/bench.md."""
 
-    enabled: bool = may(flag, False)
+    enabled: bool = may(flag, True)
     """Off: every step is that of stock vLLM."""
     policy: Literal["ours", "paper"] = may(one_of("ours", "paper"), "ours")
 
@@ -35,16 +35,7 @@ class SpaceSettings:
     """What the proxy puts behind the tenant in an application or session id, `::`; None: all clients are one tenant,
     because whoever reaches the engine without such a proxy could call himself anything."""
 
-    swap_oldest: int = may(count(1_000), 2)
-    """So many of the oldest applications may have calls of younger ones swapped out to the host; 0: none."""
-    swap_from: int = may(count(1_000), 5)
-    """The oldest application that may be swapped out, counted from 1."""
-    swaps_per_call: int = may(count(1_000), 4)
-    """How often one call may be swapped out."""
-    swap_patience_tokens: int = may(count(100_000), 64)
-    """Tokens of its answer within which a call is waited for rather than swapped out."""
-
-    guarded: int = may(count(1_000), 1)
+    guarded: int = may(count(1_000), 4)
     """So many of the first calls that do not fit are not delayed by those that pass them, as far as can be foreseen;
     0: whoever does not fit is waited for, and nobody passes."""
     pass_s: float = may(SECONDS, 20.0)

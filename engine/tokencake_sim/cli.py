@@ -86,7 +86,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--seed", type=int, default=1)
     add("--tool-noise", type=_not_negative, default=0.0, metavar="SIGMA", help="lognormal error of the tool times")
-    add("--estimates", choices=ESTIMATES, help="what is said of tool times beforehand; default: as the workload has it")
+    add(
+        "--estimates",
+        choices=ESTIMATES,
+        help="what is said beforehand of tool times and answers; fixed: 1,024 tokens of all; default: exact answers",
+    )
     add("--host-gib", type=_not_negative, metavar="G", help="host memory for KV; default: the profile's")
     add("--link-gbps", type=_positive, metavar="B", help="GB/s between host and device, each way")
     add("--kv-blocks", type=_count, metavar="N", help="KV blocks on the device")

@@ -24,11 +24,13 @@ if TYPE_CHECKING:
     from tokencake_sim.policies import Policy
     from tokencake_sim.profiles import Profile
 
-Estimates = Literal["exact", "noisy", "none"]
+Estimates = Literal["exact", "noisy", "fixed", "none"]
 ESTIMATES: Final[tuple[Estimates, ...]] = get_args(Estimates)
 
 ESTIMATE_SIGMA: Final = 0.5
 """Sigma of the lognormal error of a noisy estimate."""
+FIXED_TOKENS: Final = 1_024
+"""What a client says of every answer where it says the same of all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +188,7 @@ def _perturbed_node(node: Node, options: Options, draw: random.Random) -> Node:
         return node
     estimate_s = {
         None: node.tool.estimate_s,
+        "fixed": node.tool.estimate_s,
         "exact": node.tool.duration_s,
         "noisy": node.tool.duration_s * error,
         "none": None,
@@ -198,6 +201,8 @@ def _expected_output(options: Options, app: App, node: Node) -> int | None:
     match options.estimates:
         case "none":
             return None
+        case "fixed":
+            return FIXED_TOKENS
         case "noisy":
             draw = random.Random(f"{options.seed}/{app.id}/{node.id}/output")  # noqa: S311  repeatable, not secret
             return max(1, round(node.output_tokens * draw.lognormvariate(0.0, ESTIMATE_SIGMA)))

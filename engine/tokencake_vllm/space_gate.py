@@ -51,6 +51,7 @@ class Gate:
         self._tried: tuple[Request, LiveCall, int] | None = None
         self._passed: list[int] = []
         self._has_passed_critical = False
+        self._has_passed_plain = False
         self._is_closed = False
 
     def admits(self, request: Request, call: LiveCall, admitted: Callable[[], list[Request]], now: float) -> bool:
@@ -65,6 +66,7 @@ class Gate:
             return True
         self._passed.append(need)
         self._has_passed_critical |= call.app.is_critical
+        self._has_passed_plain |= call.hint is None
         if len(self._passed) == 1:  # the most senior of those that could not run
             call.refused_s = now if call.refused_s is None else call.refused_s
             self._is_closed = now - call.refused_s > self._settings.pass_s
@@ -90,6 +92,7 @@ class Gate:
             block_tokens=self._view.block_tokens,
             promises=tuple(self._promises or ()),
             has_passed_critical=self._has_passed_critical,
+            has_passed_plain=self._has_passed_plain,
             is_closed=self._is_closed,
             passed=tuple(self._passed),
             private_blocks=self.private_blocks,

@@ -10,18 +10,16 @@ import time
 from typing import TYPE_CHECKING, Any, Final
 
 from vllm.logger import init_logger
-from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.request import Request, RequestStatus
 
 from tokencake.applications import Applications
-from tokencake.promises import peak_blocks, tokens_until_free
+from tokencake.promises import peak_blocks
 from tokencake.settings import section
 from tokencake.space_policy import Rank
-from tokencake.space_scheduler import by_age, policy_of
+from tokencake.space_scheduler import policy_of
 from tokencake.space_settings import SpaceSettings
 from tokencake.space_words import SpaceWords
-from tokencake.swap import Candidate, swap_victims
 from tokencake_vllm.block_view import BlockView
 from tokencake_vllm.space_gate import ADMISSIBLE, Gate
 from tokencake_vllm.waiting_queue import RankedQueue
@@ -39,9 +37,6 @@ logger = init_logger("vllm.tokencake")
 
 RANKING_STEPS: Final = 16
 """Steps after which calls are ranked anew although none came, went or changed its state."""
-
-_RESTORED: Final = 0.9
-"""Share of a swapped call's tokens that must be found again for swapping to go on."""
 
 
 class SpaceMixin(_Base):
@@ -64,10 +59,9 @@ class SpaceMixin(_Base):
         self._needs: dict[str, int] = {}
         self._steps = 0
         self._ranked_at = 0, -1
+        self._is_plain = True
+        """Whether no call that lives has a hint: then everything is left as it is in stock vLLM."""
         self._gate = Gate(self.space, self.space_policy, self.applications, self._view, self._words, self.registry)
-        self._swapped: set[str] = set()
-        """Calls pushed out in this step."""
-        self._restored_share = 1.0
         if self._is_space_on:
             self.waiting = self._line
         elif self.space.enabled:
@@ -123,7 +117,6 @@ class SpaceMixin(_Base):
         output = super().schedule(*args, **kwargs)
         with self._advice():
             self._note_started(output, time.monotonic(), is_ranked=is_ranked)
-        self._swapped.clear()
         self._gate.reset()
         return output
 
@@ -138,9 +131,10 @@ class SpaceMixin(_Base):
         }
         self._gate.step = self._steps
         self.space_policy.begin(self.applications, self._gate.memory(), now)
-        self._sort()
-        if self._swap(now):
+        self._is_plain = all(call.hint is None for call in self.applications.calls.values())
+        if not self._is_plain:
             self._sort()
+        self._yield_pins()  # those were left when another call was first in line
 
     def _sort(self) -> None:
         siblings = self._siblings()
@@ -173,10 +167,6 @@ class SpaceMixin(_Base):
         started = [new.req_id for new in output.scheduled_new_reqs]
         started += output.scheduled_cached_reqs.resumed_req_ids
         for name in started:
-            call, request = self.applications.calls.get(name), self.requests[name]
-            if call is not None and call.swaps and request.num_preemptions:
-                found = 1 - output.num_scheduled_tokens[name] / max(1, request.num_tokens)
-                self._restored_share += 0.5 * (found - self._restored_share)
             self.applications.start(name, now)
         if is_ranked or started:
             waiting = [request.request_id for request in self._line if request.status in ADMISSIBLE]
@@ -191,11 +181,8 @@ class SpaceMixin(_Base):
         if not self._is_space_on or self._holds_kv_blocks(request):
             return True
         with self._advice():
-            name = request.request_id
-            if name in self._swapped:
-                return False  # its blocks were taken for somebody else a moment ago
-            call = self.applications.calls.get(name)
-            if call is None or not (self.running or self._inflight_prefills):
+            call = self.applications.calls.get(request.request_id)
+            if call is None or self._is_plain or not (self.running or self._inflight_prefills):
                 return True
             return self._gate.admits(request, call, self._admitted, time.monotonic())
         return True
@@ -204,62 +191,6 @@ class SpaceMixin(_Base):
         """Who has blocks: the calls that run and those that load their prefix."""
         loading = [request for request in self._inflight_prefills if request.status != RequestStatus.RUNNING]
         return [*self.running, *loading]
-
-    # --- the swap -----------------------------------------------------------------------------------
-
-    def _swap(self, now: float) -> bool:
-        """Swap calls of young applications out for the first in line; whether any was."""
-        # By and by it is tried again whether the host has become large enough.
-        self._restored_share = min(1.0, self._restored_share + 1e-5)
-        if not self._can_swap or not self._line or self.kv_holding_waiting or self.pause_state != PauseState.UNPAUSED:
-            return False
-        request = self._line.peek_request()
-        head = self.applications.calls.get(request.request_id)
-        if head is None or request.status not in ADMISSIBLE:
-            return False
-        need = self._view.blocks_of(request.num_tokens) - self._view.held_prefix_blocks(request)
-        need += self._inflight_prefill_reserved_blocks()
-        coming = sum(len(blocks) for _, blocks in self.deferred_frees)
-        free = self._view.free_blocks + coming
-        short = need - free
-        if short <= 0 or self._yield_pins():  # those were left when another call was first in line
-            return False
-        promises = [self._gate.promise(other) for other in self.running]
-        if tokens_until_free(promises, need, free, self.block_size) <= self.space.swap_patience_tokens:
-            return False
-        calls, private = self.applications.calls, self._gate.private_blocks
-        running = {other.request_id: other for other in self.running if other.request_id in calls}
-        victims = swap_victims(
-            head,
-            short,
-            [
-                Candidate(
-                    calls[name],
-                    private.get(name, 0),
-                    self._view.allocated_blocks(name) - private.get(name, 0),
-                    self._gate.left_tokens(other),
-                )
-                for name, other in running.items()
-                # What has just begun has nothing on the host yet.
-                if other.num_computed_tokens - other.num_in_flight_tokens >= other.num_prompt_tokens
-            ],
-            by_age(calls.values(), self.space_policy, self._needs),
-            self.space,
-        )
-        for victim in victims:
-            name = victim.call.request_id
-            self.running.remove(running[name])
-            self._preempt_request(running[name], now, drop_stale_output=self.requires_kv_delivery)
-            victim.call.swaps += 1
-            self._swapped.add(name)
-            self.registry.counts["space_swaps",] += 1
-            self._words.note_swapped(victim.call, head, now)
-        return bool(victims)
-
-    @property
-    def _can_swap(self) -> bool:
-        is_wanted = self.space.policy == "ours" and self.space.swap_oldest > 0
-        return is_wanted and self.connector is not None and self._restored_share >= _RESTORED
 
     # --- views ---------------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
 
+from tests.unit.engine.step_bench import with_settings
 from tokencake import protocol
 from tokencake_vllm.plugin import call_scheduler, version_problem
 from tokencake_vllm.scheduler import TokenCakeAsyncScheduler, TokenCakeScheduler, create_scheduler
@@ -46,9 +47,9 @@ def test_a_class_that_does_not_fit_async_scheduling_is_refused(make_scheduler: A
 def test_every_step_is_that_of_stock_vllm(
     make_scheduler: Any, make_request: Any, step: Any, stock: Any, is_async: bool
 ) -> None:
-    """Under pressure, with preemptions, prefix hits, hinted and plain requests."""
+    """With both schedulers off: under pressure, with preemptions, prefix hits, hinted and plain requests."""
     traces = []
-    for create in (stock, create_scheduler):
+    for create in (stock, with_settings(create_scheduler, {"enabled": False})):
         scheduler = make_scheduler(create, is_async=is_async, num_blocks=60)
         for number in range(12):
             tokens = [number % 4] * 64 + [100 + number] * 60

@@ -67,6 +67,23 @@ def test_switched_off_every_step_is_that_of_stock_vllm(
     assert traces[0] == traces[1]
 
 
+@pytest.mark.parametrize(("stock", "is_async"), [(Scheduler, False), (AsyncScheduler, True)])
+def test_where_no_call_has_a_hint_every_step_is_that_of_stock_vllm(
+    make_scheduler: Any, make_request: Any, step: Any, stock: Any, is_async: bool
+) -> None:
+    """Short and long prompts, shared ones too, with preemptions: the defaults leave the order alone."""
+    traces = []
+    for create in (stock, create_scheduler):
+        scheduler = make_scheduler(create, is_async=is_async, num_blocks=60)
+        for number in range(14):
+            tokens = [number % 3] * 64 + [100 + number] * (10 + 37 * (number * 5 % 7))
+            scheduler.add_request(make_request(f"r{number}", tokens, None, max_tokens=20 + number * 5 % 50))
+        requests = list(scheduler.requests.values())
+        traces.append([list(tokens_of.items()) for tokens_of in run(scheduler, step)])
+    assert traces[0] == traces[1]
+    assert any(request.num_preemptions for request in requests)
+
+
 def test_the_older_application_and_in_it_the_longer_way_goes_first(
     make_scheduler: Any, make_request: Any, step: Any
 ) -> None:

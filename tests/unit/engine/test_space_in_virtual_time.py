@@ -81,20 +81,6 @@ def test_switched_off_the_whole_run_is_that_of_stock(crowd: Workload) -> None:
     assert run(crowd, "space+host", settings={"enabled": False}).trace == run(crowd, "stock+host").trace
 
 
-@pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
-def test_swapped_calls_are_swapped_a_few_times_at_most_and_all_end(crowd: Workload, is_async: bool) -> None:
-    settings = {
-        "swap_oldest": 8,
-        "swap_from": 1,
-        "swap_patience_tokens": 0,
-        "swaps_per_call": 2,
-    }
-    result = run(crowd, "space+host", settings=settings, is_async=is_async, kv_blocks=70)
-
-    assert result.metrics["decisions"]["space_swaps"] > 0
-    assert max(call["preemptions"] for call in result.timeline["calls"]) <= 2 + 4
-
-
 @pytest.mark.parametrize("policy", ["space+host", "paper-space+host"])
 @pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
 def test_two_loads_that_hold_each_others_memory_do_not_stop_the_engine(policy: str, is_async: bool) -> None:

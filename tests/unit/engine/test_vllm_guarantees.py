@@ -24,7 +24,7 @@ from tokencake_vllm.scheduler import create_scheduler
 SPACE: dict[str, dict[str, Any] | None] = {
     "stock": None,
     "ours": {"enabled": True},
-    "swapping": {"enabled": True, "swap_from": 1, "swap_patience_tokens": 0},
+    "strict": {"enabled": True, "guarded": 0},
     "paper": {"enabled": True, "policy": "paper"},
 }
 

@@ -1,4 +1,4 @@
-"""Paths, promises, answer lengths, swaps and the decision log, from values."""
+"""Paths, promises, answer lengths and the decision log, from values."""
 
 import pytest
 from hypothesis import given
@@ -9,9 +9,6 @@ from tokencake.lengths import AnswerLengths
 from tokencake.promises import Promise, delays, peak_blocks, tokens_until_free
 from tokencake.settings import SettingsError, section
 from tokencake.space_settings import SpaceSettings
-from tokencake.swap import Candidate, swap_victims
-
-SETTINGS = SpaceSettings(swap_oldest=1, swap_from=2)
 
 
 def test_a_call_holds_back_what_it_needs_until_its_end_only():
@@ -58,44 +55,6 @@ def test_lengths_are_a_quantile_once_enough_are_known():
 
     assert lengths.quantile("writer", 0.5) == 30
     assert lengths.quantile("writer", 1.0) == 400
-
-
-def candidates(*calls, freed=10, shared=0, left=1_000):
-    return [Candidate(call, freed, shared, left) for call in calls]
-
-
-def test_an_old_application_may_push_out_a_young_one(call):
-    old, young = call("old"), call("young", now=1.0)
-
-    victims = swap_victims(old, 5, candidates(young), ["old", "young"], SETTINGS)
-
-    assert [victim.call for victim in victims] == [young]
-
-
-def test_nobody_is_pushed_out_in_vain(call):
-    old, young = call("old"), call("young", now=1.0)
-    ages = ["old", "young"]
-
-    assert swap_victims(old, 11, candidates(young), ages, SETTINGS) == []
-    assert swap_victims(young, 5, candidates(old), ages, SETTINGS) == []
-    assert swap_victims(old, 5, candidates(young, left=SETTINGS.swap_patience_tokens), ages, SETTINGS) == []
-    young.swaps = SETTINGS.swaps_per_call
-    assert swap_victims(old, 5, candidates(young), ages, SETTINGS) == []
-
-
-def test_the_youngest_application_gives_way_with_one_call_where_one_is_enough(call):
-    old, middle, young, twin = call("old"), call("b", now=1.0), call("c", now=2.0), call("c", now=2.0)
-    running = [*candidates(middle, freed=9), Candidate(young, 20, 0, 500), Candidate(twin, 9, 0, 500)]
-
-    assert [v.call for v in swap_victims(old, 8, running, ["old", "b", "c"], SETTINGS)] == [twin]
-
-
-def test_blocks_that_two_calls_share_come_free_when_both_give_way(call):
-    old, young, twin = call("old"), call("c", now=2.0), call("c", now=2.0)
-
-    victims = swap_victims(old, 50, candidates(young, twin, freed=5, shared=40), ["old", "c"], SETTINGS)
-
-    assert [victim.call for victim in victims] == [young, twin]
 
 
 def test_the_log_keeps_the_same_words_about_a_call_once_and_is_bounded():

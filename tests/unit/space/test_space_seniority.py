@@ -8,7 +8,7 @@ from tokencake.applications import Applications, tenant_of
 from tokencake.promises import Promise
 from tokencake.protocol import Graph, Hint
 from tokencake.space_policy import Memory
-from tokencake.space_scheduler import Ours, by_age, policy_of
+from tokencake.space_scheduler import Ours, policy_of
 from tokencake.space_settings import SpaceSettings
 
 SETTINGS = SpaceSettings()
@@ -139,16 +139,6 @@ def test_who_waits_is_passed_only_by_applications_seen_before_a_fixed_moment(app
     bound_s = apps[0][0] + SETTINGS.head_start_s + SETTINGS.sibling_s + 10 * SETTINGS.importance_s
     for number, (seen_s, _) in enumerate(apps):
         assert not (ranks[f"app{number}"] < ranks["app0"] and seen_s > bound_s)
-
-
-def test_ages_are_those_of_applications(applications, call):
-    call("b", now=2.0)
-    call("a", now=1.0)
-    call("b", now=3.0)
-    policy = Ours(SETTINGS)
-    policy.begin(applications, Memory(1_000, 500), now=9.0)
-
-    assert by_age(applications.calls.values(), policy, {}) == ["a", "b"]
 
 
 def test_the_first_in_line_is_admitted_if_it_fits_now(applications, call):
