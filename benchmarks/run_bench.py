@@ -17,7 +17,7 @@ from typing import Any
 
 from tokencake_sim import PROFILES, Options, generate, policy_named, simulate
 from tokencake_sim.arrivals import Arrivals
-from tokencake_sim.bench_page import BOUNDS, COMPARED, SWEPT, TTFT, write_page
+from tokencake_sim.bench_page import BOUNDS, COMPARED, PARTS, TTFT, write_page
 from tokencake_sim.bench_pictures import OVER_TIME
 from tokencake_sim.published import QPS
 from tokencake_sim.simulate import ESTIMATES, Estimates
@@ -59,7 +59,9 @@ class Case:
 
 def sweep() -> list[Case]:
     """All runs, the published ones first."""
-    cases = [Case("code-writer", qps, policy) for qps in QPS for policy in SWEPT]
+    cases = [Case("code-writer", qps, policy) for qps in QPS for policy in COMPARED]
+    cases += [Case("code-writer", qps, policy) for qps in (0.2, 1.0) for policy in PARTS]
+    cases += [Case("code-writer", min(QPS), "time")]
     cases += [Case("code-writer", 1.0, bound) for bound in BOUNDS]
     cases += [Case("deep-research", qps, policy) for qps in (0.2, 1.0) for policy in COMPARED]
     cases += [Case(workload, 1.0, policy, apps=40) for workload in ("mixed", "flood") for policy in COMPARED]
@@ -70,7 +72,8 @@ def sweep() -> list[Case]:
         Case("code-writer", 1.0, "", variant="host-20-gib", host_gib=20.0),
         Case("code-writer", 1.0, "", variant="link-4-gbps", link_gbps=4.0),
     ]
-    cases += [replace(case, policy=policy) for case in varied for policy in COMPARED[1:]]
+    cases += [replace(case, policy=policy) for case in varied for policy in ("stock+host", "ours")]
+    cases += [replace(case, policy="time") for case in varied if case.variant in ("host-20-gib", "tool-noise-0.5")]
     # stock and a store on the host know no estimates: these vary ours alone.
     cases += [Case("code-writer", 1.0, "ours", variant=f"estimates-{kind}", estimates=kind) for kind in ESTIMATES[1:]]
     slow_link = Case("code-writer", min(QPS), "", variant="link-4-gbps", link_gbps=4.0)

@@ -18,11 +18,13 @@ Metrics = dict[str, Any]
 Runs = dict[tuple[str, float, str], Metrics]
 """By workload, rate and policy."""
 
-SWEPT: Final = ("stock", "stock+host", "priority", "paper", "time", "space", "space+host", "ours")
-"""Policies of the published sweep."""
+PARTS: Final = ("priority", "time", "space", "space+host")
+"""Policies at some rates of the published sweep."""
 BOUNDS: Final = ("no-recompute", "unlimited")
 COMPARED: Final = ("stock", "stock+host", "paper", "ours")
 """Policies on every workload and variation."""
+VARIED: Final = ("stock+host", "time", "ours")
+"""Policies on the variations of code-writer."""
 TTFT: Final = ("stock+host", "time", "ours")
 """Policies whose first tokens after a tool are compared."""
 
@@ -75,7 +77,7 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def _code_writer(plain: Runs) -> str:
-    policies = [p for p in (*SWEPT, *BOUNDS) if ("code-writer", QPS[-1], p) in plain]
+    policies = [p for p in (*COMPARED, *PARTS, *BOUNDS) if ("code-writer", QPS[-1], p) in plain]
     rows = [[f"`{p}`", *(_cell(plain.get(("code-writer", qps, p))) for qps in QPS)] for p in policies]
     rows += [[f"published, {name}", *(_figures(found[qps]) for qps in QPS)] for name, found in FORK.items()]
     title = "## Code-writer: 24 applications, 648 calls, equal distances\n"
@@ -263,12 +265,12 @@ def _robustness(runs: list[Metrics]) -> str:
     rows = [
         [
             variant,
-            *(_cell(varied.get((variant, name))) for name in COMPARED[1:]),
+            *(_cell(varied.get((variant, name))) for name in VARIED),
             _ratio(varied.get((variant, "ours")), varied.get((variant, "stock+host"))),
         ]
         for variant in variants
     ]
-    head = ["variation", *(f"`{name}`" for name in COMPARED[1:]), "`ours` / `stock+host`"]
+    head = ["variation", *(f"`{name}`" for name in VARIED), "`ours` / `stock+host`"]
     return "\n".join(["## Code-writer at QPS 1.0, varied\n", _table(head, rows)]) if rows else ""
 
 
