@@ -77,6 +77,24 @@ def test_applications_end_sooner_than_under_first_come_first_served() -> None:
     assert ours["makespan_s"] < 1.05 * stock["makespan_s"]
 
 
+def test_agents_that_somebody_waits_for_are_shielded_from_a_flood_of_long_calls() -> None:
+    turns = tuple(
+        Node(f"turn{n}", "agent", 80, 20, (f"turn{n - 1}",) if n else (), tool=Tool("t", 0.5, 20, 0.5), critical=True)
+        for n in range(4)
+    )
+    long = (Node("long", "batch", 400, 200, critical=False),)
+    apps = [App(f"batch-{n}", "batch", n * 0.1, long) for n in range(16)]
+    apps += [App(f"critical-{n}", "critical", 0.55 + n * 0.3, turns) for n in range(4)]
+    flood = Workload("flood", tuple(sorted(apps, key=lambda app: app.arrival_s)), "the test")
+    stock, ours = (run(flood, policy).metrics for policy in ("stock+host", "space+host"))
+    means = [metrics["kinds"]["critical"]["app_latency_s"]["mean"] for metrics in (stock, ours)]
+
+    assert stock["critical_inversions"] >= 10
+    assert ours["critical_inversions"] <= 0.1 * stock["critical_inversions"]
+    assert means[1] <= 0.7 * means[0]
+    assert ours["makespan_s"] <= stock["makespan_s"] / 0.97
+
+
 def test_switched_off_the_whole_run_is_that_of_stock(crowd: Workload) -> None:
     assert run(crowd, "space+host", settings={"enabled": False}).trace == run(crowd, "stock+host").trace
 
