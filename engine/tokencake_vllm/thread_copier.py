@@ -24,7 +24,7 @@ from tokencake_vllm.copies import Done, Job
 
 logger = init_logger("vllm.tokencake")
 
-SHARE: Final = 0.04
+SHARE: Final = 0.02
 """Of the time while a step computes: a step is delayed by no more than 5 %, even if the copy takes a core from it."""
 PIECE_S: Final = 0.0005
 """A piece is one block, or as many as fit into this time: each rest costs a wake-up."""

@@ -20,7 +20,7 @@ from typing import Annotated, Final
 from langchain_core.tools import BaseTool, tool
 from pydantic import Field
 
-BUILD_MACHINE_S: Final = 3.0
+BUILD_MACHINE_S: Final = 8.0
 _TIME_LIMIT_S: Final = 10
 _MEMORY_LIMIT_BYTES: Final = 1 << 30
 _FILE_LIMIT_BYTES: Final = 1 << 20
