@@ -105,7 +105,8 @@ class Applications:
         self._runs[app.id] = run = _Run(app, self._clock.now_s, where, texts_of(app), sessions_of(app), max_depth)
         if app.is_agentic and (shape := graph_id(app)) not in self._graphs_told:
             self._graphs_told.add(shape)
-            self._tell(run, graph_of(app))
+            if (graph := graph_of(app)) is not None:
+                self._tell(run, graph)
         self._begin_ready(run)
 
     def _begin_ready(self, run: _Run) -> None:

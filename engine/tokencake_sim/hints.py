@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from typing import TYPE_CHECKING
 
-from tokencake.protocol import Graph, Hint
+from tokencake.protocol import Graph, Hint, ProtocolError, parse_event, to_wire
 from tokencake_sim.graph import chains
 
 if TYPE_CHECKING:
@@ -66,15 +67,20 @@ def hint_of(
     )
 
 
-def graph_of(app: App) -> Graph:
-    """The topology of `app`, sent once per shape."""
+def graph_of(app: App) -> Graph | None:
+    """The topology of `app`, sent once per shape; None where it is larger than the wire contract allows."""
     joins: dict[str, list[str]] = {}
     for node in app.nodes:
         if node.join is not None:
             joins.setdefault(node.join, []).append(node.id)
-    return Graph(
+    graph = Graph(
         graph=graph_id(app),
         nodes={node.id: {"agent": node.agent} for node in app.nodes},
         edges=tuple((before, node.id) for node in app.nodes for before in (*node.predecessors, *node.after)),
         joins={name: tuple(members) for name, members in joins.items()} or None,
     )
+    try:
+        parse_event(json.loads(json.dumps(to_wire(graph))))
+    except ProtocolError:
+        return None
+    return graph

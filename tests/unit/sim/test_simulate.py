@@ -132,6 +132,12 @@ def test_a_call_that_can_never_fit_is_reported_and_not_simulated_for_ever(run):
         run(workload_of(Node("n", "n", 1_000, 24)), kv_blocks=30)
 
 
+def test_an_application_whose_graph_is_too_large_for_the_wire_runs_without_it(run):
+    nodes = [Node(f"n{number}", "n", 20, 2) for number in range(300)]
+
+    assert run(workload_of(*nodes), "ours").metrics["calls"] == 300
+
+
 def test_an_empty_prompt_is_refused(run):
     with pytest.raises(WorkloadError, match="has an empty prompt"):
         run(workload_of(Node("n", "n", 0, 24)))
