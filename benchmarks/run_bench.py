@@ -64,7 +64,8 @@ def sweep() -> list[Case]:
     cases += [Case("code-writer", min(QPS), "time")]
     cases += [Case("code-writer", 1.0, bound) for bound in BOUNDS]
     cases += [Case("deep-research", qps, policy) for qps in (0.2, 1.0) for policy in COMPARED]
-    cases += [Case(workload, 1.0, policy, apps=40) for workload in ("mixed", "flood") for policy in COMPARED]
+    sizes = (("mixed", 40), ("flood", 72))
+    cases += [Case(name, 1.0, policy, apps=apps) for name, apps in sizes for policy in COMPARED]
     cases += [Case(workload, 1.0, policy) for workload in ("react", "supervisor") for policy in COMPARED]
     varied = [
         *(Case("code-writer", 1.0, "", variant=f"poisson-{seed}", arrivals="poisson", seed=seed) for seed in (1, 2, 3)),
