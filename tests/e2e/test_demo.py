@@ -67,8 +67,16 @@ def test_the_demo_writes_figures_that_the_engine_gave(tiny_model: Path, tmp_path
 
 def test_ctrl_c_in_the_demo_leaves_no_process_behind(tiny_model: Path, tmp_path: Path) -> None:
     command = [*TOKENCAKE, "demo", "--model", str(tiny_model), "--tasks", "3", "--no-progress", "--no-stock"]
+
+    def listen_to_ctrl_c() -> None:  # a shell has its background jobs, these tests perhaps, ignore it
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
     with subprocess.Popen(
-        command, env=environment(tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command,
+        env=environment(tmp_path),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=listen_to_ctrl_c,  # noqa: PLW1509  # sets one signal, takes no lock
     ) as demo:
         wait_until(lambda: len(processes_of(tmp_path)) >= 5, 120, "engine core and worker are up")
         demo.send_signal(signal.SIGINT)
