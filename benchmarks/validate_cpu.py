@@ -116,19 +116,15 @@ class RealEngine:
         self._watch()
 
     def _watch(self) -> None:
+        from tokencake_vllm.step_log import begun_step  # noqa: PLC0415  imports vLLM, which wants the environment set
+
         scheduler: Any = self._engine.engine_core.engine_core.scheduler  # type: ignore[attr-defined]  # in this process
         schedule = scheduler.schedule
 
         def watched_schedule(*args: Any, **kwargs: Any) -> Any:
             output = schedule(*args, **kwargs)
-            prefill = decoding = read = 0
-            for name, count in output.num_scheduled_tokens.items():
-                request = scheduler.requests[name]
-                if count == 1 and request.num_computed_tokens > request.num_prompt_tokens:
-                    decoding, read = decoding + 1, read + request.num_computed_tokens
-                else:
-                    prefill += count
-            self._load = StepLoad(prefill, decoding, read)
+            step = begun_step(scheduler, output, 0.0)
+            self._load = StepLoad(step.prefill_tokens, step.decode_seqs, step.kv_tokens_read)
             return output
 
         scheduler.schedule = watched_schedule

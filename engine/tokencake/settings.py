@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from tokencake import parsing
 from tokencake.parsing import ProtocolError
@@ -21,13 +21,15 @@ class SettingsError(ValueError):
     """A key is not known or a value cannot be used; the words name it and what is expected."""
 
 
-def section(config: Mapping[str, Any] | None, name: str, kind: type[_Section]) -> _Section:
+def section(config: object, name: str, kind: type[_Section]) -> _Section:
     """The section `name` of vLLM's `additional_config`, with defaults where it says nothing.
+
+    vLLM takes other things than an object for it; those are not ours.
 
     Raises:
         SettingsError: an unknown section or key, or a value out of range.
     """
-    ours = (config or {}).get("tokencake", {})
+    ours = config.get("tokencake", {}) if isinstance(config, Mapping) else {}
     if not isinstance(ours, dict):
         raise SettingsError(f"additional-config tokencake is {parsing.shown(ours)}; expected an object")
     known_sections = ("measure", "space", "time")

@@ -23,6 +23,16 @@ Settings: TypeAlias = Mapping[str, Mapping[str, bool | float | str]]
 
 
 @dataclass(frozen=True, slots=True)
+class HostMemory:
+    """How KV comes to the host and back."""
+
+    connector: Callable[[int], ConnectorSpec]
+    """The connector for so many blocks of host memory."""
+    worker: Callable[[Links, int], Worker]
+    """Models its worker side, with the bytes of a block."""
+
+
+@dataclass(frozen=True, slots=True)
 class Policy:
     """One way to build the engine."""
 
@@ -30,10 +40,7 @@ class Policy:
     summary: str
     settings: Settings | None = None
     """Of the TokenCake scheduler, which is off in the sections that are not there; None for vLLM's own scheduler."""
-    connector: Callable[[int], ConnectorSpec] | None = None
-    """The connector for so many blocks of host memory."""
-    worker: Callable[[Links, int], Worker] | None = None
-    """Models its worker side, with the bytes of a block."""
+    host: HostMemory | None = None
     vllm_policy: Literal["fcfs", "priority"] = "fcfs"
     priority_of: Callable[[Call], int] | None = None
     kv_blocks: int | None = None
@@ -61,7 +68,7 @@ class Policy:
 
     def make_worker(self, links: Links, block_bytes: int) -> Worker:
         """The modelled worker of the connector, or one that has nothing to do."""
-        return NoWorker() if self.worker is None else self.worker(links, block_bytes)
+        return NoWorker() if self.host is None else self.host.worker(links, block_bytes)
 
 
 def _stock(is_async: bool) -> type[Scheduler]:
@@ -112,6 +119,8 @@ def _oldest_application_first(call: Call) -> int:
     return int(call.app.arrival_s * 1_000) * 100_000 - call.place.remaining_tokens
 
 
+OUR_TIER: Final = HostMemory(_time_connector, _time_worker)
+LRU_TIER: Final = HostMemory(_host_tier, _host_tier_worker)
 UNLIMITED_BLOCKS: Final = 60_000
 
 POLICIES: Final = {
@@ -121,8 +130,7 @@ POLICIES: Final = {
         Policy(
             "stock+host",
             "stock with a host tier: stores every finished call, LRU, loads on a hit, coalesced",
-            connector=_host_tier,
-            worker=_host_tier_worker,
+            host=LRU_TIER,
         ),
         Policy(
             "priority",
@@ -135,45 +143,39 @@ POLICIES: Final = {
             "ours",
             "TokenCake: our Space and our Time Scheduler",
             {"space": {}, "time": {}},
-            connector=_time_connector,
-            worker=_time_worker,
+            host=OUR_TIER,
         ),
-        Policy("time", "ours in part: the Time Scheduler", {"time": {}}, _time_connector, _time_worker),
+        Policy("time", "ours in part: the Time Scheduler", {"time": {}}, OUR_TIER),
         Policy("space", "ours in part: the Space Scheduler, no host memory", {"space": {}}),
         Policy(
             "space+host",
             "ours in part: the Space Scheduler on the host tier of stock+host",
             {"space": {}},
-            connector=_host_tier,
-            worker=_host_tier_worker,
+            host=LRU_TIER,
         ),
         Policy(
             "paper",
             "the published schedulers: score, memory partition, gate, upload lead",
             {"space": {"policy": "paper"}, "time": {"policy": "paper"}},
-            connector=_time_connector,
-            worker=_time_worker,
+            host=OUR_TIER,
         ),
         Policy(
             "paper-time",
             "paper in part: the gate, score and upload lead of the Time Scheduler",
             {"time": {"policy": "paper"}},
-            connector=_time_connector,
-            worker=_time_worker,
+            host=OUR_TIER,
         ),
         Policy(
             "paper-space+host",
             "paper in part: the request score and memory partition on the host tier of stock+host",
             {"space": {"policy": "paper"}},
-            connector=_host_tier,
-            worker=_host_tier_worker,
+            host=LRU_TIER,
         ),
         Policy(
             "time-lru",
             "time with least-recently-used replacement",
             {"time": {"policy": "lru"}},
-            connector=_time_connector,
-            worker=_time_worker,
+            host=OUR_TIER,
         ),
         Policy(
             "unlimited",

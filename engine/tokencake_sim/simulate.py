@@ -73,7 +73,7 @@ def simulate(workload: Workload, profile: Profile, policy: Policy, options: Opti
     host_bytes = profile.host_bytes if options.host_bytes is None else options.host_bytes
     links = Links.of(options.link_bytes_per_s or profile.link_bytes_per_s)
     scheduler_class = policy.scheduler(limits.async_scheduling)
-    connector = None if policy.connector is None else policy.connector(int(host_bytes // profile.block_bytes))
+    connector = None if policy.host is None else policy.host.connector(int(host_bytes // profile.block_bytes))
     if connector is not None:
         import_module(connector.module)  # before the clock is lent, or the connector would keep the real one
 

@@ -81,12 +81,6 @@ LOST: Final = 0
 """The id of a load that copies nothing: the worker reports it as failed, and the call that waits computes."""
 
 
-def additional_config(vllm_config: VllmConfig) -> dict[str, Any]:
-    """What the operator gave as `--additional-config`; other types than an object are not ours."""
-    config = vllm_config.additional_config
-    return config if isinstance(config, dict) else {}
-
-
 def layers_of_a_rank(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> int:
     """Layers whose KV one rank holds; of pipeline stages, which know only their own layers, the longest."""
     stages = vllm_config.parallel_config.pipeline_parallel_size
@@ -131,7 +125,7 @@ class TokenCakeConnector(KVConnectorBase_V1, SupportsHMA):
 
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
-        self.settings = section(additional_config(vllm_config), "time", TimeSettings)
+        self.settings = section(vllm_config.additional_config, "time", TimeSettings)
         self.on_finished: Callable[[Request], Outcome] | None = None
         """Set by `TimeMixin`: decides what becomes of a finished call's KV and says so to the client."""
         self.cache: HostCache | None = None

@@ -44,8 +44,7 @@ class SpaceMixin(_Base):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        config = self.vllm_config.additional_config
-        self.space = section(config if isinstance(config, dict) else None, "space", SpaceSettings)
+        self.space = section(self.vllm_config.additional_config, "space", SpaceSettings)
         self._is_space_on = self.space.enabled and self.policy == SchedulingPolicy.FCFS
         self.applications = Applications(
             self.registry.graphs.get,

@@ -20,7 +20,7 @@ else:
 
 
 @dataclass(slots=True)
-class _Step:
+class Step:
     """Named as `tokencake sim calibrate` reads it."""
 
     prefill_tokens: int
@@ -31,15 +31,27 @@ class _Step:
     """While the step is under way: when it was scheduled."""
 
 
+def begun_step(scheduler: Any, output: SchedulerOutput, began_s: float) -> Step:
+    """What the step that `scheduler` has just scheduled computes: next tokens of answers, or what comes before them."""
+    step = Step(0, 0, 0, began_s)
+    for name, tokens in output.num_scheduled_tokens.items():
+        request = scheduler.requests[name]
+        if tokens == 1 and request.num_computed_tokens > request.num_prompt_tokens:
+            step.decode_seqs += 1
+            step.kv_tokens_read += request.num_computed_tokens
+        else:
+            step.prefill_tokens += tokens
+    return step
+
+
 class StepMixin(_Base):
     """Times the newest steps of a vLLM scheduler."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        config = self.vllm_config.additional_config
-        kept = section(config if isinstance(config, dict) else None, "measure", MeasureSettings).steps
-        self._measured_steps: deque[_Step] = deque(maxlen=kept)
-        self._steps_under_way: deque[_Step] = deque()
+        kept = section(self.vllm_config.additional_config, "measure", MeasureSettings).steps
+        self._measured_steps: deque[Step] = deque(maxlen=kept)
+        self._steps_under_way: deque[Step] = deque()
         self._step_ended_s = 0.0
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
@@ -49,15 +61,7 @@ class StepMixin(_Base):
         began_s = time.monotonic()
         output = super().schedule(*args, **kwargs)
         with self._advice():
-            step = _Step(0, 0, 0, began_s)
-            for name, tokens in output.num_scheduled_tokens.items():
-                request = self.requests[name]
-                if tokens == 1 and request.num_computed_tokens > request.num_prompt_tokens:
-                    step.decode_seqs += 1
-                    step.kv_tokens_read += request.num_computed_tokens
-                else:
-                    step.prefill_tokens += tokens
-            self._steps_under_way.append(step)
+            self._steps_under_way.append(begun_step(self, output, began_s))
         return output
 
     def update_from_output(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:

@@ -9,11 +9,23 @@ from typing import Any
 
 import pytest
 
+from tests.unit.engine.time_bench import Bench
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
 os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
 
 BLOCK_SIZE = 16
+
+
+@pytest.fixture
+def bench(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Bench]:
+    """`bench(**options)` is one scheduler with the Time Scheduler on, its worker and its clock."""
+
+    def make(**options: Any) -> Bench:
+        return Bench(tiny_model, monkeypatch, **options)
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -14,12 +14,10 @@ pytest.importorskip("vllm", reason="the plug-in's tests need vLLM")
 
 
 from tests.unit.engine.test_time_traces import Trace, actions
-from tests.unit.engine.time_bench import Bench, as_json
+from tests.unit.engine.time_bench import PROMPT, Bench, as_json
 from tokencake import protocol
 from tokencake_vllm.block_budget import STATES
 from tokencake_vllm.scheduler import create_scheduler
-
-PROMPT = list(range(100))
 
 
 def with_space(**values: Any) -> Callable[..., Any]:

@@ -8,26 +8,8 @@ import pytest
 
 pytest.importorskip("vllm", reason="the plug-in's tests need vLLM")
 
-from tokencake_sim import App, Node, Options, Prefix, Profile, Tool, Workload, policy_named, simulate
-from tokencake_sim.profiles import ModelShape
-
-SMALL = Profile(
-    name="small",
-    model=ModelShape(layers=2, kv_heads=2, head_size=32, vocabulary=32_000),
-    fixed_s=0.002,
-    prefill_tokens_per_s=2_000.0,
-    weight_bytes=1e9,
-    memory_bytes_per_s=1e11,
-    kv_blocks=140,
-    block_tokens=16,
-    max_model_len=2_048,
-    max_batched_tokens=512,
-    max_seqs=16,
-    async_scheduling=False,
-    link_bytes_per_s=1e9,
-    host_bytes=1e9,
-    source="made up",
-)
+from tests.small_device import SMALL
+from tokencake_sim import App, Node, Options, Prefix, Tool, Workload, policy_named, simulate
 
 
 def run(workload: Workload, policy: str, *, settings: dict[str, Any] | None = None, **options: Any) -> Any:

@@ -3,31 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 
 pytest.importorskip("vllm", reason="the plug-in's tests need vLLM")
 
-from tests.unit.engine.time_bench import Bench
+from tests.unit.engine.time_bench import PROMPT, Bench, long_stall
 from tokencake import protocol
 from tokencake_vllm import metrics
 
-PROMPT = list(range(100))
 OTHER = [900 + place for place in range(100)]
-
-
-@pytest.fixture
-def bench(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Bench]:
-    def make(**options: Any) -> Bench:
-        return Bench(tiny_model, monkeypatch, **options)
-
-    return make
-
-
-def long_stall(engine: Bench, tokens: list[int] = PROMPT, **hint: Any) -> str:
-    return engine.answer(tokens, **{"expects_tools": {"build": 60.0}, "reuse": "extends", **hint})
 
 
 def offloads(engine: Bench) -> dict[str, float]:

@@ -13,23 +13,8 @@ pytest.importorskip("vllm", reason="the plug-in's tests need vLLM")
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
 
-from tests.unit.engine.time_bench import Bench, as_json, build, make_request
+from tests.unit.engine.time_bench import PROMPT, Bench, as_json, build, long_stall, make_request
 from tokencake import protocol
-
-PROMPT = list(range(100))
-
-
-@pytest.fixture
-def bench(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Bench]:
-    def make(**options: Any) -> Bench:
-        return Bench(tiny_model, monkeypatch, **options)
-
-    return make
-
-
-def long_stall(bench: Bench, tokens: list[int] = PROMPT, **hint: Any) -> str:
-    """A call that ends in a tool of 60 s."""
-    return bench.answer(tokens, **{"expects_tools": {"build": 60.0}, "reuse": "extends", **hint})
 
 
 def test_a_finished_call_is_on_the_host_and_its_blocks_are_free(bench: Callable[..., Bench]) -> None:

@@ -15,20 +15,10 @@ pytest.importorskip("vllm", reason="the plug-in's tests need vLLM")
 import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 
-from tests.unit.engine.time_bench import Bench
+from tests.unit.engine.time_bench import PROMPT, Bench
 from tokencake import protocol
 from tokencake_vllm.connector import Jobs, TokenCakeConnector, block_bytes_of, host_slots, unfit
 from tokencake_vllm.copies import Job, NoCopier
-
-PROMPT = list(range(100))
-
-
-@pytest.fixture
-def bench(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Bench]:
-    def make(**options: Any) -> Bench:
-        return Bench(tiny_model, monkeypatch, **options)
-
-    return make
 
 
 def stalled_elsewhere(engine: Bench) -> str:

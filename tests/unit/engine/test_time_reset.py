@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -13,22 +11,8 @@ pytest.importorskip("vllm", reason="the plug-in's tests need vLLM")
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.request import RequestStatus
 
-from tests.unit.engine.time_bench import Bench
+from tests.unit.engine.time_bench import PROMPT, Bench, long_stall
 from tokencake import protocol
-
-PROMPT = list(range(100))
-
-
-@pytest.fixture
-def bench(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Bench]:
-    def make(**options: Any) -> Bench:
-        return Bench(tiny_model, monkeypatch, **options)
-
-    return make
-
-
-def long_stall(engine: Bench, tokens: list[int] = PROMPT, **hint: Any) -> str:
-    return engine.answer(tokens, **{"expects_tools": {"build": 60.0}, "reuse": "extends", **hint})
 
 
 def begin_upload(engine: Bench) -> str:

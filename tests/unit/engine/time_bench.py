@@ -13,6 +13,7 @@ from tokencake import protocol
 
 BLOCK_SIZE = 16
 GARBAGE = b"garbage"
+PROMPT = list(range(100))
 
 
 class Clock:
@@ -315,3 +316,8 @@ def make_request(name: str, tokens: list[int], hint: str | None, max_tokens: int
 
 def as_json(value: Any) -> Any:
     return json.loads(json.dumps(value))
+
+
+def long_stall(engine: Bench, tokens: list[int] = PROMPT, **hint: Any) -> str:
+    """A call that ends in a tool of 60 s."""
+    return engine.answer(tokens, **{"expects_tools": {"build": 60.0}, "reuse": "extends", **hint})

@@ -2,9 +2,9 @@ import warnings
 
 import pytest
 
-from tokencake_sim import App, Node, Options, Prefix, Profile, Tool, Workload, policy_named, simulate
+from tests.small_device import SMALL
+from tokencake_sim import App, Node, Options, Prefix, Tool, Workload, policy_named, simulate
 from tokencake_sim.engine import quiet_vllm
-from tokencake_sim.profiles import ModelShape
 
 quiet_vllm()
 with warnings.catch_warnings():
@@ -16,24 +16,7 @@ with warnings.catch_warnings():
 
 @pytest.fixture(scope="session")
 def small():
-    """A device so small that a few short calls are too many for it."""
-    return Profile(
-        name="small",
-        model=ModelShape(layers=2, kv_heads=2, head_size=32, vocabulary=32_000),
-        fixed_s=0.002,
-        prefill_tokens_per_s=2_000.0,
-        weight_bytes=1e9,
-        memory_bytes_per_s=1e11,
-        kv_blocks=140,
-        block_tokens=16,
-        max_model_len=2_048,
-        max_batched_tokens=512,
-        max_seqs=16,
-        async_scheduling=False,
-        link_bytes_per_s=1e9,
-        host_bytes=1e9,
-        source="made up",
-    )
+    return SMALL
 
 
 @pytest.fixture(scope="session")
