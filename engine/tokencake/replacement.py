@@ -60,8 +60,9 @@ def distances(
             continue
         rest_s = chain.rest_s(now_s) if chain.phase == "stalled" else RUNNING_REST_S
         seconds = distance_s(chain.phase, places.get(chain.id, queued), rest_s, queued, pace_s)
-        # What is extended in one of two cases counts as twice as far off.
-        seconds /= max(MIN_CHANCE, returns.chance(chain.hint))
+        if chain.phase != "waiting":
+            # What is extended in one of two cases counts as twice as far off. A waiting call reads its own surely.
+            seconds /= max(MIN_CHANCE, returns.chance(chain.hint))
         if chain is own:
             own_s = seconds
         if known:

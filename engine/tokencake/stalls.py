@@ -87,6 +87,17 @@ class Chains:
                 self.remove(parent.id)
         return parent
 
+    def give_way(self, chain: Chain, keys: Sequence[bytes]) -> None:
+        """A running call has lost its blocks and waits: it will want all that it had computed, the full blocks `keys`.
+
+        With what it had written, which its prompt did not name: else nobody would seem to want that.
+        """
+        for key in keys[len(chain.keys) :]:
+            self.wanted[key] = self.wanted.get(key, 0) + 1
+        if len(keys) > len(chain.keys):
+            chain.keys = keys
+        chain.phase = "waiting"
+
     def stall(self, request_id: str, keys: Sequence[bytes], now_s: float) -> Chain | None:
         """The call is over and left the blocks `keys`; its chain waits for those who extend it."""
         chain = self.remove(request_id)

@@ -107,9 +107,10 @@ class TimeEngine:
         """A call is about to lose its blocks: what it computed goes to the host."""
         chain = self.chains.by_id.get(request.request_id)
         if chain is not None:
-            chain.phase = "waiting"
+            keys, blocks = self._computed(request)
+            self.chains.give_way(chain, keys)
             if not self.is_resetting and self.settings.policy != "paper":
-                self._store(chain, *self._computed(request))
+                self._store(chain, keys, blocks)
 
     # --- a call ends ------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ pytest.importorskip("vllm", reason="the plug-in's tests need vLLM")
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
 
-from tests.unit.engine.time_bench import PROMPT, Bench, as_json, build, long_stall, make_request
+from tests.unit.engine.time_bench import BLOCK_SIZE, PROMPT, Bench, as_json, build, long_stall, make_request
 from tokencake import protocol
 
 
@@ -393,6 +393,21 @@ def test_a_preempted_call_loads_what_it_had(bench: Callable[..., Bench]) -> None
         engine.call([1_000 * number + i for i in range(100)], session=f"s{number}", max_tokens=60)
     engine.run()
     assert sum(c.preemptions for c in engine.scheduler.registry.calls.values()) > 0
+    engine.check()
+
+
+def test_a_preempted_call_wants_what_it_had_written(bench: Callable[..., Bench]) -> None:
+    engine = bench(num_blocks=24)
+    for number in range(3):
+        engine.call([1_000 * number + i for i in range(100)], session=f"s{number}", max_tokens=60)
+    while not any(request.num_preemptions for request in engine.scheduler.requests.values()):
+        engine.step(finish_jobs=True)
+    lost = next(request for request in engine.scheduler.requests.values() if request.num_preemptions)
+    chain = engine.scheduler.time.chains.by_id[lost.request_id]
+    assert chain.phase == "waiting"
+    assert len(chain.keys) > lost.num_prompt_tokens // BLOCK_SIZE
+    assert set(chain.keys) <= set(engine.scheduler.time.chains.wanted)
+    engine.run()
     engine.check()
 
 

@@ -60,6 +60,18 @@ def test_a_block_is_dead_when_nobody_wants_it() -> None:
     assert (chains.wanted, chains._stalled_at, chains._by_session, chains._hired) == ({}, {}, {}, {})
 
 
+def test_a_call_that_lost_its_blocks_wants_what_it_had_written_too() -> None:
+    chains = Chains()
+    chains.arrive("one", KEYS[:4], hint(), 0.0)
+    chains.give_way(chains.by_id["one"], KEYS[:6])
+    assert (chains.by_id["one"].phase, chains.by_id["one"].keys) == ("waiting", KEYS[:6])
+    assert set(chains.wanted) == set(KEYS[:6])
+    chains.give_way(chains.by_id["one"], KEYS[:2])  # again, before it has computed its prompt
+    assert chains.by_id["one"].keys == KEYS[:6]
+    chains.remove("one")
+    assert not chains.wanted
+
+
 def chain(**fields: object) -> Chain:
     return Chain("c", KEYS, hint(**fields), "stalled", 0.0)
 

@@ -9,9 +9,13 @@ from typing import Any
 import pytest
 
 from tokencake.forecast import Forecast
+from tokencake.host_tier import HostTier
+from tokencake.protocol import Hint
 from tokencake.rates import Rates
-from tokencake.replacement import distance_s
+from tokencake.replacement import distance_s, distances
+from tokencake.returns import Returns
 from tokencake.settings import SettingsError, section
+from tokencake.stalls import Chains
 from tokencake.time_scheduler import Finished, Ours, Paper, TimeSettings, policy_of
 
 SETTINGS = TimeSettings()
@@ -151,6 +155,22 @@ def test_the_queue_comes_before_the_stalled_and_these_before_the_running() -> No
     running = distance_s("running", 5, 1.0, 5, 2.0)
     assert [*waiting, *stalled] == sorted([*waiting, *stalled])
     assert waiting[-1] < stalled[0] < running
+
+
+def test_what_a_waiting_call_reads_is_sure_whatever_came_of_calls_like_it() -> None:
+    returns, chains, tier = Returns(), Chains(), HostTier(8)
+    hint = Hint(session="s", agent="last")
+    for _ in range(50):
+        returns.learn(hint, came=False)
+    keys = {name: [name + bytes([place]) for place in range(4)] for name in (b"waits", b"stalled")}
+    for name, chain in keys.items():
+        chains.arrive(name.decode(), chain, hint, 0.0)
+        tier.settle(tier.reserve(chain, 0.0, lambda block: 0.0), ok=True)
+    chains.stall("stalled", keys[b"stalled"], 0.0)
+    distance, own_s = distances(chains, tier, {"waits": 3}, chains.by_id["stalled"], returns, 0.0, 2.0)
+    ends = {block.key: distance(block) for block in tier.ready(keys[b"waits"]) + tier.ready(keys[b"stalled"])}
+    assert ends[keys[b"waits"][-1]] == 6.0
+    assert ends[keys[b"stalled"][-1]] == own_s > 10.0
 
 
 def test_the_policy_is_taken_by_its_name() -> None:
