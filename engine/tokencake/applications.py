@@ -90,6 +90,10 @@ class LiveCall:
     charged_s: float = 0.0
     """Up to when its service has been counted."""
     preemptions: int = 0
+    swaps: int = 0
+    """How often it was swapped out for an older application's call."""
+    swapped_for: str | None = None
+    """That application, until it runs again."""
     slack_s: float | None = None
     """As of the last time that `Applications.slack_s` measured its application."""
 
@@ -163,7 +167,7 @@ class Applications:
     def start(self, request_id: str, now: float) -> None:
         """The request got a slot."""
         if (call := self.calls.get(request_id)) is not None and not call.is_running:
-            call.is_running, call.charged_s, call.refused_s = True, now, None
+            call.is_running, call.charged_s, call.refused_s, call.swapped_for = True, now, None, None
             call.started_s = now if call.started_s is None else call.started_s
             self.version += 1
 

@@ -77,6 +77,11 @@ def level_of(app: Application, coming_s: float, settings: SpaceSettings) -> int:
     return 1 + int(app.served_s / settings.long_s)
 
 
+def coming_s(call: LiveCall, peers: Peers, share: float) -> float:
+    """Device-seconds that are known to come of its application; the call needs this `share` of the blocks."""
+    return share * max(call.expected_tokens * peers.token_s, call.service_s)
+
+
 def seniority_s(call: LiveCall, settings: SpaceSettings, peers: Peers, *, share: float, is_sibling: bool) -> float:
     """The formula above.
 
@@ -91,7 +96,7 @@ def seniority_s(call: LiveCall, settings: SpaceSettings, peers: Peers, *, share:
     if call.hint is None:
         level, is_sibling = peers.plain_level, False
     else:
-        level = level_of(app, share * max(call.expected_tokens * peers.token_s, call.service_s), settings)
+        level = level_of(app, coming_s(call, peers, share), settings)
     return (
         app.first_seen_s
         + settings.head_start_s * level

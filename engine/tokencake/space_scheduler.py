@@ -9,7 +9,7 @@ from __future__ import annotations
 from tokencake.applications import Applications, LiveCall
 from tokencake.paper_policy import Paper
 from tokencake.promises import Promise, delays, peak_blocks
-from tokencake.seniority import Peers, peers_of, seniority_s
+from tokencake.seniority import Peers, coming_s, level_of, peers_of, seniority_s
 from tokencake.space_policy import Memory, Rank, SpacePolicy
 from tokencake.space_settings import SpaceSettings
 
@@ -67,12 +67,23 @@ class Ours:
             return "critical"
         if memory.has_passed_plain and call.hint is None:
             return "order"
+        if self._would_begin(call, need_blocks):
+            return "begun"
         coming = Promise(call.expected_tokens, need_blocks, 0)
         if peak_blocks((*memory.promises, coming), memory.block_tokens) > memory.free_blocks:
             return "promised"
         guarded = memory.passed[: self._settings.guarded]
         is_late = delays(coming, guarded, memory.promises, memory.free_blocks, memory.block_tokens)
         return "delays" if is_late else None
+
+    def _would_begin(self, call: LiveCall, need_blocks: int) -> bool:
+        """Whether it is the first of a long application: once begun, that would compete with those that have.
+
+        What is short is through before anybody can mind.
+        """
+        if call.hint is None or call.app.served_s:
+            return False
+        return level_of(call.app, coming_s(call, self._peers, need_blocks / self._total_blocks), self._settings) > 0
 
     def reserve(self) -> dict[str, int]:
         """See `SpacePolicy`. Order does here what a reserve does there."""

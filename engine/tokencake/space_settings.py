@@ -40,6 +40,14 @@ class SpaceSettings:
     0: whoever does not fit is waited for, and nobody passes."""
     pass_s: float = may(SECONDS, 20.0)
     """How long others may pass the first in line while it does not fit; from then on nobody starts before it does."""
+    swap_oldest: int = may(count(1_000), 2)
+    """So many of the most senior applications may have calls of young ones swapped out to the host; 0: none."""
+    swap_from: int = may(count(1_000), 4)
+    """So many of the most senior applications are not swapped out."""
+    swaps_per_call: int = may(count(1_000), 4)
+    """How often one call may be swapped out."""
+    swap_patience_tokens: int = may(count(100_000), 128)
+    """Tokens of its answer within which a call is waited for rather than swapped out."""
     answer_quantile: float = may(number(0, 1), 0.8)
     """Of an agent's recent answers: the length to be reckoned with."""
     scan: int = may(count(100_000), 64)

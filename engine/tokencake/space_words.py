@@ -21,6 +21,7 @@ _REASONS: Final = {
     "promised": "the memory is promised to what the calls that run will yet write",
     "delays": "it would still hold memory when a call before it could have it",
     "critical": "a call of an application with a critical path waits for memory",
+    "begun": "its application has not begun, and calls of others that have wait for memory",
     "order": "a call without a hint that came before it waits for memory",
     "closed": "a call before it has been passed for too long",
     "reserved": "the rest of the memory is reserved for critical agent types",
@@ -86,7 +87,10 @@ class SpaceWords:
             return
         if self._is_critical(request_id, now) and any(not self._is_critical(name, now) for name in running):
             self._registry.counts["space_inversions", "preemption"] += 1
-        self._add(now, call, "preempted", str(call.preemptions), "lost its memory: calls before it had to grow")
+        words = "lost its memory: calls before it had to grow"
+        if call.swapped_for is not None:
+            words = f"was swapped out for {call.swapped_for}, an older application"
+        self._add(now, call, "preempted", str(call.preemptions), words)
 
     def note_refused(self, call: LiveCall, reason: str, need_blocks: int, free_blocks: int, now: float) -> None:
         """The gate passed over `call`."""

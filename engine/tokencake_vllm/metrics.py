@@ -26,9 +26,10 @@ _COUNTERS = {
     "forgotten": ("Records dropped because of age or the registry's bounds", ["record"]),
     "errors": ("Exceptions inside the plug-in that were caught", []),
     "space_refusals": (
-        "Waiting calls passed over in a step, by reason: promised, critical, closed or reserved",
+        "Waiting calls passed over in a step: full, promised, delays, begun, critical, order, closed or reserved",
         ["reason"],
     ),
+    "space_swaps": ("Running calls swapped out for an older application's", []),
     "space_inversions": ("Critical calls that gave way to others: at admission or by preemption", ["kind"]),
     "kv_decisions": ("Finished calls by what became of their KV: keep, offload, drop or leave", ["action", "why"]),
     "kv_uploads": ("Uploads before a call: started, used, late, wasted, failed or no_room", ["outcome"]),

@@ -107,6 +107,14 @@ class TokenCakeMixin(_Base):
         """Give up what is held for stalled agents, as far as the first in line needs it; whether anything was."""
         return False
 
+    def can_restore(self) -> bool:
+        """Whether what a preempted call had computed comes back from the host."""
+        return False
+
+    def storing_blocks(self) -> int:
+        """Device blocks that come free when the copies to the host under way are over."""
+        return 0
+
     # --- what the API server asks for, on the engine's own loop, between two steps ------------------
 
     def tokencake_events(self, events: list[dict[str, Any]], received: float) -> dict[str, Any]:

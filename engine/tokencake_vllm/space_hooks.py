@@ -22,6 +22,7 @@ from tokencake.space_settings import SpaceSettings
 from tokencake.space_words import SpaceWords
 from tokencake_vllm.block_view import BlockView
 from tokencake_vllm.space_gate import ADMISSIBLE, Gate
+from tokencake_vllm.space_swap import Swap
 from tokencake_vllm.waiting_queue import RankedQueue
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ class SpaceMixin(_Base):
         self._is_plain = True
         """Whether no call that lives has a hint: then everything is left as it is in stock vLLM."""
         self._gate = Gate(self.space, self.space_policy, self.applications, self._view, self._words, self.registry)
+        self._swap = Swap(self, self.space, self.space_policy, self.applications, self._view, self._gate)
         if self._is_space_on:
             self.waiting = self._line
         elif self.space.enabled:
@@ -133,7 +135,18 @@ class SpaceMixin(_Base):
         self._is_plain = all(call.hint is None for call in self.applications.calls.values())
         if not self._is_plain:
             self._sort()
-        self._yield_pins()  # those were left when another call was first in line
+        # Pins that were left when another call was first in line go before any running call does.
+        if not self._yield_pins() and not self._is_plain and self._swap_out(now):
+            self._sort()
+
+    def _swap_out(self, now: float) -> bool:
+        """Let running calls of young applications give way to the first in line; whether any did."""
+        out = self._swap.choose(self._needs)
+        for request in out:
+            self.running.remove(request)
+            self._preempt_request(request, now, drop_stale_output=self.requires_kv_delivery)
+            self.registry.counts["space_swaps",] += 1
+        return bool(out)
 
     def _sort(self) -> None:
         siblings = self._siblings()
@@ -165,6 +178,7 @@ class SpaceMixin(_Base):
     def _note_started(self, output: SchedulerOutput, now: float, *, is_ranked: bool) -> None:
         started = [new.req_id for new in output.scheduled_new_reqs]
         started += output.scheduled_cached_reqs.resumed_req_ids
+        self._swap.note_step(output)
         for name in started:
             self.applications.start(name, now)
         if is_ranked or started:
@@ -180,6 +194,8 @@ class SpaceMixin(_Base):
         if not self._is_space_on or self._holds_kv_blocks(request):
             return True
         with self._advice():
+            if request.request_id in self._swap.out:
+                return False  # its blocks were taken for somebody else a moment ago
             call = self.applications.calls.get(request.request_id)
             if call is None or self._is_plain or not (self.running or self._inflight_prefills):
                 return True

@@ -103,13 +103,18 @@ class TimeEngine:
             self.count("kv_tokens_saved", "upload", by=gained * self.cache.rates.block_tokens)
             self.cache.release(parent.id)
 
+    @property
+    def can_restore(self) -> bool:
+        """Whether `preempt` copies to the host, as far as there is room."""
+        return self.settings.policy != "paper" and self.cache.tier.capacity > 0 and not self.cache.is_broken
+
     def preempt(self, request: Request) -> None:
         """A call is about to lose its blocks: what it computed goes to the host."""
         chain = self.chains.by_id.get(request.request_id)
         if chain is not None:
             keys, blocks = self._computed(request)
             self.chains.give_way(chain, keys)
-            if not self.is_resetting and self.settings.policy != "paper":
+            if not self.is_resetting and self.can_restore:
                 self._store(chain, keys, blocks)
 
     # --- a call ends ------------------------------------------------------------------------------------

@@ -92,6 +92,14 @@ class TimeMixin(_Base):
         self.time.yield_pins()
         return len(self.time.cache.held) < before
 
+    def can_restore(self) -> bool:
+        """As far as the host has room."""
+        return self.time is not None and self.time.can_restore
+
+    def storing_blocks(self) -> int:
+        """Copies hold what they read."""
+        return 0 if self.time is None else self.time.cache.transfers.storing_blocks()
+
     def update_from_output(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
         """Stock; and if the engine may sleep now, see that it wakes up in time."""
         outputs = super().update_from_output(scheduler_output, *args, **kwargs)

@@ -75,6 +75,12 @@ class Transfers:
         for copy in self._copies.values():
             yield from copy.device
 
+    def storing_blocks(self) -> int:
+        """Device blocks that nobody holds but copies to the host."""
+        copies = (copy for copy in self._copies.values() if copy.job.kind == "store")
+        holds = Counter(block.block_id for copy in copies for block in copy.device)
+        return sum(int(self.pool.blocks[number].ref_cnt == count) for number, count in holds.items())
+
     # --- begin --------------------------------------------------------------------------------------
 
     def begin(
