@@ -78,7 +78,7 @@ def victims(
     """
     if short_blocks <= 0 or head.app.id not in apps[: settings.swap_oldest]:
         return []
-    by_app = _able(head, running, set(apps[settings.swap_from :]), settings)
+    by_app = _able(running, set(apps[max(settings.swap_from, apps.index(head.app.id) + 1) :]), settings)
     chosen: list[Candidate] = []
     freed = 0
     # The youngest application goes first and as a whole: what its calls share comes free with the last of them.
@@ -95,13 +95,11 @@ def victims(
     return []
 
 
-def _able(
-    head: LiveCall, running: Iterable[Candidate], young: set[str], settings: SpaceSettings
-) -> Mapping[str, list[Candidate]]:
+def _able(running: Iterable[Candidate], young: set[str], settings: SpaceSettings) -> Mapping[str, list[Candidate]]:
     by_app: dict[str, list[Candidate]] = {}
     for candidate in running:
         call = candidate.call
-        is_able = call.app.id in young and call.app is not head.app and call.swaps < settings.swaps_per_call
+        is_able = call.app.id in young and call.swaps < settings.swaps_per_call
         if is_able and candidate.left_tokens > settings.swap_patience_tokens:
             by_app.setdefault(call.app.id, []).append(candidate)
     return by_app

@@ -5,14 +5,16 @@ Whoever shares blocks of a call shares them from its first block on, so each bor
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Final
 
 from vllm.v1.core.kv_cache_utils import make_block_hash_with_group_id
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheManager
     from vllm.v1.request import Request
+
+_NOTHING: Final[Mapping[int, int]] = {}
 
 
 class BlockView:
@@ -33,17 +35,25 @@ class BlockView:
         """Blocks that so many tokens need."""
         return -(-tokens // self.block_tokens)
 
-    def held_prefix_blocks(self, request: Request) -> int:
-        """Blocks at the head of a waiting request that are on the device and held by others: they cost it nothing."""
+    def held_prefix_blocks(self, request: Request, but_for: Mapping[int, int] = _NOTHING) -> int:
+        """Blocks at the head of a waiting request that are on the device and held by others: they cost it nothing.
+
+        Holds in `but_for`, so many by the id of a block, do not count.
+        """
         find = self._manager.block_pool.cached_block_hash_to_block.get_one_block
         hashes = request.block_hashes
 
         def is_held(index: int) -> bool:
             block = find(make_block_hash_with_group_id(hashes[index], 0))
-            return block is not None and block.ref_cnt > 0
+            return block is not None and block.ref_cnt > but_for.get(block.block_id, 0)
 
         # The last token is always computed, so vLLM hits no block that ends behind it.
         return _first_without(is_held, min(len(hashes), (request.num_tokens - 1) // self.block_tokens))
+
+    def held_only_by(self, holds: Mapping[int, int]) -> int:
+        """Blocks that nobody holds but for these, so many by the id of a block."""
+        blocks = self._manager.block_pool.blocks
+        return sum(1 for number, count in holds.items() if blocks[number].ref_cnt == count)
 
     def allocated_blocks(self, request_id: str) -> int:
         """Blocks that a request has."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
@@ -111,9 +111,9 @@ class TokenCakeMixin(_Base):
         """Whether what a preempted call had computed comes back from the host."""
         return False
 
-    def storing_blocks(self) -> int:
-        """Device blocks that come free when the copies to the host under way are over."""
-        return 0
+    def storing(self) -> Mapping[int, int]:
+        """How often each device block is held by copies to the host, by its id."""
+        return {}
 
     # --- what the API server asks for, on the engine's own loop, between two steps ------------------
 

@@ -168,9 +168,10 @@ class SpaceMixin(_Base):
         found: set[str] = set()
         if not self.running:
             return found
+        storing = self.storing()  # what a copy still reads of a call that lost its blocks makes nobody its sibling
         for request, _ in zip(self._line, range(self.space.scan), strict=False):
             if request.status in ADMISSIBLE:
-                held = self._view.held_prefix_blocks(request)
+                held = self._view.held_prefix_blocks(request, storing)
                 if held and held >= self._view.blocks_of(request.num_tokens) - held:
                     found.add(request.request_id)
         return found

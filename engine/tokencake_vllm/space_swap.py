@@ -95,7 +95,8 @@ class Swap:
 
     def _coming_blocks(self) -> int:
         """Blocks that come free without anybody's end: the step under way or a copy to the host still has them."""
-        return sum(len(blocks) for _, blocks in self._scheduler.deferred_frees) + self._scheduler.storing_blocks()
+        leaving = sum(len(blocks) for _, blocks in self._scheduler.deferred_frees)
+        return leaving + self._view.held_only_by(self._scheduler.storing())
 
     def _candidate(self, call: LiveCall, request: Request) -> Candidate:
         private = self._view.private_blocks(call.request_id)

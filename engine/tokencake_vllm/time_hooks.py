@@ -7,7 +7,7 @@ was not given: it is logged and counted, and the request goes on.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
@@ -96,9 +96,9 @@ class TimeMixin(_Base):
         """As far as the host has room."""
         return self.time is not None and self.time.can_restore
 
-    def storing_blocks(self) -> int:
-        """Copies hold what they read."""
-        return 0 if self.time is None else self.time.cache.transfers.storing_blocks()
+    def storing(self) -> Mapping[int, int]:
+        """Of the copies under way."""
+        return {} if self.time is None else self.time.cache.transfers.storing()
 
     def update_from_output(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
         """Stock; and if the engine may sleep now, see that it wakes up in time."""

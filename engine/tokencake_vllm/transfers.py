@@ -75,11 +75,10 @@ class Transfers:
         for copy in self._copies.values():
             yield from copy.device
 
-    def storing_blocks(self) -> int:
-        """Device blocks that nobody holds but copies to the host."""
+    def storing(self) -> Counter[int]:
+        """How often each device block is held by copies to the host, by its id."""
         copies = (copy for copy in self._copies.values() if copy.job.kind == "store")
-        holds = Counter(block.block_id for copy in copies for block in copy.device)
-        return sum(int(self.pool.blocks[number].ref_cnt == count) for number, count in holds.items())
+        return Counter(block.block_id for copy in copies for block in copy.device)
 
     # --- begin --------------------------------------------------------------------------------------
 

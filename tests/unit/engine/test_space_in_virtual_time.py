@@ -35,7 +35,7 @@ def crowd() -> Workload:
 
 
 @pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
-@pytest.mark.parametrize("policy", ["space", "space+host", "paper-space+host"])
+@pytest.mark.parametrize("policy", ["space", "space+host", "paper-space+host", "ours"])
 def test_the_plug_in_makes_no_mistake_and_leaves_nothing_admissible_idle(
     crowd: Workload, policy: str, is_async: bool
 ) -> None:
@@ -97,3 +97,13 @@ def test_two_loads_that_hold_each_others_memory_do_not_stop_the_engine(policy: s
 
     assert metrics["applications"] == 3
     assert metrics["hit_tokens"]["host"] > 0
+
+
+@pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
+def test_a_call_is_swapped_out_a_few_times_at_most(crowd: Workload, is_async: bool) -> None:
+    eager = {"swap_oldest": 8, "swap_from": 1, "swap_patience_tokens": 0, "swaps_per_call": 2}
+    result = run(crowd, "ours", settings=eager, is_async=is_async, kv_blocks=70)
+    swaps = result.metrics["decisions"]["space_swaps"]
+
+    assert 0 < swaps <= 2 * result.metrics["calls"]
+    assert result.metrics["idle_while_admissible_s"] == 0.0

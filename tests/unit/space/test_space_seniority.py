@@ -187,6 +187,20 @@ def test_calls_that_nobody_waits_for_do_not_pass_one_that_somebody_waits_for(app
     assert policy.refusal(call("urgent", max_tokens=1, critical=True), 1, memory) is None
 
 
+def test_a_long_application_does_not_begin_past_others(applications, call):
+    policy = Ours(SpaceSettings(short_s=0.1))
+    policy.begin(applications, Memory(100, 50), now=0.0)
+    new, short, begun = call("new"), call("short", max_tokens=1), call("begun")
+    begun.app.served_s = 1.0
+    memory = Memory(100, 45, passed=(95,), promises=(Promise(320, 0, 52),))
+
+    assert policy.refusal(new, 10, memory) == "begun"
+    assert policy.refusal(new, 10, Memory(100, 45)) is None, "the first in line may"
+    assert policy.refusal(short, 1, memory) is None
+    assert policy.refusal(begun, 10, memory) is None
+    assert policy.refusal(call(None), 10, memory) is None
+
+
 def test_nobody_passes_where_that_is_switched_off(applications, call):
     policy = Ours(SpaceSettings(guarded=0))
     policy.begin(applications, Memory(100, 50), now=0.0)
