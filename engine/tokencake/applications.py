@@ -94,6 +94,8 @@ class LiveCall:
     """How often it was swapped out for an older application's call."""
     swapped_for: str | None = None
     """That application, until it runs again."""
+    is_in_vain: bool = False
+    """Whether others gave way to it and it did not start: nobody does again."""
     slack_s: float | None = None
     """As of the last time that `Applications.slack_s` measured its application."""
 

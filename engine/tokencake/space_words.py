@@ -89,7 +89,7 @@ class SpaceWords:
             self._registry.counts["space_inversions", "preemption"] += 1
         words = "lost its memory: calls before it had to grow"
         if call.swapped_for is not None:
-            words = f"was swapped out for {call.swapped_for}, an older application"
+            words = f"was swapped out for {call.swapped_for}, a more senior application"
         self._add(now, call, "preempted", str(call.preemptions), words)
 
     def note_refused(self, call: LiveCall, reason: str, need_blocks: int, free_blocks: int, now: float) -> None:

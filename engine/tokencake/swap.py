@@ -27,7 +27,7 @@ class Candidate:
     private_blocks: int
     """They come free when it gives way."""
     shared_blocks: int
-    """They come free when the last of those who share them gives way."""
+    """They come free when the other calls of its application give way too."""
     left_tokens: int
     """Of its answer, as far as can be foreseen."""
 
@@ -78,7 +78,8 @@ def victims(
     """
     if short_blocks <= 0 or head.app.id not in apps[: settings.swap_oldest]:
         return []
-    by_app = _able(running, set(apps[max(settings.swap_from, apps.index(head.app.id) + 1) :]), settings)
+    young = set(apps[max(settings.swap_from, apps.index(head.app.id) + 1) :])
+    by_app = _able(running, young, head.app.first_seen_s, settings)
     chosen: list[Candidate] = []
     freed = 0
     # The youngest application goes first and as a whole: what its calls share comes free with the last of them.
@@ -95,11 +96,13 @@ def victims(
     return []
 
 
-def _able(running: Iterable[Candidate], young: set[str], settings: SpaceSettings) -> Mapping[str, list[Candidate]]:
+def _able(
+    running: Iterable[Candidate], young: set[str], since_s: float, settings: SpaceSettings
+) -> Mapping[str, list[Candidate]]:
     by_app: dict[str, list[Candidate]] = {}
     for candidate in running:
         call = candidate.call
-        is_able = call.app.id in young and call.swaps < settings.swaps_per_call
+        is_able = call.app.id in young and call.app.first_seen_s > since_s and call.swaps < settings.swaps_per_call
         if is_able and candidate.left_tokens > settings.swap_patience_tokens:
             by_app.setdefault(call.app.id, []).append(candidate)
     return by_app

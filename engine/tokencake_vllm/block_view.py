@@ -59,10 +59,10 @@ class BlockView:
         """Blocks that a request has."""
         return len(self._manager.coordinator.get_blocks(request_id)[0])
 
-    def private_blocks(self, request_id: str) -> int:
-        """Blocks that only this request holds: they come free with it."""
+    def private_blocks(self, request_id: str, *, holders: int = 1) -> int:
+        """Blocks of a request that not more than so many hold; those that only it holds come free with it."""
         blocks = self._manager.coordinator.get_blocks(request_id)[0]
-        return len(blocks) - _first_without(lambda index: blocks[index].ref_cnt > 1, len(blocks))
+        return len(blocks) - _first_without(lambda index: blocks[index].ref_cnt > holders, len(blocks))
 
 
 def _first_without(has: Callable[[int], bool], count: int) -> int:

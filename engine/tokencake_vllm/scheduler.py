@@ -1,7 +1,7 @@
 """How does vLLM's own scheduler learn who calls? By a mixin that watches requests come, run and go.
 
-`schedule()` is never copied and, in this version, the order of requests is stock vLLM's. What the mixin does is advice:
-an exception in it is logged and counted, and the request goes on as if the hint were absent.
+`schedule()` is never copied. What the mixin does is advice: an exception in it is logged and counted, and the request
+goes on as if the hint were absent. `SpaceMixin` orders the calls, `TimeMixin` moves their blocks.
 """
 
 from __future__ import annotations
@@ -98,10 +98,14 @@ class TokenCakeMixin(_Base):
             self.registry.finish_call(
                 request.request_id,
                 request.num_output_tokens,
-                is_aborted=request.status in (RequestStatus.FINISHED_ABORTED, RequestStatus.FINISHED_ERROR),
+                is_aborted=self._is_aborted(request),
                 now=time.monotonic(),
             )
         return super()._free_request(request, *args, **kwargs)
+
+    @staticmethod
+    def _is_aborted(request: Request) -> bool:
+        return request.status in (RequestStatus.FINISHED_ABORTED, RequestStatus.FINISHED_ERROR)
 
     def _yield_pins(self) -> bool:
         """Give up what is held for stalled agents, as far as the first in line needs it; whether anything was."""

@@ -57,12 +57,14 @@ class SpaceMixin(_Base):
         self._words = SpaceWords(self.space, self.space_policy, self.applications, self.registry)
         self._line = RankedQueue()
         self._needs: dict[str, int] = {}
+        self._ages: dict[str, Rank] = {}
+        """By request: its rank as of the last ranking, were it nobody's sibling."""
         self._steps = 0
         self._ranked_at = 0, -1
         self._is_plain = True
         """Whether no call that lives has a hint: then everything is left as it is in stock vLLM."""
         self._gate = Gate(self.space, self.space_policy, self.applications, self._view, self._words, self.registry)
-        self._swap = Swap(self, self.space, self.space_policy, self.applications, self._view, self._gate)
+        self._swap = Swap(self, self.space, self.applications, self._view, self._gate)
         if self._is_space_on:
             self.waiting = self._line
         elif self.space.enabled:
@@ -98,8 +100,9 @@ class SpaceMixin(_Base):
             with self._advice():
                 now = time.monotonic()
                 self.applications.charge(request.request_id, self._held_share(request), now)
-                is_aborted = request.status in (RequestStatus.FINISHED_ABORTED, RequestStatus.FINISHED_ERROR)
-                self.applications.end(request.request_id, request.num_output_tokens, is_aborted=is_aborted, now=now)
+                self.applications.end(
+                    request.request_id, request.num_output_tokens, is_aborted=self._is_aborted(request), now=now
+                )
                 self._words.forget(request.request_id)
         return super()._free_request(request, *args, **kwargs)
 
@@ -141,7 +144,7 @@ class SpaceMixin(_Base):
 
     def _swap_out(self, now: float) -> bool:
         """Let running calls of young applications give way to the first in line; whether any did."""
-        out = self._swap.choose(self._needs)
+        out = self._swap.choose(self._ages, now)
         for request in out:
             self.running.remove(request)
             self._preempt_request(request, now, drop_stale_output=self.requires_kv_delivery)
@@ -150,7 +153,7 @@ class SpaceMixin(_Base):
 
     def _sort(self) -> None:
         siblings = self._siblings()
-        self._needs = {}
+        self._needs, self._ages = {}, {}
 
         def rank_of(request: Request) -> Rank:
             name = request.request_id
@@ -158,7 +161,8 @@ class SpaceMixin(_Base):
             call = self.applications.calls.get(name)
             if call is None:  # it came while the plug-in failed: behind all others, in the order of arrival
                 return (float("inf"), request.arrival_time)
-            return self.space_policy.rank(call, need_blocks=need, is_sibling=name in siblings)
+            self._ages[name] = rank = self.space_policy.rank(call, need_blocks=need, is_sibling=False)
+            return self.space_policy.rank(call, need_blocks=need, is_sibling=True) if name in siblings else rank
 
         self._line.sort(rank_of)
         self.running.sort(key=rank_of)
@@ -195,12 +199,13 @@ class SpaceMixin(_Base):
         if not self._is_space_on or self._holds_kv_blocks(request):
             return True
         with self._advice():
-            if request.request_id in self._swap.out:
-                return False  # its blocks were taken for somebody else a moment ago
+            now = time.monotonic()
             call = self.applications.calls.get(request.request_id)
             if call is None or self._is_plain or not (self.running or self._inflight_prefills):
                 return True
-            return self._gate.admits(request, call, self._admitted, time.monotonic())
+            if not self._swap.may_start(request.request_id, now):
+                return False
+            return self._gate.admits(request, call, self._admitted, now)
         return True
 
     def _admitted(self) -> list[Request]:

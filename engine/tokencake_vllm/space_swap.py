@@ -1,16 +1,18 @@
 """Running calls of young applications are swapped out to the host for the call of an old one that does not fit.
 
-To vLLM it is a preemption, like its own; the Time Scheduler's host memory brings the blocks back.
+To vLLM it is a preemption, like its own; the Time Scheduler's host memory brings the blocks back. Until the call that
+they gave way to has started, nobody else may take what they gave.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final
 
 from vllm.v1.core.sched.interface import PauseState
 
-from tokencake.promises import tokens_until_free
+from tokencake.promises import Promise, tokens_until_free
 from tokencake.swap import Candidate, Losses, by_seniority, victims
 from tokencake_vllm.space_gate import ADMISSIBLE
 
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
     from tokencake.applications import Applications, LiveCall
-    from tokencake.space_policy import SpacePolicy
+    from tokencake.space_policy import Rank
     from tokencake.space_settings import SpaceSettings
     from tokencake_vllm.block_view import BlockView
     from tokencake_vllm.space_gate import Gate
@@ -27,84 +29,118 @@ if TYPE_CHECKING:
 
 _LOST_SHARE: Final = 0.005
 """Nobody is swapped out while more than this share of all tokens was computed again for calls that were."""
+_START_S: Final = 1.0
+"""Whom others gave way to starts within so long, or not at all: vLLM has reasons of its own to pass a call over."""
 
 
 class Swap:
-    """Chooses whom to swap out, and remembers what that has cost."""
+    """Chooses whom to swap out, keeps the room for whom it was made, and remembers what it has cost."""
 
     def __init__(
-        self,
-        scheduler: SpaceMixin,
-        settings: SpaceSettings,
-        policy: SpacePolicy,
-        applications: Applications,
-        view: BlockView,
-        gate: Gate,
+        self, scheduler: SpaceMixin, settings: SpaceSettings, applications: Applications, view: BlockView, gate: Gate
     ) -> None:
-        self.out: set[str] = set()
-        """Calls swapped out in this step: they do not come back in it."""
         self._scheduler = scheduler
         self._settings = settings
-        self._policy = policy
         self._applications = applications
         self._view = view
         self._gate = gate
         self._losses = Losses()
+        self._heir: str | None = None
+        """The call that others have given way to and that has not started yet."""
+        self._until_s = 0.0
+        self._away: set[str] = set()
+        """Calls that were swapped out and have not come back."""
 
-    def choose(self, needs: Mapping[str, int]) -> list[Request]:
-        """The running requests to swap out for the first in line; `needs` are the blocks of each call."""
-        scheduler, settings = self._scheduler, self._settings
-        if settings.policy != "ours" or not settings.swap_oldest or not self._losses.are_within(_LOST_SHARE):
+    def choose(self, ages: Mapping[str, Rank], now: float) -> list[Request]:
+        """The running requests to swap out for the first in line; `ages` are ranks as if nobody had siblings."""
+        head = self._head(now)
+        if head is None:
             return []
-        if not scheduler.can_restore() or not scheduler.waiting or scheduler.pause_state != PauseState.UNPAUSED:
-            return []
-        request, calls = scheduler.waiting.peek_request(), self._applications.calls
-        head = calls.get(request.request_id)
-        if head is None or head.hint is None or request.status not in ADMISSIBLE:
-            return []
-        promises = [self._gate.promise(other) for other in scheduler.running]
+        request = self._scheduler.requests[head.request_id]
         need = self._view.blocks_of(request.num_tokens) - self._view.held_prefix_blocks(request)
         free = self._view.free_blocks + self._coming_blocks()
+        if need <= free:
+            return []
+        apps = by_seniority((self._calls[name], rank) for name, rank in ages.items() if name in self._calls)
+        promises = [self._promise(other) for other in self._scheduler.running]
+        wait_tokens = tokens_until_free(promises, need, free, self._view.block_tokens)
+        if head.app.id not in apps[: self._settings.swap_oldest] or wait_tokens <= self._settings.swap_patience_tokens:
+            return []
         short = need + sum(promise.pending_blocks for promise in promises) - free
-        if short <= 0:
-            return []
-        if tokens_until_free(promises, need, free, self._view.block_tokens) <= settings.swap_patience_tokens:
-            return []
-        ranks = (
-            (call, self._policy.rank(call, need_blocks=needs.get(name, 0), is_sibling=False))
-            for name, call in calls.items()
-        )
-        running = {other.request_id: other for other in scheduler.running if _has_its_prompt(other)}
-        candidates = [self._candidate(calls[name], other) for name, other in running.items() if name in calls]
-        chosen = victims(head, short, candidates, by_seniority(ranks), settings)
-        for candidate in chosen:
+        names = set()
+        for candidate in victims(head, short, self._candidates(), apps, self._settings):
             candidate.call.swaps += 1
             candidate.call.swapped_for = head.app.id
-        self.out.update(candidate.call.request_id for candidate in chosen)
-        return [running[candidate.call.request_id] for candidate in chosen]
+            names.add(candidate.call.request_id)
+        if names:
+            self._heir, self._until_s = head.request_id, now + _START_S
+            self._away |= names
+        return [other for other in self._scheduler.running if other.request_id in names]
+
+    def _head(self, now: float) -> LiveCall | None:
+        """The first in line, if somebody may be swapped out for it at all."""
+        scheduler, settings = self._scheduler, self._settings
+        if settings.policy != "ours" or not settings.swap_oldest or self._is_kept(now) or not scheduler.waiting:
+            return None
+        if not self._losses.are_within(_LOST_SHARE) or not scheduler.can_restore():
+            return None
+        request = scheduler.waiting.peek_request()
+        head = self._calls.get(request.request_id)
+        is_able = request.status in ADMISSIBLE and scheduler.pause_state == PauseState.UNPAUSED
+        return head if is_able and head is not None and head.hint is not None and not head.is_in_vain else None
+
+    def may_start(self, request_id: str, now: float) -> bool:
+        """Whether this waiting call may take blocks: not what others gave for somebody else."""
+        return not self._is_kept(now) or request_id == self._heir
+
+    def _is_kept(self, now: float) -> bool:
+        call = None if self._heir is None else self._applications.calls.get(self._heir)
+        if call is None or call.is_running:
+            self._heir = None
+        elif now > self._until_s:
+            self._heir, call.is_in_vain = None, True
+        return self._heir is not None
 
     def note_step(self, output: SchedulerOutput) -> None:
         """The step is scheduled: what had calls that come back to compute again?"""
-        self.out.clear()
         lost = 0
-        for name in output.scheduled_cached_reqs.resumed_req_ids:
-            call = self._applications.calls.get(name)
-            if call is not None and call.swapped_for is not None:
-                lost += output.num_scheduled_tokens[name]
+        for name in [name for name in self._away if name in output.num_scheduled_tokens or name not in self._calls]:
+            self._away.discard(name)
+            if (request := self._scheduler.requests.get(name)) is not None:
+                lost += request.num_tokens - request.num_computed_tokens + output.num_scheduled_tokens.get(name, 0)
         self._losses.add(output.total_num_scheduled_tokens, lost)
+
+    @property
+    def _calls(self) -> dict[str, LiveCall]:
+        return self._applications.calls
 
     def _coming_blocks(self) -> int:
         """Blocks that come free without anybody's end: the step under way or a copy to the host still has them."""
-        leaving = sum(len(blocks) for _, blocks in self._scheduler.deferred_frees)
-        return leaving + self._view.held_only_by(self._scheduler.storing())
+        holds = Counter(self._scheduler.storing())
+        holds.update(block.block_id for _, blocks in self._scheduler.deferred_frees for block in blocks)
+        return self._view.held_only_by(holds)
 
-    def _candidate(self, call: LiveCall, request: Request) -> Candidate:
+    def _left_tokens(self, request: Request) -> int:
+        """As the gate sees it; but who has written more than was expected may go on for as long as it is allowed to."""
+        call = self._calls.get(request.request_id)
+        is_overdue = call is None or request.num_output_tokens >= call.expected_tokens
+        return request.max_tokens - request.num_output_tokens if is_overdue else self._gate.left_tokens(request)
+
+    def _promise(self, request: Request) -> Promise:
+        promise = self._gate.promise(request)
+        return Promise(self._left_tokens(request), promise.pending_blocks, promise.freed_blocks)
+
+    def _candidates(self) -> list[Candidate]:
+        running = [(self._calls[r.request_id], r) for r in self._scheduler.running if r.request_id in self._calls]
+        able = [(call, request) for call, request in running if call.hint is not None and _has_its_prompt(request)]
+        sizes = Counter(call.app.id for call, _ in able)
+        return [self._candidate(call, request, sizes[call.app.id]) for call, request in able]
+
+    def _candidate(self, call: LiveCall, request: Request, size: int) -> Candidate:
         private = self._view.private_blocks(call.request_id)
-        shared = self._view.allocated_blocks(call.request_id) - private
-        # Who has written more than was expected may write on for as long as it is allowed to.
-        is_overdue = request.num_output_tokens >= call.expected_tokens
-        left = request.max_tokens - request.num_output_tokens if is_overdue else self._gate.left_tokens(request)
-        return Candidate(call, private, shared, left)
+        # What calls of other applications hold too does not come free with those of its own.
+        shared = self._view.private_blocks(call.request_id, holders=size) - private
+        return Candidate(call, private, shared, self._left_tokens(request))
 
 
 def _has_its_prompt(request: Request) -> bool:

@@ -191,7 +191,7 @@ def test_a_young_application_is_swapped_out_for_an_old_one_and_loses_nothing(
     assert 0 < found <= 16 + 2, "the host brought all but the last block"
     assert engine.count("space_swaps") == 1
     words = [entry["words"] for entry in engine.scheduler.tokencake_decisions("r3", None, 100)["decisions"]]
-    assert "was swapped out for old, an older application" in words
+    assert "was swapped out for old, a more senior application" in words
     engine.run(600)
     assert request.num_output_tokens == 60
     engine.check()
