@@ -12,16 +12,11 @@ from hypothesis import strategies as st
 
 pytest.importorskip("vllm", reason="the plug-in's tests need vLLM")
 
-from vllm.v1.core.sched.interface import PauseState
-
 from tests.unit.engine.test_time_traces import Trace, actions
 from tests.unit.engine.time_bench import PROMPT, Bench, as_json
 from tokencake import protocol
 from tokencake_vllm.block_budget import STATES
 from tokencake_vllm.scheduler import create_scheduler
-
-EAGER = {"swap_oldest": 9, "swap_from": 1, "swap_patience_tokens": 0, "short_s": 0.0}
-"""Swaps out whenever it can."""
 
 
 def with_space(**values: Any) -> Callable[..., Any]:
@@ -117,7 +112,7 @@ def test_the_account_is_in_the_state_and_in_the_metrics(bench: Callable[..., Ben
 
 
 @pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
-@pytest.mark.parametrize("space", [{}, {"guarded": 0, **EAGER}, {"policy": "paper"}])
+@pytest.mark.parametrize("space", [{}, {"guarded": 0, "short_s": 0.0}, {"policy": "paper"}])
 def test_whatever_happens_every_block_is_accounted_for_and_every_call_ends(
     tiny_model: Path, space: dict[str, Any], is_async: bool
 ) -> None:
@@ -161,75 +156,4 @@ def test_what_is_held_for_a_stalled_agent_gives_way_before_a_call_that_runs(benc
 
     assert engine.count("kv_pins", "yielded") == 1
     assert not any(request.num_preemptions for request in engine.scheduler.requests.values())
-    engine.run(600)
-
-
-def old_young_and_younger(engine: Bench) -> None:
-    """Two young calls fill the device; then comes a long call of an application that was here before them."""
-    engine.answer([1] * 20, session="old", app="old")
-    engine.call([5] * 100, "young", 60, app="young")
-    engine.call([6] * 100, "younger", 60, app="younger")
-    for _ in range(3):
-        engine.step(finish_jobs=True)
-
-
-@pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
-def test_a_young_application_is_swapped_out_for_an_old_one_and_loses_nothing(
-    bench: Callable[..., Bench], is_async: bool
-) -> None:
-    engine = bench(EAGER, num_blocks=20, is_async=is_async)
-    old_young_and_younger(engine)
-    engine.call([9] * 150, "old", 2, app="old")
-    swapped = engine.step(finish_jobs=True)
-    assert engine.count("space_swaps") == 1
-    assert swapped.preempted_req_ids == {"r3"}
-    assert "r3" not in swapped.num_scheduled_tokens, "it does not come back in the step that took its memory"
-    request = engine.scheduler.requests["r3"]
-    for _ in range(20):
-        if found := engine.step(finish_jobs=True).num_scheduled_tokens.get("r3"):
-            break
-    assert 0 < found <= 16 + 2, "the host brought all but the last block"
-    assert engine.count("space_swaps") == 1
-    words = [entry["words"] for entry in engine.scheduler.tokencake_decisions("r3", None, 100)["decisions"]]
-    assert "was swapped out for old, a more senior application" in words
-    engine.run(600)
-    assert request.num_output_tokens == 60
-    engine.check()
-
-
-def test_nobody_is_swapped_out_where_the_host_cannot_bring_it_back(bench: Callable[..., Bench]) -> None:
-    engine = bench(EAGER, num_blocks=20, host_blocks=0)
-    old_young_and_younger(engine)
-    engine.call([9] * 150, "old", 2, app="old")
-    engine.run(600)
-
-    assert engine.count("space_swaps") == 0
-
-
-def test_nobody_is_swapped_out_while_the_engine_is_paused(bench: Callable[..., Bench]) -> None:
-    engine = bench(EAGER, num_blocks=20)
-    old_young_and_younger(engine)
-    running = [request.request_id for request in engine.scheduler.running]
-    engine.scheduler.set_pause_state(PauseState.PAUSED_NEW)
-    engine.call([9] * 150, "old", 2, app="old")
-    for _ in range(20):
-        engine.step(finish_jobs=True)
-    assert [request.request_id for request in engine.scheduler.running] == running
-    engine.scheduler.set_pause_state(PauseState.UNPAUSED)
-    engine.run(600)
-
-    assert engine.count("space_swaps") > 0
-
-
-def test_a_pin_goes_before_anybody_is_swapped_out(bench: Callable[..., Bench]) -> None:
-    engine = bench(EAGER, num_blocks=31, keep_share=0.9)
-    engine.answer([1] * 20, session="old", app="old")
-    engine.answer([3] * 150, session="held", app="held", expects_tools={"ls": 0.05}, reuse="extends")
-    engine.call([5] * 100, "young", 60, app="young")
-    engine.step()
-    engine.call([9] * 250, "old", 2, app="old")
-    engine.step()
-
-    assert engine.count("kv_pins", "yielded") == 1
-    assert engine.count("space_swaps") == 0
     engine.run(600)
