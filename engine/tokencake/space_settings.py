@@ -44,9 +44,11 @@ class SpaceSettings:
     """So many of the most senior applications may have calls of young ones swapped out to the host; 0: none."""
     swap_from: int = may(count(1_000), 4)
     """So many of the most senior applications are not swapped out."""
+    swap_share: float = may(number(0, 1), 0.3)
+    """Of all blocks: nobody is swapped out for a call that needs less; it finds room soon."""
     swaps_per_call: int = may(count(1_000), 4)
     """How often one call may be swapped out."""
-    swap_patience_tokens: int = may(count(100_000), 128)
+    swap_patience_tokens: int = may(count(100_000), 64)
     """Tokens of its answer within which a call is waited for rather than swapped out."""
     answer_quantile: float = may(number(0, 1), 0.8)
     """Of an agent's recent answers: the length to be reckoned with."""

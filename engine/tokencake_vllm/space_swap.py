@@ -59,7 +59,7 @@ class Swap:
         request = self._scheduler.requests[head.request_id]
         need = self._view.blocks_of(request.num_tokens) - self._view.held_prefix_blocks(request)
         free = self._view.free_blocks + self._coming_blocks()
-        if need <= free:
+        if need <= free or need < self._settings.swap_share * self._view.total_blocks:
             return []
         apps = by_seniority((self._calls[name], rank) for name, rank in ages.items() if name in self._calls)
         promises = [self._promise(other) for other in self._scheduler.running]

@@ -101,7 +101,7 @@ def test_two_loads_that_hold_each_others_memory_do_not_stop_the_engine(policy: s
 
 @pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
 def test_with_swaps_whenever_possible_all_is_done_and_nothing_idles(crowd: Workload, is_async: bool) -> None:
-    eager = {"swap_oldest": 8, "swap_from": 1, "swap_patience_tokens": 0}
+    eager = {"swap_oldest": 8, "swap_from": 1, "swap_share": 0.0, "swap_patience_tokens": 0}
     metrics = run(crowd, "ours", settings=eager, is_async=is_async, kv_blocks=70).metrics
 
     assert metrics["decisions"]["space_swaps"] > 0

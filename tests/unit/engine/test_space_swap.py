@@ -19,7 +19,7 @@ from tests.unit.engine.test_both_schedulers import check_budget, with_space
 from tests.unit.engine.test_time_traces import Trace, actions
 from tests.unit.engine.time_bench import Bench, make_request
 
-EAGER = {"swap_oldest": 9, "swap_from": 1, "swap_patience_tokens": 0, "short_s": 0.0}
+EAGER = {"swap_oldest": 9, "swap_from": 1, "swap_share": 0.0, "swap_patience_tokens": 0, "short_s": 0.0}
 """Swaps out whenever it can."""
 
 
@@ -208,6 +208,16 @@ def test_calls_without_a_hint_neither_push_nor_are_pushed(bench: Callable[..., B
     engine.scheduler.add_request(make_request("plain", [9] * 150, None, 4))
     engine.run(600)
     assert engine.count("space_swaps") == 0
+
+
+def test_nobody_is_swapped_out_for_a_call_that_needs_little(bench: Callable[..., Bench]) -> None:
+    for share, swaps in ((0.6, 0), (0.5, 1)):
+        engine = bench({"swap_share": share}, num_blocks=20)
+        old_young_and_younger(engine)
+        engine.call([9] * 150, "old", 2, app="old")  # 10 of 19 blocks
+        engine.step(finish_jobs=True)
+        assert engine.count("space_swaps") == swaps
+        engine.run(600)
 
 
 def test_nobody_is_swapped_out_where_the_host_cannot_bring_it_back(bench: Callable[..., Bench]) -> None:
