@@ -62,9 +62,10 @@ class Swap:
         if need <= free or need < self._settings.swap_share * self._view.total_blocks:
             return []
         apps = by_seniority((self._calls[name], rank) for name, rank in ages.items() if name in self._calls)
+        if head.app.id not in apps[: self._settings.swap_oldest]:
+            return []
         promises = [self._promise(other) for other in self._scheduler.running]
-        wait_tokens = tokens_until_free(promises, need, free, self._view.block_tokens)
-        if head.app.id not in apps[: self._settings.swap_oldest] or wait_tokens <= self._settings.swap_patience_tokens:
+        if tokens_until_free(promises, need, free, self._view.block_tokens) <= self._settings.swap_patience_tokens:
             return []
         short = need + sum(promise.pending_blocks for promise in promises) - free
         names = set()
@@ -94,11 +95,13 @@ class Swap:
         return not self._is_kept(now) or request_id == self._heir
 
     def _is_kept(self, now: float) -> bool:
-        call = None if self._heir is None else self._applications.calls.get(self._heir)
-        if call is None or call.is_running:
+        request = None if self._heir is None else self._scheduler.requests.get(self._heir)
+        if request is None or request.status not in ADMISSIBLE:  # it is gone, or has its blocks
             self._heir = None
         elif now > self._until_s:
-            self._heir, call.is_in_vain = None, True
+            self._heir = None
+            if (call := self._calls.get(request.request_id)) is not None:
+                call.is_in_vain = True
         return self._heir is not None
 
     def note_step(self, output: SchedulerOutput) -> None:

@@ -195,6 +195,29 @@ def test_a_call_that_does_not_start_for_another_reason_is_given_way_to_once(benc
     engine.check()
 
 
+def test_a_call_that_loads_its_prefix_for_long_has_started(bench: Callable[..., Bench]) -> None:
+    engine = bench(num_blocks=20)
+    name = engine.answer([1] * 130, session="old", app="old", expects_tools={"build": 60.0}, reuse="extends")
+    engine.wipe()
+    engine.call([5] * 100, "young", 60, app="young")
+    engine.call([6] * 100, "younger", 60, app="younger")
+    for _ in range(3):
+        engine.step(finish_jobs=True)
+    head = engine.call(engine.follow_up(name), "old", 2, app="old")
+    for _ in range(5):
+        engine.step()
+        for place, job in reversed(list(enumerate(engine.worker.jobs))):
+            if job.kind == "store":
+                engine.finish_job(place)
+    assert engine.count("space_swaps") == 1
+    assert engine.scheduler.requests[head].status.name == "WAITING_FOR_REMOTE_KVS"
+    engine.clock.now += 1.5
+    engine.step()
+    assert not engine.scheduler.applications.calls[head].is_in_vain
+    engine.run(600)
+    engine.check()
+
+
 def test_calls_without_a_hint_neither_push_nor_are_pushed(bench: Callable[..., Bench]) -> None:
     engine = bench(num_blocks=20)
     engine.answer([1] * 20, session="old", app="old")
