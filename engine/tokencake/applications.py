@@ -95,7 +95,7 @@ class LiveCall:
     swapped_for: str | None = None
     """That application, until it runs again."""
     is_in_vain: bool = False
-    """Whether others gave way to it and it did not start: nobody does again."""
+    """Whether others gave way to it and it did not start although there was room: nobody does again."""
     slack_s: float | None = None
     """As of the last time that `Applications.slack_s` measured its application."""
 

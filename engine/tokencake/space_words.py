@@ -23,6 +23,7 @@ _REASONS: Final = {
     "critical": "a call of an application with a critical path waits for memory",
     "begun": "its application has not begun, and calls of others that have wait for memory",
     "order": "a call without a hint that came before it waits for memory",
+    "kept": "what is free was given up for a call of an older application",
     "closed": "a call before it has been passed for too long",
     "reserved": "the rest of the memory is reserved for critical agent types",
 }

@@ -5,7 +5,8 @@ Whoever shares blocks of a call shares them from its first block on, so each bor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Final
 
 from vllm.v1.core.kv_cache_utils import make_block_hash_with_group_id
@@ -49,6 +50,16 @@ class BlockView:
 
         # The last token is always computed, so vLLM hits no block that ends behind it.
         return _first_without(is_held, min(len(hashes), (request.num_tokens - 1) // self.block_tokens))
+
+    def freed_by(self, leaving: Iterable[str], request: Request) -> int:
+        """Blocks that come free when these requests lose theirs, without those that the waiting `request` will hit."""
+        tables = (self._manager.coordinator.get_blocks(name)[0] for name in leaving)
+        holds = Counter(block.block_id for table in tables for block in table)
+        find = self._manager.block_pool.cached_block_hash_to_block.get_one_block
+        for key in request.block_hashes[: self.held_prefix_blocks(request)]:
+            if (block := find(make_block_hash_with_group_id(key, 0))) is not None:
+                holds.pop(block.block_id, None)
+        return self.held_only_by(holds)
 
     def held_only_by(self, holds: Mapping[int, int]) -> int:
         """Blocks that nobody holds but for these, so many by the id of a block."""

@@ -26,7 +26,7 @@ _COUNTERS = {
     "forgotten": ("Records dropped because of age or the registry's bounds", ["record"]),
     "errors": ("Exceptions inside the plug-in that were caught", []),
     "space_refusals": (
-        "Waiting calls passed over in a step: full, promised, delays, begun, critical, order, closed or reserved",
+        "Waiting calls passed over in a step: full, promised, delays, begun, critical, order, kept, closed or reserved",
         ["reason"],
     ),
     "space_swaps": ("Running calls swapped out for an older application's", []),

@@ -74,6 +74,12 @@ class Gate:
         self._words.note_refused(call, reason, need, self._view.free_blocks, now)
         return False
 
+    def note_kept(self, request: Request, call: LiveCall, now: float) -> None:
+        """`request` was not asked for: what is free was given up for another call."""
+        need = self._view.blocks_of(request.num_tokens) - self._view.held_prefix_blocks(request)
+        self._registry.counts["space_refusals", "kept"] += 1
+        self._words.note_refused(call, "kept", need, self._view.free_blocks, now)
+
     def _settle_tried(self, admitted: Callable[[], list[Request]]) -> None:
         """Whom the gate let through last: if vLLM gave it its blocks, they are promised."""
         if self._promises is None:

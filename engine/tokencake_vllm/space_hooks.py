@@ -64,6 +64,8 @@ class SpaceMixin(_Base):
         self._is_plain = True
         """Whether no call that lives has a hint: then everything is left as it is in stock vLLM."""
         self._gate = Gate(self.space, self.space_policy, self.applications, self._view, self._words, self.registry)
+        self._leaving: list[Request] = []
+        """Running calls that the last ranking has chosen to be swapped out."""
         self._swap = Swap(self, self.space, self.applications, self._view, self._gate)
         if self._is_space_on:
             self.waiting = self._line
@@ -116,8 +118,10 @@ class SpaceMixin(_Base):
         step, version = self._ranked_at
         is_ranked = self.applications.version != version or self._steps - step >= RANKING_STEPS
         if is_ranked:
+            now = time.monotonic()
             with self._advice():
-                self._rank(time.monotonic())
+                self._rank(now)
+            self._swap_out(now)
         output = super().schedule(*args, **kwargs)
         with self._advice():
             self._note_started(output, time.monotonic(), is_ranked=is_ranked)
@@ -139,17 +143,18 @@ class SpaceMixin(_Base):
         if not self._is_plain:
             self._sort()
         # Pins that were left when another call was first in line go before any running call does.
-        if not self._yield_pins() and not self._is_plain and self._swap_out(now):
-            self._sort()
+        self._leaving = [] if self._yield_pins() or self._is_plain else self._swap.choose(self._ages, now)
 
-    def _swap_out(self, now: float) -> bool:
-        """Let running calls of young applications give way to the first in line; whether any did."""
-        out = self._swap.choose(self._ages, now)
-        for request in out:
+    def _swap_out(self, now: float) -> None:
+        """Let running calls of young applications give way to the first in line, as vLLM preempts."""
+        leaving, self._leaving = self._leaving, []
+        for request in leaving:
             self.running.remove(request)
             self._preempt_request(request, now, drop_stale_output=self.requires_kv_delivery)
             self.registry.counts["space_swaps",] += 1
-        return bool(out)
+        if leaving:
+            with self._advice():
+                self._sort()
 
     def _sort(self) -> None:
         siblings = self._siblings()
@@ -204,11 +209,12 @@ class SpaceMixin(_Base):
             if call is None or self._is_plain or not (self.running or self._inflight_prefills):
                 return True
             if not self._swap.may_start(request.request_id, now):
+                self._gate.note_kept(request, call, now)
                 return False
-            return self._gate.admits(request, call, self._admitted, now)
+            return self._gate.admits(request, call, self.admitted, now)
         return True
 
-    def _admitted(self) -> list[Request]:
+    def admitted(self) -> list[Request]:
         """Who has blocks: the calls that run and those that load their prefix."""
         loading = [request for request in self._inflight_prefills if request.status != RequestStatus.RUNNING]
         return [*self.running, *loading]

@@ -64,18 +64,22 @@ class Swap:
         apps = by_seniority((self._calls[name], rank) for name, rank in ages.items() if name in self._calls)
         if head.app.id not in apps[: self._settings.swap_oldest]:
             return []
-        promises = [self._promise(other) for other in self._scheduler.running]
+        admitted = self._scheduler.admitted()
+        promises = [self._promise(other) for other in admitted]
         if tokens_until_free(promises, need, free, self._view.block_tokens) <= self._settings.swap_patience_tokens:
             return []
-        short = need + sum(promise.pending_blocks for promise in promises) - free
-        names = set()
-        for candidate in victims(head, short, self._candidates(), apps, self._settings):
+        # Each call that runs may want one more block before the copies are over.
+        margin = len(admitted) + self._scheduler.kv_cache_manager.watermark_blocks
+        short = need + margin + sum(promise.pending_blocks for promise in promises) - free
+        chosen = victims(head, short, self._candidates(), apps, self._settings)
+        names = {candidate.call.request_id for candidate in chosen}
+        if not names or self._view.freed_by(names, request) < short:
+            return []
+        for candidate in chosen:
             candidate.call.swaps += 1
             candidate.call.swapped_for = head.app.id
-            names.add(candidate.call.request_id)
-        if names:
-            self._heir, self._until_s = head.request_id, now + _START_S
-            self._away |= names
+        self._heir, self._until_s = head.request_id, now + _START_S
+        self._away |= names
         return [other for other in self._scheduler.running if other.request_id in names]
 
     def _head(self, now: float) -> LiveCall | None:
@@ -100,7 +104,9 @@ class Swap:
             self._heir = None
         elif now > self._until_s:
             self._heir = None
-            if (call := self._calls.get(request.request_id)) is not None:
+            has_room = self._view.blocks_of(request.num_tokens) <= self._view.free_blocks
+            call = self._calls.get(request.request_id)
+            if call is not None and has_room and self._scheduler.pause_state == PauseState.UNPAUSED:
                 call.is_in_vain = True
         return self._heir is not None
 

@@ -153,6 +153,39 @@ def test_blocks_that_others_hold_too_are_not_counted_as_freed(bench: Callable[..
     engine.run(1_500)
 
 
+def test_nobody_gives_way_where_the_first_in_line_would_lose_what_it_shares_with_them(
+    bench: Callable[..., Bench],
+) -> None:
+    """What it was to hit goes with the call that holds it: both together would not make room."""
+    engine = bench(num_blocks=60, max_tokens_per_step=2_000)
+    engine.answer([1] * 20, session="old", app="old")
+    engine.call([4] * 300, "middle", 300, app="middle")
+    engine.call([3] * 320 + [5] * 40, "young", 300, app="young")
+    for _ in range(10):
+        engine.step(finish_jobs=True)
+    free = engine.pool.get_num_free_blocks()
+    engine.call([3] * 320 + [9] * (16 * (free + 20)), "old", 2, app="old")
+    for _ in range(8):
+        engine.step(finish_jobs=True)
+        assert engine.scheduler._swap._heir is None
+    assert engine.count("space_swaps") == 0
+    engine.run(1_500)
+
+
+def test_a_slow_copy_is_no_reason_never_to_ask_again(bench: Callable[..., Bench]) -> None:
+    engine = bench(num_blocks=20)
+    old_young_and_younger(engine)
+    head = engine.call([9] * 150, "old", 2, app="old")
+    engine.step()
+    engine.clock.now += 1.5
+    engine.step()
+    assert engine.scheduler._swap._heir is None, "others may go on"
+    assert not engine.scheduler.applications.calls[head].is_in_vain
+    reasons = {key[1] for key in engine.scheduler.registry.counts if key[0] == "space_refusals"}
+    assert "kept" in reasons
+    engine.run(600)
+
+
 def test_only_an_application_that_came_earlier_is_given_way_to(bench: Callable[..., Bench]) -> None:
     """A client that names each call another application, and calls it short, pushes nobody out."""
     engine = bench({"short_s": 1.5}, num_blocks=30)
