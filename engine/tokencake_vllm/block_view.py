@@ -51,6 +51,10 @@ class BlockView:
         # The last token is always computed, so vLLM hits no block that ends behind it.
         return _first_without(is_held, min(len(hashes), (request.num_tokens - 1) // self.block_tokens))
 
+    def needed_blocks(self, request: Request) -> int:
+        """Blocks that a waiting request would take: all of its own but those that others hold already."""
+        return self.blocks_of(request.num_tokens) - self.held_prefix_blocks(request)
+
     def freed_by(self, leaving: Iterable[str], request: Request) -> int:
         """Blocks that come free when these requests lose theirs, without those that the waiting `request` will hit."""
         tables = (self._manager.coordinator.get_blocks(name)[0] for name in leaving)

@@ -59,7 +59,7 @@ class Gate:
         if len(self._passed) >= self._settings.scan:
             return False
         self._settle_tried(admitted)
-        need = self._view.blocks_of(request.num_tokens) - self._view.held_prefix_blocks(request)
+        need = self._view.needed_blocks(request)
         reason = self._policy.refusal(call, need, self.memory())
         if reason is None:
             self._tried = request, call, need
@@ -76,7 +76,7 @@ class Gate:
 
     def note_kept(self, request: Request, call: LiveCall, now: float) -> None:
         """`request` was not asked for: what is free was given up for another call."""
-        need = self._view.blocks_of(request.num_tokens) - self._view.held_prefix_blocks(request)
+        need = self._view.needed_blocks(request)
         self._registry.counts["space_refusals", "kept"] += 1
         self._words.note_refused(call, "kept", need, self._view.free_blocks, now)
 

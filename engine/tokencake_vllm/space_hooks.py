@@ -64,8 +64,6 @@ class SpaceMixin(_Base):
         self._is_plain = True
         """Whether no call that lives has a hint: then everything is left as it is in stock vLLM."""
         self._gate = Gate(self.space, self.space_policy, self.applications, self._view, self._words, self.registry)
-        self._leaving: list[Request] = []
-        """Running calls that the last ranking has chosen to be swapped out."""
         self._swap = Swap(self, self.space, self.applications, self._view, self._gate)
         if self._is_space_on:
             self.waiting = self._line
@@ -119,16 +117,18 @@ class SpaceMixin(_Base):
         is_ranked = self.applications.version != version or self._steps - step >= RANKING_STEPS
         if is_ranked:
             now = time.monotonic()
+            leaving: list[Request] = []
             with self._advice():
-                self._rank(now)
-            self._swap_out(now)
+                leaving = self._rank(now)
+            self._swap_out(leaving, now)
         output = super().schedule(*args, **kwargs)
         with self._advice():
             self._note_started(output, time.monotonic(), is_ranked=is_ranked)
         self._gate.reset()
         return output
 
-    def _rank(self, now: float) -> None:
+    def _rank(self, now: float) -> list[Request]:
+        """Rank all anew; returns the running calls that are to be swapped out."""
         self._ranked_at = self._steps, self.applications.version
         for request in self.running:
             self.applications.charge(request.request_id, self._held_share(request), now)
@@ -143,11 +143,10 @@ class SpaceMixin(_Base):
         if not self._is_plain:
             self._sort()
         # Pins that were left when another call was first in line go before any running call does.
-        self._leaving = [] if self._yield_pins() or self._is_plain else self._swap.choose(self._ages, now)
+        return [] if self._yield_pins() or self._is_plain else self._swap.choose(self._ages, now)
 
-    def _swap_out(self, now: float) -> None:
+    def _swap_out(self, leaving: list[Request], now: float) -> None:
         """Let running calls of young applications give way to the first in line, as vLLM preempts."""
-        leaving, self._leaving = self._leaving, []
         for request in leaving:
             self.running.remove(request)
             self._preempt_request(request, now, drop_stale_output=self.requires_kv_delivery)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from vllm.v1.core.sched.interface import PauseState
@@ -41,7 +42,7 @@ class Swap:
     ) -> None:
         self._scheduler = scheduler
         self._settings = settings
-        self._applications = applications
+        self._calls = applications.calls
         self._view = view
         self._gate = gate
         self._losses = Losses()
@@ -57,7 +58,7 @@ class Swap:
         if head is None:
             return []
         request = self._scheduler.requests[head.request_id]
-        need = self._view.blocks_of(request.num_tokens) - self._view.held_prefix_blocks(request)
+        need = self._view.needed_blocks(request)
         free = self._view.free_blocks + self._coming_blocks()
         if need <= free or need < self._settings.swap_share * self._view.total_blocks:
             return []
@@ -119,10 +120,6 @@ class Swap:
                 lost += request.num_tokens - request.num_computed_tokens + output.num_scheduled_tokens.get(name, 0)
         self._losses.add(output.total_num_scheduled_tokens, lost)
 
-    @property
-    def _calls(self) -> dict[str, LiveCall]:
-        return self._applications.calls
-
     def _coming_blocks(self) -> int:
         """Blocks that come free without anybody's end: the step under way or a copy to the host still has them."""
         holds = Counter(self._scheduler.storing())
@@ -136,8 +133,7 @@ class Swap:
         return request.max_tokens - request.num_output_tokens if is_overdue else self._gate.left_tokens(request)
 
     def _promise(self, request: Request) -> Promise:
-        promise = self._gate.promise(request)
-        return Promise(self._left_tokens(request), promise.pending_blocks, promise.freed_blocks)
+        return replace(self._gate.promise(request), left_tokens=self._left_tokens(request))
 
     def _candidates(self) -> list[Candidate]:
         running = [(self._calls[r.request_id], r) for r in self._scheduler.running if r.request_id in self._calls]

@@ -32,9 +32,7 @@ def with_space(**values: Any) -> Callable[..., Any]:
 @pytest.fixture
 def bench(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Bench]:
     def make(space: dict[str, Any] | None = None, **options: Any) -> Bench:
-        engine = Bench(tiny_model, monkeypatch, create=with_space(**(space or {})), **options)
-        monkeypatch.setattr("tokencake_vllm.space_hooks.time", engine.clock)
-        return engine
+        return Bench(tiny_model, monkeypatch, create=with_space(**(space or {})), **options)
 
     return make
 
@@ -49,6 +47,18 @@ def check_budget(engine: Bench) -> None:
         assert budget["uploading"] == budget["storing"] == 0
     if not engine.scheduler.requests and not engine.scheduler.deferred_frees:
         assert budget["running"] == budget["leaving"] == 0
+
+
+def play_out(engine: Bench, trace: list[tuple[Any, ...]], *, limit: int) -> None:
+    """Every block is accounted for after each action, and in the end nobody is left."""
+    player = Trace(engine)
+    for action in trace:
+        player.play(action)
+        check_budget(engine)
+    engine.run(limit)
+    engine.check()
+    check_budget(engine)
+    assert engine.scheduler.applications.calls == {}
 
 
 def test_every_block_is_somebodys_at_each_stage_of_a_call(bench: Callable[..., Bench]) -> None:
@@ -129,15 +139,7 @@ def test_whatever_happens_every_block_is_accounted_for_and_every_call_ends(
                 keep_share=0.5,
                 is_async=is_async,
             )
-            patch.setattr("tokencake_vllm.space_hooks.time", engine.clock)
-            player = Trace(engine)
-            for action in trace:
-                player.play(action)
-                check_budget(engine)
-            engine.run(2_000)
-            engine.check()
-            check_budget(engine)
-            assert engine.scheduler.applications.calls == {}
+            play_out(engine, trace, limit=2_000)
 
     play()
 

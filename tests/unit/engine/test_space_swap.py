@@ -15,7 +15,7 @@ pytest.importorskip("vllm", reason="the plug-in's tests need vLLM")
 
 from vllm.v1.core.sched.interface import PauseState
 
-from tests.unit.engine.test_both_schedulers import check_budget, with_space
+from tests.unit.engine.test_both_schedulers import play_out, with_space
 from tests.unit.engine.test_time_traces import Trace, actions
 from tests.unit.engine.time_bench import Bench, make_request
 
@@ -26,9 +26,7 @@ EAGER = {"swap_oldest": 9, "swap_from": 1, "swap_share": 0.0, "swap_patience_tok
 @pytest.fixture
 def bench(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Bench]:
     def make(space: dict[str, Any] | None = None, **options: Any) -> Bench:
-        engine = Bench(tiny_model, monkeypatch, create=with_space(**{**EAGER, **(space or {})}), **options)
-        monkeypatch.setattr("tokencake_vllm.space_hooks.time", engine.clock)
-        return engine
+        return Bench(tiny_model, monkeypatch, create=with_space(**{**EAGER, **(space or {})}), **options)
 
     return make
 
@@ -331,15 +329,7 @@ def test_whatever_happens_beside_swaps_every_block_is_accounted_for_and_every_ca
             patch.setattr("tokencake_vllm.space_swap._LOST_SHARE", 1.0)
             patch.setattr(Trace, "_call", with_an_application_each)
             engine = Bench(tiny_model, patch, create=with_space(**EAGER), num_blocks=30, is_async=is_async)
-            patch.setattr("tokencake_vllm.space_hooks.time", engine.clock)
-            player = Trace(engine)
-            for action in trace:
-                player.play(action)
-                check_budget(engine)
-            engine.run(3_000)
-            engine.check()
-            check_budget(engine)
-            assert engine.scheduler.applications.calls == {}
+            play_out(engine, trace, limit=3_000)
             swaps.append(engine.count("space_swaps"))
 
     play()

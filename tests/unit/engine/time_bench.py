@@ -73,7 +73,7 @@ class Bench:
 
     def __init__(self, model: Path, monkeypatch: Any, **options: Any) -> None:
         self.clock = Clock()
-        for module in ("time_hooks", "connector", "scheduler"):
+        for module in ("time_hooks", "space_hooks", "connector", "scheduler"):
             monkeypatch.setattr(f"tokencake_vllm.{module}.time", self.clock)
         self.scheduler = build(model, **options)
         self.cache = self.scheduler.time.cache
