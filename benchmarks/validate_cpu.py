@@ -123,7 +123,7 @@ class RealEngine:
 
         def watched_schedule(*args: Any, **kwargs: Any) -> Any:
             output = schedule(*args, **kwargs)
-            step = begun_step(scheduler, output, 0.0)
+            step = begun_step(scheduler, output)
             self._load = StepLoad(step.prefill_tokens, step.decode_seqs, step.kv_tokens_read)
             return output
 

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from tokencake.settings import MeasureSettings, section
+from tokencake_vllm.step_clock import StepClock
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -28,12 +29,12 @@ class Step:
     kv_tokens_read: int
     """Context lengths of the decoding calls added up."""
     seconds: float
-    """While the step is under way: when it was scheduled."""
+    """0 while the step is under way."""
 
 
-def begun_step(scheduler: Any, output: SchedulerOutput, began_s: float) -> Step:
+def begun_step(scheduler: Any, output: SchedulerOutput) -> Step:
     """What the step that `scheduler` has just scheduled computes: next tokens of answers, or what comes before them."""
-    step = Step(0, 0, 0, began_s)
+    step = Step(0, 0, 0, 0.0)
     for name, tokens in output.num_scheduled_tokens.items():
         request = scheduler.requests[name]
         if tokens == 1 and request.num_computed_tokens > request.num_prompt_tokens:
@@ -52,26 +53,24 @@ class StepMixin(_Base):
         kept = section(self.vllm_config.additional_config, "measure", MeasureSettings).steps
         self._measured_steps: deque[Step] = deque(maxlen=kept)
         self._steps_under_way: deque[Step] = deque()
-        self._step_ended_s = 0.0
+        self._step_clock = StepClock()
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """Stock, then note what the step computes."""
         if not self._measured_steps.maxlen:
             return super().schedule(*args, **kwargs)
-        began_s = time.monotonic()
+        self._step_clock.schedule(time.monotonic())
         output = super().schedule(*args, **kwargs)
         with self._advice():
-            self._steps_under_way.append(begun_step(self, output, began_s))
+            self._steps_under_way.append(begun_step(self, output))
         return output
 
     def update_from_output(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
-        """Note the end of the oldest step under way; with async scheduling it began when the one before it ended."""
+        """Note the end of the oldest step under way."""
         if self._measured_steps.maxlen:
             with self._advice():
-                now = time.monotonic()
                 step = self._steps_under_way.popleft()
-                step.seconds = now - max(step.seconds, self._step_ended_s)
-                self._step_ended_s = now
+                step.seconds = self._step_clock.complete(time.monotonic())
                 if step.prefill_tokens or step.decode_seqs:
                     self._measured_steps.append(step)
         return super().update_from_output(scheduler_output, *args, **kwargs)

@@ -20,6 +20,7 @@ from tokencake.stall_book import StallBook
 from tokencake.time_scheduler import CHURN_STEPS, MIN_CHANCE, Decision, Finished, TimeSettings, policy_of
 from tokencake_vllm.alarm import Alarm
 from tokencake_vllm.free_order import FreeOrder
+from tokencake_vllm.step_clock import StepClock
 from tokencake_vllm.uploads import GROWTH_BLOCKS, QUEUE_SCAN, Uploads, demand
 
 if TYPE_CHECKING:
@@ -60,9 +61,7 @@ class TimeEngine:
         """Of a waiting call: the chain that it extends, and whose pins it takes over."""
         self._steps = 0
         self._stored_at_step: deque[int] = deque()
-        self._scheduled_s: deque[float] = deque()
-        """When each step under way was scheduled."""
-        self._completed_s = 0.0
+        self._clock = StepClock()
         self._now = 0.0
         """Of the newest step or event, for what happens within."""
         self._admitted_s: float | None = None
@@ -251,7 +250,7 @@ class TimeEngine:
     def before_step(self, now: float) -> None:
         """What is due, and room for those who wait."""
         self._steps += 1
-        self._scheduled_s.append(now)
+        self._clock.schedule(now)
         self._now = now
         self._order.demote_dead()
         for name in self.alarm.take_due(now):
@@ -368,10 +367,9 @@ class TimeEngine:
 
     def complete_step(self, tokens: int, now: float) -> None:
         """The device is through with a step of so many tokens."""
-        began = max(self._scheduled_s.popleft() if self._scheduled_s else now, self._completed_s)
-        self._completed_s = now
+        took_s = self._clock.complete(now)
         if tokens >= _PREFILL_STEP_TOKENS:
-            self.cache.rates.prefill.learn(tokens, now - began)
+            self.cache.rates.prefill.learn(tokens, took_s)
         self._order.demote_dead()
 
     def is_stalled(self, chain_id: str) -> bool:
