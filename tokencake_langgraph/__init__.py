@@ -2,7 +2,7 @@
 
 try:
     from tokencake_langgraph.chat_model import ChatTokencake
-    from tokencake_langgraph.handler import TokencakeHandler
+    from tokencake_langgraph.handler import TokencakeHandler, install
     from tokencake_langgraph.sender import SenderStats
     from tokencake_langgraph.senders import flush, stats
     from tokencake_langgraph.tool_span import tool_span
@@ -12,3 +12,6 @@ except ModuleNotFoundError as error:
     ) from error
 
 __all__ = ["ChatTokencake", "SenderStats", "TokencakeHandler", "flush", "stats", "tool_span"]
+
+# Here and not in the model's constructor: a run may begin before the first model is made, in one of its nodes.
+install()

@@ -1,14 +1,12 @@
 """How does the client hear of every run of the process?
 
-`TokencakeHandler` is in every callback manager that LangChain makes, in every thread and without a `config`, from the
-first `ChatTokencake` on. It runs inline: what it leaves in a context variable is there when the model is called.
+`TokencakeHandler` is in every callback manager that LangChain makes, in every thread and without a `config`, as soon
+as this package is imported. It runs inline: what it leaves in a context variable is there when the model is called.
 """
 
 from __future__ import annotations
 
 import logging
-import os
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from functools import wraps
@@ -18,18 +16,12 @@ from uuid import UUID
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.messages import AIMessage, BaseMessage, ToolMessage
 from langchain_core.outputs import LLMResult
-from langchain_core.runnables.config import RunnableConfig, var_child_runnable_config
 from langchain_core.tracers.context import register_configure_hook
 from typing_extensions import override
 
+from tokencake_langgraph.enclosing import enclosing_graphs, enclosing_run
 from tokencake_langgraph.estimates import estimate_in
-from tokencake_langgraph.lifecycle import Lifecycle
-
-LIFECYCLE = Lifecycle()
-"""What all handlers of the process report to, so that a second handler counts nothing twice."""
-
-CURRENT_CALL: ContextVar[UUID | None] = ContextVar("tokencake_current_call", default=None)
-"""The latest LLM run started in this context: `_stream` and `_astream` are not told theirs."""
+from tokencake_langgraph.lifecycle import CURRENT_CALL, LIFECYCLE
 
 _Callback = TypeVar("_Callback", bound=Callable[..., None])
 
@@ -66,6 +58,7 @@ class TokencakeHandler(BaseCallbackHandler):
         name: str | None = None,
         **kwargs: Any,
     ) -> None:
+        _introduce(parent_run_id)
         LIFECYCLE.open_chain(run_id, parent_run_id, name, metadata or {}, inputs)
 
     @override
@@ -92,6 +85,7 @@ class TokencakeHandler(BaseCallbackHandler):
         metadata: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        _introduce(parent_run_id)
         LIFECYCLE.open_chain(run_id, parent_run_id, None, metadata or {}, None)
 
     @override
@@ -122,6 +116,7 @@ class TokencakeHandler(BaseCallbackHandler):
         if parent_run_id is None:
             parent_run_id, outer = enclosing_run()
             known = {**outer, **known}
+        _introduce(parent_run_id)
         is_structured = "ls_structured_output_format" in (options or {})
         LIFECYCLE.open_call(run_id, parent_run_id, known, is_structured_output=is_structured)
 
@@ -148,6 +143,7 @@ class TokencakeHandler(BaseCallbackHandler):
         tool_call_id: str | None = None,
         **kwargs: Any,
     ) -> None:
+        _introduce(parent_run_id)
         name = (serialized or {}).get("name") or "tool"
         known = metadata or {}
         LIFECYCLE.open_tool(run_id, parent_run_id, name, tool_call_id, known, estimate_in(known))
@@ -164,27 +160,46 @@ class TokencakeHandler(BaseCallbackHandler):
         LIFECYCLE.close_tool(run_id, error)
 
 
-def enclosing_run() -> tuple[UUID | None, Mapping[str, Any]]:
-    """The run that this code belongs to, and its metadata, where no callback manager says it.
-
-    `llm.generate()` and plain code in a node are given no config; LangChain keeps the node's in a context variable.
-    """
-    config: RunnableConfig | None = var_child_runnable_config.get()
-    if config is None:
-        return None, {}
-    return getattr(config.get("callbacks"), "parent_run_id", None), config.get("metadata") or {}
-
-
 def install() -> None:
-    """Put a handler into every callback manager of the process; further calls do nothing."""
+    """Put a handler into every callback manager that LangChain makes from now on; further calls do nothing."""
     global _is_installed  # noqa: PLW0603 - LangChain's list of hooks is the process's, too, and cannot be asked
-    with _install_lock:
-        if not _is_installed:
-            # As the default it is seen in threads and contexts that exist already.
-            handler: Any = TokencakeHandler()
-            hook = ContextVar("tokencake_handler", default=handler)
-            register_configure_hook(hook, inheritable=True, handle_class=TokencakeHandler)
-            _is_installed = True
+    if _is_installed:
+        return
+    _is_installed = True
+    try:
+        # As the default it is seen in threads and contexts that exist already.
+        hook: ContextVar[Any] = ContextVar("tokencake_handler", default=_HANDLER)
+        register_configure_hook(hook, inheritable=True, handle_class=TokencakeHandler)
+    except Exception:
+        logger.exception("TokenCake could not install its callback handler; calls are made without a hint.")
+
+
+def _introduce(parent_id: UUID | None) -> None:
+    """Open the run `parent_id` if it was never reported, below the runs that LangGraph says are around it."""
+    if parent_id is None or LIFECYCLE.is_open(parent_id):
+        return
+    try:
+        outer: UUID | None = None
+        for graph in reversed(enclosing_graphs()):
+            manager = graph.manager
+            if not any(isinstance(handler, TokencakeHandler) for handler in manager.handlers):
+                _open_below(outer, manager.parent_run_id)
+                LIFECYCLE.open_chain(manager.run_id, manager.parent_run_id, graph.name, manager.metadata, None)
+                # From now on its end and its next nodes are reported.
+                manager.handlers.append(_HANDLER)
+                manager.inheritable_handlers.append(_HANDLER)
+            outer = manager.run_id
+        enclosing_id, _ = enclosing_run()
+        _open_below(outer, enclosing_id)
+        _open_below(enclosing_id, parent_id)
+    except Exception:
+        logger.debug("The runs around %s are not known.", parent_id, exc_info=True)
+
+
+def _open_below(outer_id: UUID | None, run_id: UUID | None) -> None:
+    """Let the run `run_id`, of which no more is known, stand below the open run `outer_id`."""
+    if run_id is not None and outer_id is not None and LIFECYCLE.is_open(outer_id):
+        LIFECYCLE.open_chain(run_id, outer_id, None, {}, None)
 
 
 def _tool_calls(response: LLMResult) -> Iterator[str]:
@@ -195,7 +210,5 @@ def _tool_calls(response: LLMResult) -> Iterator[str]:
                 yield from (call["id"] for call in message.tool_calls if call["id"])
 
 
+_HANDLER = TokencakeHandler()
 _is_installed = False
-_install_lock = threading.Lock()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=LIFECYCLE.forget_lock)

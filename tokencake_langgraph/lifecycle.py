@@ -7,10 +7,12 @@ between them: a tool runs, plain code keeps a session waiting, a human is asked,
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from contextvars import ContextVar
 from typing import Any, Final
 from uuid import UUID
 
@@ -45,6 +47,11 @@ class Lifecycle:
     def open_runs(self) -> int:
         """Runs that were reported to start and not yet to end."""
         return len(self._tree)
+
+    def is_open(self, run_id: UUID) -> bool:
+        """Whether this run was reported to start and not yet to end."""
+        with self._lock:
+            return self._tree.get(run_id) is not None
 
     # --- chains: graphs, nodes and all other runnables ----------------------------------------------
 
@@ -247,6 +254,16 @@ class Lifecycle:
             duration_s = min(self._clock() - stall.started_s, MAX_SECONDS)
             event = ToolEnd(stall.call.id, stall.tool_call or "", stall.kind, status, duration_s)
         stall.sender.put(event)
+
+
+LIFECYCLE = Lifecycle()
+"""What all handlers of the process report to, so that a second handler counts nothing twice."""
+
+CURRENT_CALL: ContextVar[UUID | None] = ContextVar("tokencake_current_call", default=None)
+"""The latest LLM run started in this context: `_stream` and `_astream` are not told theirs."""
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=LIFECYCLE.forget_lock)
 
 
 def _scopes(run: Run) -> tuple[Scope, Scope]:

@@ -16,8 +16,9 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar, cast
 
+from tokencake_langgraph.enclosing import enclosing_run
 from tokencake_langgraph.estimates import is_duration
-from tokencake_langgraph.handler import LIFECYCLE, enclosing_run
+from tokencake_langgraph.lifecycle import LIFECYCLE
 from tokencake_langgraph.run_tree import Stall
 
 logger = logging.getLogger(__name__)

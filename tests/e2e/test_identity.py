@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import operator
+import os
+import subprocess
+import sys
 import time
 import uuid
 from collections.abc import Callable
@@ -18,7 +21,7 @@ from langgraph.prebuilt import ToolNode
 from langgraph.types import Send
 from pydantic import Field
 
-from tests.e2e.conftest import Server
+from tests.e2e.conftest import API_KEY, Server
 
 TRUTH_S = 0.2
 
@@ -116,6 +119,32 @@ def test_a_state_graph_with_a_tool_node(server: Server) -> None:
     assert [len(call["tools"]) for call in calls] == [1, 1, 0]
     assert {call["parent_call"] for call in calls} == {None}
     assert_true_to(waits, calls)
+
+
+MADE_IN_A_NODE = """
+import os
+from langgraph.graph import START, MessagesState, StateGraph
+
+def say(state):
+    from tokencake_langgraph import ChatTokencake
+    return {"messages": [ChatTokencake(model="tiny", max_tokens=4).invoke(state["messages"])]}
+
+graph = StateGraph(MessagesState)
+for before, after in ((START, "a"), ("a", "b"), ("b", "c")):
+    graph.add_node(after, say)
+    graph.add_edge(before, after)
+graph.compile().invoke({"messages": [("user", "hello")]}, {"configurable": {"thread_id": os.environ["THREAD"]}})
+"""
+
+
+def test_a_process_that_makes_its_first_model_in_a_node_is_one_app(server: Server) -> None:
+    config = thread()
+    settings = {"TOKENCAKE_BASE_URL": f"{server.proxy}/v1", "TOKENCAKE_API_KEY": API_KEY}
+    env = {**os.environ, **settings, "THREAD": config["configurable"]["thread_id"]}
+    subprocess.run([sys.executable, "-c", MADE_IN_A_NODE], env=env, check=True, timeout=120)
+    calls = calls_of(server, config)
+    assert [call["agent"] for call in calls] == ["a", "b", "c"]
+    assert len({call["app"] for call in calls}) == 1
 
 
 def test_a_follow_up_call_finds_its_prefix_in_the_cache(server: Server) -> None:

@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import tiktoken
 from scripted_engine import ScriptedEngine
 
 os.environ["LANGSMITH_TRACING"] = "false"
 
 from tokencake_langgraph import ChatTokencake, flush, senders
 from tokencake_langgraph.calls import CallTable
-from tokencake_langgraph.handler import LIFECYCLE
+from tokencake_langgraph.lifecycle import LIFECYCLE
 
 
 @pytest.fixture(scope="session")
@@ -42,6 +43,15 @@ def make_model(engine: ScriptedEngine) -> Callable[..., ChatTokencake]:
 @pytest.fixture
 def model(make_model: Callable[..., ChatTokencake]) -> ChatTokencake:
     return make_model()
+
+
+@pytest.fixture
+def no_download(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counting tokens fetches the vocabulary of OpenAI's models; here a token is a byte."""
+    ranks = {bytes([number]): number for number in range(256)}
+    encoding = tiktoken.Encoding("bytes", pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens={})
+    monkeypatch.setattr(tiktoken, "encoding_for_model", lambda _: encoding)
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda _: encoding)
 
 
 @pytest.fixture(autouse=True)
