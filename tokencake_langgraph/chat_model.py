@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import AsyncIterator, Iterator, Sequence
-from functools import cached_property
-from typing import Annotated, Any, Self, TypeVar
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from functools import cached_property, wraps
+from typing import Annotated, Any, Final, Self, TypeVar, cast
 
 import openai
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
-from langchain_core.language_models.base import LangSmithParams, LanguageModelInput
+from langchain_core.language_models.base import LanguageModelInput
+from langchain_core.load.serializable import SerializedConstructor, SerializedNotImplemented
 from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.outputs import ChatGenerationChunk, ChatResult
 from langchain_core.runnables import Runnable
@@ -24,7 +25,8 @@ from pydantic import Field, model_validator
 from tokencake import __version__
 from tokencake.parsing import MAX_SECONDS
 from tokencake_langgraph.estimates import estimates_of
-from tokencake_langgraph.handler import CURRENT_CALL, LIFECYCLE, TokencakeHandler, install
+from tokencake_langgraph.handler import TokencakeHandler
+from tokencake_langgraph.lifecycle import CURRENT_CALL, LIFECYCLE
 from tokencake_langgraph.request import stamp, tool_names
 from tokencake_langgraph.response import REASONING_KEY, OncePerStream, lift_chunk, lift_result
 from tokencake_langgraph.sender import EventSender, Target, events_url
@@ -34,7 +36,14 @@ from tokencake_langgraph.settings import with_endpoint
 _RunManager = CallbackManagerForLLMRun | AsyncCallbackManagerForLLMRun
 _AnyRunManager = TypeVar("_AnyRunManager", CallbackManagerForLLMRun, AsyncCallbackManagerForLLMRun)
 _Seconds = Annotated[float, Field(ge=0, le=MAX_SECONDS)]
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+_KEY_VARIABLE: Final = "TOKENCAKE_API_KEY"
 logger = logging.getLogger(__name__)
+
+
+def _in_place_of(method: _Method) -> Callable[[Callable[..., Any]], _Method]:
+    """Give an override the signature of the method it replaces: LangChain's packages look for parameters in it."""
+    return lambda override: cast("_Method", wraps(method)(override))
 
 
 class ChatTokencake(ChatOpenAI):
@@ -77,7 +86,7 @@ class ChatTokencake(ChatOpenAI):
             )
         self._add_version("tokencake", __version__)
         if self.tokencake_enabled:
-            install()
+            # Here, because an event for a call of an earlier process goes to the only sender there is.
             _ = self._sender
         return self
 
@@ -96,33 +105,30 @@ class ChatTokencake(ChatOpenAI):
     @property
     def lc_secrets(self) -> dict[str, str]:
         """Environment variables that hold the secrets."""
-        return {"openai_api_key": "TOKENCAKE_API_KEY"}
+        return {"openai_api_key": _KEY_VARIABLE}
 
     @classmethod
     def get_lc_namespace(cls) -> list[str]:
-        """Where LangChain would look for the class."""
+        """Where LangChain finds the class when it loads a model."""
         return ["tokencake_langgraph"]
 
-    @classmethod
-    def is_lc_serializable(cls) -> bool:
-        """LangChain loads its own classes only."""
-        return False
-
-    @property
-    def _llm_type(self) -> str:
-        return "tokencake-chat"
-
-    def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
-        params = super()._get_ls_params(stop=stop, **kwargs)
-        params["ls_provider"] = "tokencake"
-        return params
+    def to_json(self) -> SerializedConstructor | SerializedNotImplemented:
+        """`ChatOpenAI`'s, with the variable of the key: LangChain lets a parent's name for a secret win."""
+        serialized = super().to_json()
+        arguments: Any = serialized.get("kwargs", {})
+        if "openai_api_key" in arguments:
+            arguments["openai_api_key"] = {"lc": 1, "type": "secret", "id": [_KEY_VARIABLE]}
+        return serialized
 
     def _use_responses_api(self, payload: dict[str, Any]) -> bool:  # noqa: ARG002 - ChatOpenAI goes by the model's name
         return False
 
+    @_in_place_of(ChatOpenAI.bind_tools)
     def bind_tools(self, tools: Sequence[Any], **kwargs: Any) -> Runnable[LanguageModelInput, AIMessage]:
         """Bind tools; the estimates in their metadata are remembered for the hint."""
-        self._bound_estimates.update(estimates_of(tools))
+        tools = list(tools)  # an iterator can be read once only
+        if self.tokencake_enabled:
+            self._bound_estimates.update(estimates_of(tools))
         return super().bind_tools(tools, **kwargs)
 
     # --- the request ----------------------------------------------------------------------------------

@@ -48,7 +48,8 @@ class Target:
     """Where a model's events go and with which credentials. Equal targets share one sender."""
 
     url: str
-    api_key: ApiKey = field(default=None, repr=False)
+    api_key: ApiKey = field(default=None, repr=False, hash=False)
+    """Not hashed, because a callable need not be hashable."""
     headers: tuple[tuple[str, str], ...] = field(default=(), repr=False)
     proxy: str | None = field(default=None, repr=False)
 

@@ -58,6 +58,7 @@ class ScriptedEngine:
         self.is_events_held = False
         self.report: dict[str, Any] | None = None
         self.reasoning: str | None = None
+        self.usage = _USAGE
         self.tool_call_id: Callable[[str], str] = lambda name: f"call_{uuid.uuid4().hex[:12]}"
         self._released.clear()
 
@@ -152,7 +153,7 @@ class _Handler(BaseHTTPRequestHandler):
                 for index in range(body.get("n") or 1)
             ]
             answer = {"id": "chatcmpl-1", "object": "chat.completion", "created": 1, "model": body["model"]}
-            self._answer(200, {**answer, "choices": choices, "usage": _USAGE, **self._report()})
+            self._answer(200, {**answer, "choices": choices, "usage": self.engine.usage, **self._report()})
 
     def _report(self) -> dict[str, Any]:
         return {} if self.engine.report is None else {"tokencake": self.engine.report}
@@ -180,7 +181,7 @@ class _Handler(BaseHTTPRequestHandler):
         last = {"index": 0, "delta": {}, "finish_reason": reason}
         chunks.append({**chunk, "choices": [last], **self._report()})
         if (body.get("stream_options") or {}).get("include_usage"):
-            chunks.append({**chunk, "choices": [], "usage": _USAGE, **self._report()})
+            chunks.append({**chunk, "choices": [], "usage": self.engine.usage, **self._report()})
         self.close_connection = True
         try:
             self.send_response(200)
