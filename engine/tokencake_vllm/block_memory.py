@@ -6,6 +6,7 @@ is one row that holds a block of all layers, so that it can be copied at once.
 
 from __future__ import annotations
 
+import contextlib
 import zlib
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
@@ -16,6 +17,8 @@ import torch
 if TYPE_CHECKING:
     from tokencake_vllm.copies import Job
 
+PIN_BYTES: Final = 64 * 2**30
+"""At most so much is pinned by one call: from 512 GiB on, one registration for all fails on some drivers."""
 _WORDS: Final = (torch.int64, torch.int32, torch.int16, torch.uint8)
 """Whatever a cache holds is moved as integers: not every type of number can be gathered on every device."""
 
@@ -95,16 +98,32 @@ def host_rows(views: list[torch.Tensor], slots: int) -> torch.Tensor:
     """
     rows = new_rows(views, slots, "cpu")
     if views[0].device.type == "cuda":
-        pin(rows)
+        pin(rows, views[0].device)
     return rows
 
 
-def pin(rows: torch.Tensor) -> None:
-    """Pin memory as it is: torch's own pinned allocations are rounded up to the next power of two."""
+def pin(rows: torch.Tensor, device: torch.device | str = "cuda") -> None:
+    """Pin memory as it is: torch's own pinned allocations are rounded up to the next power of two.
+
+    Raises:
+        RuntimeError: it cannot be pinned; what was pinned of it before is undone, and no CUDA error is left pending.
+    """
     cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]  # torch's
-    error = cudart.cudaHostRegister(rows.data_ptr(), rows.nbytes, 0)
-    if int(getattr(error, "value", error)):
-        raise RuntimeError(f"{rows.nbytes} bytes of host memory cannot be pinned: {error}")
+    pinned: list[int] = []
+    for part in torch.split(rows, max(1, PIN_BYTES // rows[0].nbytes)) if len(rows) else ():
+        error = cudart.cudaHostRegister(part.data_ptr(), part.nbytes, 0)
+        if int(getattr(error, "value", error)):
+            for address in pinned:
+                cudart.cudaHostUnregister(address)
+            _take_pending_error(device)
+            raise RuntimeError(f"{rows.nbytes} bytes of host memory cannot be pinned: CUDA error {int(error)}")
+        pinned.append(part.data_ptr())
+
+
+def _take_pending_error(device: torch.device | str) -> None:
+    """A failed call of the CUDA runtime leaves its error to the next kernel launch: make that launch here."""
+    with contextlib.suppress(RuntimeError):
+        torch.ones(1, device=device).add_(1)
 
 
 class Checksums:

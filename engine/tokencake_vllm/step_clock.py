@@ -1,4 +1,4 @@
-"""How long did the device take for a step? With async scheduling it begins one when it is through with the one before."""
+"""Device time of a step. With async scheduling the device begins a step when the one before it has ended."""
 
 from __future__ import annotations
 

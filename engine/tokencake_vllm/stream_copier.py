@@ -1,20 +1,27 @@
-"""How are blocks copied between a CUDA device and the host? On a stream per direction, beside the computation.
+"""Copies of KV blocks between a CUDA device and pinned host memory.
 
-Written from the documentation of CUDA, torch and vLLM and tested with made-up streams; it has not run on a device yet.
+Order, which is all that keeps the bytes right:
 
-- A stream waits for what the compute stream was given before the job, the computation never waits for a copy. Whoever
-  needs the result learns of it from the scheduler, after the host has seen the event behind the copy.
-- Blocks pass through a small device buffer for each direction: one kernel gathers those of a chunk from all layers,
-  one transfer for each run of neighbouring slots takes them to pinned host memory; and the other way round.
-- A link of 25 GB/s moves a byte over the device's memory three times (gather, buffer, transfer). That is 4 % of the
-  2 TB/s of an A800 and 2 % of the 4.8 TB/s of an H200, so that these copies need no pace.
+- A job is behind what the compute stream had been given when it was started: its first piece on each side stream waits
+  for an event recorded there. So a store reads what the step has computed, and a load overwrites only what has been
+  read. The computation never waits for a copy: the scheduler gives blocks to requests only after the host has seen the
+  events behind the last pieces.
+- A job goes through staging buffers on the device in pieces. One kernel gathers the blocks of a piece from all layers,
+  a few transfers take them to their slots; a load does the same backwards. Each buffer has a stream of its own, whose
+  order protects the buffer; the pieces of one job touch different blocks and slots, so they need no order.
+- Each direction has two buffers that take turns: one gathers or scatters while the other uses the link. A thread for
+  each direction submits the pieces, a few ahead of the device, the most urgent job first. A load that a request waits
+  for therefore passes uploads that were started before it, and a step spends no time on submitting copies.
+- A transfer takes at most `TRANSFER_BYTES`, because the sampled tokens of a step go through the same copy engine.
 """
 
 from __future__ import annotations
 
+import threading
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
 import torch
@@ -25,8 +32,13 @@ from tokencake_vllm.copies import Done, Job
 
 logger = init_logger("vllm.tokencake")
 
-STAGING_BYTES: Final = 64 * 2**20
-"""Device memory through which the blocks of one direction pass."""
+STAGING_BYTES: Final = 16 * 2**20
+"""Device memory of one of the four staging buffers; a block that is larger has a buffer of its own size."""
+TRANSFER_BYTES: Final = 4 * 2**20
+"""The most that one transfer moves, unless a block is larger: 0.1 ms of a link of 50 GB/s."""
+DEPTH: Final = 4
+"""Pieces under way on one side stream: a request's load waits for at most those of two streams."""
+_URGENT, _UPLOAD, _STORE = range(3)
 
 
 class Cuda(Protocol):
@@ -42,17 +54,155 @@ class Cuda(Protocol):
         """What is enqueued inside goes to `stream`."""
 
 
-def runs(slots: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Where each run of neighbouring slots begins and ends in `slots`."""
+def runs(slots: Sequence[int], longest: int) -> Iterator[tuple[int, int]]:
+    """Where each run of at most `longest` neighbouring slots begins and ends in `slots`."""
     begin = 0
     for end in range(1, len(slots) + 1):
-        if end == len(slots) or slots[end] != slots[end - 1] + 1:
+        if end == len(slots) or slots[end] != slots[end - 1] + 1 or end - begin == longest:
             yield begin, end
             begin = end
 
 
+@dataclass(slots=True)
+class _Task:
+    """A job: the first `place` blocks are submitted."""
+
+    job: Job
+    order: int
+    ready: Any
+    """The event behind what the compute stream had been given."""
+    place: int = 0
+    begin: Any = None
+    ends: dict[int, Any] = field(default_factory=dict)
+    """The event behind the last piece on each side stream."""
+    ok: bool = True
+
+    @property
+    def is_submitted(self) -> bool:
+        return not self.ok or self.place == len(self.job.blocks)
+
+
+class _Half:
+    """A staging buffer with its stream; block ids reach the device through a ring of pinned rows."""
+
+    def __init__(self, views: list[torch.Tensor], count: int, cuda: Cuda) -> None:
+        device = views[0].device
+        self.stream = cuda.Stream(device)
+        self.staging = new_rows(views, count, device)
+        self.parts = parts_of(self.staging, views)
+        self._ids = torch.empty((DEPTH, count), dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._device_ids = torch.empty(count, dtype=torch.int64, device=device)
+        self._ends: deque[Any] = deque()
+        self._turn = 0
+
+    def make_room(self) -> None:
+        """Wait until fewer than `DEPTH` pieces are under way."""
+        if len(self._ends) == DEPTH:
+            self._ends.popleft().synchronize()
+
+    def device_ids(self, blocks: Sequence[int]) -> torch.Tensor:
+        """The ids on the device, in the order of the stream."""
+        row = self._ids[self._turn % DEPTH, : len(blocks)]
+        self._turn += 1
+        row.numpy()[:] = blocks
+        return self._device_ids[: len(blocks)].copy_(row, non_blocking=True)
+
+    def end_piece(self, event: Any) -> None:
+        """`event` stands behind the piece."""
+        event.record(self.stream)
+        self._ends.append(event)
+
+
+class _Lane:
+    """One direction: jobs by urgency, then by age, in pieces on two halves in turn."""
+
+    def __init__(
+        self, views: list[torch.Tensor], rows: torch.Tensor, cuda: Cuda, move: Callable[[Job, int, _Half], int]
+    ) -> None:
+        count = max(1, STAGING_BYTES // rows[0].nbytes) if len(rows) else 1
+        self.halves = [_Half(views, count, cuda) for _ in range(2)]
+        self._cuda, self._move = cuda, move
+        self._tasks: list[_Task] = []
+        self._changed = threading.Condition()
+        self._is_closed = False
+        self._turn = 0
+
+    def add(self, task: _Task) -> None:
+        """Queue it."""
+        with self._changed:
+            self._tasks.append(task)
+            self._changed.notify()
+
+    def expedite(self, jobs: Collection[int]) -> None:
+        """Requests wait for these by now."""
+        with self._changed:
+            for task in self._tasks:
+                if task.job.id in jobs:
+                    task.order = _URGENT
+
+    def close(self) -> None:
+        """Submit nothing more."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify()
+
+    def work(self) -> None:
+        """Submit pieces until the lane is closed: the body of the lane's thread."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._is_closed or self._tasks)
+                if self._is_closed:
+                    return
+            self.advance()
+
+    def advance(self) -> bool:
+        """Submit a piece of the first job; returns whether there was one. Does not raise."""
+        half = self.halves[self._turn % 2]
+        try:
+            half.make_room()
+        except Exception:
+            logger.exception("TokenCake: the device does not answer")  # the job below will fail as well
+        with self._changed:
+            task = min(self._tasks, key=lambda task: (task.order, task.job.id), default=None)
+        if task is None:
+            return False
+        try:
+            self._submit(task, half)
+        except Exception:
+            task.ok = False
+            logger.exception("TokenCake: a %s of %d blocks failed", task.job.kind, len(task.job.blocks))
+        self._turn += 1
+        if task.is_submitted:
+            with self._changed:
+                self._tasks.remove(task)
+        return True
+
+    def _submit(self, task: _Task, half: _Half) -> None:
+        if id(half) not in task.ends:
+            half.stream.wait_event(task.ready)
+        event = self._cuda.Event(enable_timing=True, blocking=True)
+        with self._cuda.stream(half.stream):
+            if task.begin is None:
+                begin = self._cuda.Event(enable_timing=True)
+                begin.record(half.stream)
+                task.begin = begin
+            try:
+                moved = self._move(task.job, task.place, half)
+            finally:
+                # Also behind a failure: what was submitted before it still writes, and must be over when it is told.
+                half.end_piece(event)
+                task.ends[id(half)] = event
+        task.place += moved  # last, because `finished` reads it on another thread
+
+
+def _in_thread(work: Callable[[], None]) -> threading.Thread:
+    thread = threading.Thread(target=work, name="tokencake-copies", daemon=True)
+    thread.start()
+    return thread
+
+
 class StreamCopier:
-    """Copies on two side streams."""
+    """Copies on side streams, submitted by a thread for each direction."""
 
     def __init__(
         self,
@@ -61,91 +211,97 @@ class StreamCopier:
         *,
         checks: bool,
         cuda: Cuda = torch.cuda,
+        spawn: Callable[[Callable[[], None]], threading.Thread | None] = _in_thread,
     ) -> None:
         self._views, self._rows, self._slots, self._cuda = views, rows, parts_of(rows, views), cuda
         self._checksums = Checksums() if checks else None
-        self._device = views[0].device
-        self._streams = {"store": cuda.Stream(self._device), "load": cuda.Stream(self._device)}
-        self._chunk = max(1, STAGING_BYTES // rows[0].nbytes) if len(rows) else 1
-        self._staging = {kind: new_rows(views, self._chunk, self._device) for kind in self._streams}
-        self._under_way: deque[tuple[Job, Any, Any, bool]] = deque()
+        self._longest_run = max(1, TRANSFER_BYTES // rows[0].nbytes) if len(rows) else 1
+        self._lanes = {
+            "store": _Lane(views, rows, cuda, self._store),
+            "load": _Lane(views, rows, cuda, self._load),
+        }
+        self._under_way: list[_Task] = []
         self._failed: list[Done] = []
+        self._threads = [spawn(lane.work) for lane in self._lanes.values()]
 
     def start(self, job: Job) -> None:
-        """Enqueue it on the stream of its direction, behind what the compute stream has been given so far."""
-        stream = self._streams["store" if job.kind == "store" else "load"]
-        ok = True
+        """Queue it, behind what the compute stream has been given so far."""
+        is_urgent = job.request is not None or job.kind == "wipe"
+        order = _URGENT if is_urgent else _STORE if job.kind == "store" else _UPLOAD
         try:
-            begin, end = self._cuda.Event(enable_timing=True), self._cuda.Event(enable_timing=True)
-            stream.wait_stream(self._cuda.current_stream(self._device))
-            with self._cuda.stream(stream):
-                begin.record(stream)
-                try:
-                    self._enqueue(job)
-                except Exception:
-                    ok = False
-                    logger.exception("TokenCake: a %s of %d blocks failed", job.kind, len(job.blocks))
-                # Also behind a failure: what was enqueued before it still writes, and must be over when it is told.
-                end.record(stream)
+            ready = self._cuda.Event()
+            ready.record(self._cuda.current_stream(self._views[0].device))
+            task = _Task(job, order, ready)
+            self._under_way.append(task)
+            self._lanes["store" if job.kind == "store" else "load"].add(task)
         except Exception:
-            logger.exception("TokenCake: a %s of %d blocks could not be enqueued", job.kind, len(job.blocks))
+            logger.exception("TokenCake: a %s of %d blocks could not be queued", job.kind, len(job.blocks))
             self._failed.append(Done(job, 0.0, ok=False))
-        else:
-            self._under_way.append((job, begin, end, ok))
 
-    def pace(self, *, is_computing: bool, urgent: Collection[int]) -> None:
-        """Nothing to do: these copies take next to nothing from the computation."""
+    def pace(self, *, is_computing: bool, urgent: Collection[int]) -> None:  # noqa: ARG002  # copies need no rests here
+        """A step begins: uploads for which a request waits by now go first."""
+        if urgent:
+            self._lanes["load"].expedite(urgent)
 
-    def _enqueue(self, job: Job) -> None:
-        for first in range(0, len(job.blocks), self._chunk):
-            blocks = self._on_device(job.blocks[first : first + self._chunk])
-            slots = job.slots[first : first + self._chunk]
-            match job.kind:
-                case "store":
-                    self._store(blocks, slots)
-                case "load":
-                    self._load(blocks, slots)
-                case "wipe":
-                    for view in self._views:
-                        view.index_fill_(0, blocks, 1)
+    def advance(self) -> bool:
+        """Submit one piece of each direction on this thread; returns whether there was one."""
+        results = [lane.advance() for lane in self._lanes.values()]
+        return any(results)
 
-    def _on_device(self, blocks: Sequence[int]) -> torch.Tensor:
-        ids = torch.tensor(blocks, pin_memory=self._device.type == "cuda")
-        return ids.to(self._device, non_blocking=True)
+    def _store(self, job: Job, first: int, half: _Half) -> int:
+        last = min(first + len(half.staging), len(job.blocks))
+        slots, ids = job.slots[first:last], half.device_ids(job.blocks[first:last])
+        for view, staged in zip(self._views, half.parts, strict=True):
+            torch.index_select(view, 0, ids, out=staged[: last - first])
+        for begin, end in runs(slots, self._longest_run):
+            self._rows[slots[begin] : slots[end - 1] + 1].copy_(half.staging[begin:end], non_blocking=True)
+        return last - first
 
-    def _store(self, blocks: torch.Tensor, slots: Sequence[int]) -> None:
-        staging = self._staging["store"][: len(slots)]
-        for view, staged in zip(self._views, parts_of(staging, self._views), strict=True):
-            torch.index_select(view, 0, blocks, out=staged)
-        for begin, end in runs(slots):
-            self._rows[slots[begin] : slots[end - 1] + 1].copy_(staging[begin:end], non_blocking=True)
-
-    def _load(self, blocks: torch.Tensor, slots: Sequence[int]) -> None:
-        staging = self._staging["load"][: len(slots)]
-        for begin, end in runs(slots):
-            staging[begin:end].copy_(self._rows[slots[begin] : slots[end - 1] + 1], non_blocking=True)
-        for view, staged in zip(self._views, parts_of(staging, self._views), strict=True):
-            view.index_copy_(0, blocks, staged)
+    def _load(self, job: Job, first: int, half: _Half) -> int:
+        last = min(first + len(half.staging), len(job.blocks))
+        slots, ids = job.slots[first:last], half.device_ids(job.blocks[first:last])
+        if job.kind == "wipe":
+            for view in self._views:
+                view.index_fill_(0, ids, 1)
+            return last - first
+        for begin, end in runs(slots, self._longest_run):
+            half.staging[begin:end].copy_(self._rows[slots[begin] : slots[end - 1] + 1], non_blocking=True)
+        for view, staged in zip(self._views, half.parts, strict=True):
+            view.index_copy_(0, ids, staged[: last - first])
+        return last - first
 
     def finished(self) -> list[Done]:
-        """Jobs whose last event has been reached; nothing is waited for."""
+        """Jobs whose last events have been reached; nothing is waited for."""
         done, self._failed = self._failed, []
-        waiting: deque[tuple[Job, Any, Any, bool]] = deque()
-        for job, begin, end, ok in self._under_way:
+        under_way: list[_Task] = []
+        for task in self._under_way:
+            job = task.job
             try:
-                if not end.query():
-                    waiting.append((job, begin, end, ok))
+                if not task.is_submitted or not all(end.query() for end in task.ends.values()):
+                    under_way.append(task)
                     continue
-                if ok and self._checksums is not None and job.kind != "wipe":
+                if task.ok and self._checksums is not None and job.kind != "wipe":
                     self._checksums.check(job, self._views, self._slots)
-                done.append(Done(job, begin.elapsed_time(end) / 1e3, ok))
+                done.append(Done(job, self._seconds(task), task.ok))
             except Exception:
                 logger.exception("TokenCake: a %s of %d blocks failed", job.kind, len(job.blocks))
+                task.ok = False  # the lane drops what is left of it
                 done.append(Done(job, 0.0, ok=False))
-        self._under_way = waiting
+        self._under_way = under_way
         return done
 
+    @staticmethod
+    def _seconds(task: _Task) -> float:
+        """From the first piece's begin to the last one's end, without the time in the queue."""
+        return max((task.begin.elapsed_time(end) / 1e3 for end in task.ends.values()), default=0.0)
+
     def close(self) -> None:
-        """Wait for both streams."""
-        for stream in self._streams.values():
-            stream.synchronize()
+        """Submit nothing more, and wait for what is under way."""
+        for lane in self._lanes.values():
+            lane.close()
+        for thread in self._threads:
+            if thread is not None:
+                thread.join(timeout=10.0)
+        for lane in self._lanes.values():
+            for half in lane.halves:
+                half.stream.synchronize()

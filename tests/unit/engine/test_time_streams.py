@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -15,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tokencake_vllm import stream_copier
+from tokencake_vllm import block_memory, stream_copier
 from tokencake_vllm.block_memory import block_views, new_rows, pin
 from tokencake_vllm.copies import Job
 from tokencake_vllm.stream_copier import StreamCopier, runs
@@ -38,9 +39,7 @@ class Stream:
 
         self.todo.append(run)
 
-    def wait_stream(self, other: Stream) -> None:
-        event = Event()
-        event.record(other)
+    def wait_event(self, event: Event) -> None:
         self.todo.append(event.query)  # stays at the head until the event is reached
 
     def advance(self) -> None:
@@ -48,16 +47,29 @@ class Stream:
             self.todo.pop(0)
 
     def synchronize(self) -> None:
+        """Until nothing is left; what this stream waits for goes on."""
         while self.todo:
+            before = len(self.todo)
             self.advance()
+            if len(self.todo) == before:
+                for stream in Event.streams:
+                    stream.advance()
 
 
 class Event:
-    def __init__(self, enable_timing: bool = False) -> None:
+    streams: ClassVar[list[Stream]] = []
+    """All streams of the device, which goes on while the host waits."""
+
+    def __init__(self, enable_timing: bool = False, blocking: bool = False) -> None:
         self.is_reached = False
 
     def record(self, stream: Stream) -> None:
         stream.enqueue(lambda: setattr(self, "is_reached", True))
+
+    def synchronize(self) -> None:
+        while not self.is_reached:
+            for stream in self.streams:
+                stream.advance()
 
     def query(self) -> bool:
         return self.is_reached
@@ -77,10 +89,12 @@ class Device(TorchDispatchMode):
         super().__init__()
         self.compute = self.current = Stream()
         self.sides: list[Stream] = []
+        Event.streams = [self.compute]
         self.fails_at: int | None = None
 
     def Stream(self, device: Any) -> Stream:  # noqa: N802  # torch's name
         self.sides.append(Stream())
+        Event.streams.append(self.sides[-1])
         return self.sides[-1]
 
     def current_stream(self, device: Any) -> Stream:
@@ -105,6 +119,23 @@ class Device(TorchDispatchMode):
         return kwargs["out"] if kwargs else args[0]
 
 
+class Immediate:
+    """A device whose streams do everything at once."""
+
+    class Event(Event):
+        def record(self, stream: Any) -> None:
+            self.is_reached = True
+
+    def Stream(self, device: Any) -> Stream:  # noqa: N802  # torch's name
+        return Stream()
+
+    def current_stream(self, device: Any) -> Stream:
+        return Stream()
+
+    def stream(self, stream: Stream) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+
 class Bench:
     """A device with three layers, each of them by itself, and one copier."""
 
@@ -113,21 +144,31 @@ class Bench:
         self.layers = {f"layer{n}": torch.full((BLOCKS, 2, 4, 8), -1.0) for n in range(LAYERS)}
         self.views = block_views(self.layers, BLOCKS)
         self.rows = new_rows(self.views, SLOTS, "cpu").zero_()
-        self.copier = StreamCopier(self.views, self.rows, checks=checks, cuda=self.device)
+        self.copier = StreamCopier(self.views, self.rows, checks=checks, cuda=self.device, spawn=lambda _: None)
 
     def compute(self, block: int, value: float) -> None:
         """A step that the device has been given and that writes a block later."""
         for number, layer in enumerate(self.layers.values()):
             self.device.compute.enqueue(lambda layer=layer, number=number: layer[block].fill_(value + number))
 
-    def start(self, job: Job) -> None:
+    def queue(self, job: Job) -> None:
         with self.device:
             self.copier.start(job)
+
+    def submit(self) -> bool:
+        """A piece of each direction, as the copier's threads do it."""
+        with self.device:
+            return self.copier.advance()
+
+    def start(self, job: Job) -> None:
+        self.queue(job)
+        while self.submit():
+            pass
 
     def run(self) -> list[Any]:
         done: list[Any] = []
         streams = [self.device.compute, *self.device.sides]
-        while any(stream.todo for stream in streams):
+        while self.submit() or any(stream.todo for stream in streams):
             for stream in streams:
                 stream.advance()
             done += self.copier.finished()
@@ -227,18 +268,105 @@ def test_a_block_that_changed_on_the_host_fails_its_checksum() -> None:
     [((), []), ((4,), [(0, 1)]), ((1, 2, 3, 7, 8, 0), [(0, 3), (3, 5), (5, 6)]), ((3, 2, 1), [(0, 1), (1, 2), (2, 3)])],
 )
 def test_neighbouring_slots_are_one_transfer(slots: tuple[int, ...], expected: list[tuple[int, int]]) -> None:
-    assert list(runs(slots)) == expected
+    assert list(runs(slots, longest=3)) == expected
 
 
-def test_memory_that_cannot_be_pinned_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Cudart:
-        @staticmethod
-        def cudaHostRegister(address: int, size: int, flags: int) -> int:  # noqa: N802  # CUDA's name
+def test_a_long_run_of_slots_is_cut_into_transfers_that_let_others_through() -> None:
+    assert list(runs(range(7), longest=3)) == [(0, 3), (3, 6), (6, 7)]
+
+
+def test_a_load_that_a_request_waits_for_passes_uploads_started_before_it() -> None:
+    bench = Bench()
+    bench.start(Job(1, "store", (0, 1, 2, 3, 4, 5), (0, 1, 2, 3, 4, 5)))
+    bench.run()
+    bench.queue(Job(2, "load", (0, 1, 2), (0, 1, 2)))
+    bench.queue(Job(3, "load", (3, 4), (3, 4)))
+    bench.queue(Job(4, "load", (5,), (5,), "a request"))
+    bench.copier.pace(is_computing=True, urgent=(3,))
+    assert [done.job.id for done in bench.run()] == [3, 4, 2]
+
+
+def test_a_job_is_submitted_in_pieces_and_told_once_behind_the_last() -> None:
+    bench = Bench()
+    bench.queue(Job(1, "store", (0, 1, 2, 3, 4, 5), (0, 1, 2, 3, 4, 5)))
+    bench.submit()
+    for stream in bench.device.sides:
+        stream.synchronize()
+    assert bench.copier.finished() == []  # the second piece is not submitted yet
+    assert [done.job.id for done in bench.run()] == [1]
+
+
+def test_no_more_pieces_are_under_way_than_the_ring_of_ids_has_rows() -> None:
+    bench = Bench()
+    for number in range(20):
+        bench.queue(Job(number, "load", (0,), (0,)))
+    with bench.device:
+        while bench.copier.advance():
+            for half in bench.copier._lanes["load"].halves:
+                assert len(half._ends) <= stream_copier.DEPTH
+    assert sorted(done.job.id for done in bench.run()) == list(range(20))
+
+
+def test_a_copier_that_is_closed_leaves_the_rest_undone() -> None:
+    bench = Bench()
+    bench.queue(Job(1, "store", (0, 1, 2, 3, 4, 5), (0, 1, 2, 3, 4, 5)))
+    bench.submit()
+    bench.copier.close()
+    assert not any(stream.todo for stream in bench.device.sides)
+    assert bench.copier.finished() == []
+
+
+def test_the_threads_submit_by_themselves_and_end_with_the_copier() -> None:
+    bench = Bench()
+    copier = StreamCopier(bench.views, bench.rows, checks=False, cuda=Immediate())
+    copier.start(Job(1, "store", (1, 2), (3, 4)))
+    until = time.monotonic() + 60
+    while not (done := copier.finished()):
+        assert time.monotonic() < until
+        time.sleep(0.001)
+    assert done[0].ok
+    assert torch.equal(bench.rows[3], torch.full_like(bench.rows[3], int(bench.views[0][1].flatten()[0])))
+    copier.close()
+    assert not any(thread is not None and thread.is_alive() for thread in copier._threads)
+
+
+class Cudart:
+    """Registers memory until `fails_at` calls were made."""
+
+    def __init__(self, fails_at: int) -> None:
+        self.fails_at, self.registered = fails_at, dict[int, int]()
+
+    def cudaHostRegister(self, address: int, size: int, flags: int) -> int:  # noqa: N802  # CUDA's name
+        if len(self.registered) == self.fails_at:
             return 2
+        self.registered[address] = size
+        return 0
 
-    monkeypatch.setattr(torch.cuda, "cudart", Cudart)
-    with pytest.raises(RuntimeError, match="cannot be pinned"):
-        pin(torch.empty(4))
+    def cudaHostUnregister(self, address: int) -> int:  # noqa: N802  # CUDA's name
+        del self.registered[address]
+        return 0
+
+
+def test_memory_is_pinned_in_parts_of_whole_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    cudart = Cudart(fails_at=9)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
+    monkeypatch.setattr(block_memory, "PIN_BYTES", 100)
+    rows = torch.empty((5, 10), dtype=torch.int32)  # 40 bytes a row
+    pin(rows, "cpu")
+    assert list(cudart.registered.values()) == [80, 80, 40]
+    assert min(cudart.registered) == rows.data_ptr()
+
+
+def test_memory_that_cannot_be_pinned_is_refused_and_nothing_stays_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    cudart = Cudart(fails_at=2)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
+    monkeypatch.setattr(block_memory, "PIN_BYTES", 100)
+    launched: list[Any] = []
+    monkeypatch.setattr(torch, "ones", lambda *_, **where: launched.append(where["device"]) or torch.zeros(1))
+    with pytest.raises(RuntimeError, match="200 bytes of host memory cannot be pinned: CUDA error 2"):
+        pin(torch.empty((5, 10), dtype=torch.int32), "cpu")
+    assert cudart.registered == {}
+    assert launched == ["cpu"]  # takes the error that CUDA holds ready for the next launch
 
 
 moves = st.lists(
@@ -246,7 +374,8 @@ moves = st.lists(
         st.tuples(st.just("compute"), st.integers(0, BLOCKS - 1)),
         st.tuples(st.just("store"), st.permutations(range(BLOCKS)), st.permutations(range(SLOTS)), st.integers(1, 5)),
         st.tuples(st.just("load"), st.permutations(range(BLOCKS)), st.permutations(range(SLOTS)), st.integers(1, 5)),
-        st.tuples(st.just("advance"), st.integers(0, 2), st.integers(1, 30)),
+        st.tuples(st.just("advance"), st.integers(0, 4), st.integers(1, 30)),
+        st.tuples(st.just("submit"), st.integers(1, 3)),
     ),
     max_size=60,
 )
@@ -274,12 +403,15 @@ def test_with_pins_as_the_scheduler_holds_them_every_order_gives_the_same(trace:
                 count = min(arguments[2], len(some), len(into))
                 if count:
                     job = Job(number, move, tuple(some[:count]), tuple(into[:count]))
-                    bench.start(job)
+                    bench.queue(job)
                     busy[number] = job
             case "advance":
                 stream = [bench.device.compute, *bench.device.sides][arguments[0]]
                 for _ in range(arguments[1]):
                     stream.advance()
+            case "submit":
+                for _ in range(arguments[0]):
+                    bench.submit()
         for done in bench.copier.finished():
             _settle(busy.pop(done.job.id), blocks, slots, stored)
     for done in bench.run():
