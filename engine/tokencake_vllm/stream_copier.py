@@ -12,14 +12,13 @@ Order, which is all that keeps the bytes right:
 - Each direction has two buffers that take turns: one gathers or scatters while the other uses the link. A thread for
   each direction submits the pieces, a few ahead of the device, the most urgent job first. A load that a request waits
   for therefore passes uploads that were started before it, and a step spends no time on submitting copies.
-- A transfer takes at most `TRANSFER_BYTES`, because the sampled tokens of a step go through the same copy engine.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
@@ -29,13 +28,12 @@ from vllm.logger import init_logger
 
 from tokencake_vllm.block_memory import Checksums, new_rows, parts_of
 from tokencake_vllm.copies import Done, Job
+from tokencake_vllm.slot_transfers import slot_transfers
 
 logger = init_logger("vllm.tokencake")
 
 STAGING_BYTES: Final = 16 * 2**20
 """Device memory of one of the four staging buffers; a block that is larger has a buffer of its own size."""
-TRANSFER_BYTES: Final = 4 * 2**20
-"""The most that one transfer moves, unless a block is larger: 0.1 ms of a link of 50 GB/s."""
 DEPTH: Final = 4
 """Pieces under way on one side stream: a request's load waits for at most those of two streams."""
 _URGENT, _UPLOAD, _STORE = range(3)
@@ -52,15 +50,6 @@ class Cuda(Protocol):
 
     def stream(self, stream: Any) -> AbstractContextManager[Any]:
         """What is enqueued inside goes to `stream`."""
-
-
-def runs(slots: Sequence[int], longest: int) -> Iterator[tuple[int, int]]:
-    """Where each run of at most `longest` neighbouring slots begins and ends in `slots`."""
-    begin = 0
-    for end in range(1, len(slots) + 1):
-        if end == len(slots) or slots[end] != slots[end - 1] + 1 or end - begin == longest:
-            yield begin, end
-            begin = end
 
 
 @dataclass(slots=True)
@@ -213,9 +202,9 @@ class StreamCopier:
         cuda: Cuda = torch.cuda,
         spawn: Callable[[Callable[[], None]], threading.Thread | None] = _in_thread,
     ) -> None:
-        self._views, self._rows, self._slots, self._cuda = views, rows, parts_of(rows, views), cuda
+        self._views, self._slots, self._cuda = views, parts_of(rows, views), cuda
         self._checksums = Checksums() if checks else None
-        self._longest_run = max(1, TRANSFER_BYTES // rows[0].nbytes) if len(rows) else 1
+        self._transfers = slot_transfers(rows, views[0].device)
         self._lanes = {
             "store": _Lane(views, rows, cuda, self._store),
             "load": _Lane(views, rows, cuda, self._load),
@@ -253,8 +242,7 @@ class StreamCopier:
         slots, ids = job.slots[first:last], half.device_ids(job.blocks[first:last])
         for view, staged in zip(self._views, half.parts, strict=True):
             torch.index_select(view, 0, ids, out=staged[: last - first])
-        for begin, end in runs(slots, self._longest_run):
-            self._rows[slots[begin] : slots[end - 1] + 1].copy_(half.staging[begin:end], non_blocking=True)
+        self._transfers.to_slots(half.staging, slots, half.stream)
         return last - first
 
     def _load(self, job: Job, first: int, half: _Half) -> int:
@@ -264,8 +252,7 @@ class StreamCopier:
             for view in self._views:
                 view.index_fill_(0, ids, 1)
             return last - first
-        for begin, end in runs(slots, self._longest_run):
-            half.staging[begin:end].copy_(self._rows[slots[begin] : slots[end - 1] + 1], non_blocking=True)
+        self._transfers.from_slots(half.staging, slots, half.stream)
         for view, staged in zip(self._views, half.parts, strict=True):
             view.index_copy_(0, ids, staged[: last - first])
         return last - first

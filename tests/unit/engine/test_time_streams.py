@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import time
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -16,10 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tokencake_vllm import block_memory, stream_copier
+from tokencake_vllm import block_memory, slot_transfers, stream_copier
 from tokencake_vllm.block_memory import block_views, new_rows, pin
 from tokencake_vllm.copies import Job
-from tokencake_vllm.stream_copier import StreamCopier, runs
+from tokencake_vllm.slot_transfers import DriverTransfers, TorchTransfers, runs
+from tokencake_vllm.stream_copier import StreamCopier
 
 BLOCKS, SLOTS, LAYERS = 8, 6, 3
 aten = torch.ops.aten
@@ -273,6 +276,55 @@ def test_neighbouring_slots_are_one_transfer(slots: tuple[int, ...], expected: l
 
 def test_a_long_run_of_slots_is_cut_into_transfers_that_let_others_through() -> None:
     assert list(runs(range(7), longest=3)) == [(0, 3), (3, 6), (6, 7)]
+
+
+class Driver:
+    """Copies host memory at once, as the CUDA driver would later; with an `error` it copies nothing."""
+
+    def __init__(self, error: int = 0) -> None:
+        self.sizes: list[int] = []
+        self.error = error
+
+    @property
+    def cuMemcpyAsync(self) -> Any:  # noqa: N802  # CUDA's name
+        def copy(to: int, from_: int, size: int, stream: int) -> int:
+            if not self.error:
+                self.sizes.append(size)
+                ctypes.memmove(to, from_, size)
+            return self.error
+
+        return copy
+
+
+@pytest.mark.parametrize("kind", ["driver", "torch"])
+def test_staging_rows_reach_their_slots_and_come_back(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slot_transfers, "TRANSFER_BYTES", 2 * 3 * 8)
+    rows, driver = torch.zeros((6, 3), dtype=torch.int64), Driver()
+    transfers = DriverTransfers(rows, driver) if kind == "driver" else TorchTransfers(rows)
+    stream = SimpleNamespace(cuda_stream=0)
+    staging = torch.arange(15).reshape(5, 3)
+    transfers.to_slots(staging, (1, 2, 3, 5, 0), stream)
+    assert torch.equal(rows[[1, 2, 3, 5, 0]], staging)
+    assert torch.equal(rows[4], torch.zeros(3, dtype=torch.int64))
+    back = torch.zeros_like(staging)
+    transfers.from_slots(back, (0, 1, 2, 3, 5), stream)
+    assert torch.equal(back, staging[[4, 0, 1, 2, 3]])
+    if kind == "driver":
+        assert driver.sizes[:4] == [48, 24, 24, 24]
+
+
+def test_a_slot_out_of_range_is_refused_before_the_driver_hears_of_it() -> None:
+    rows, driver = torch.zeros((6, 3)), Driver()
+    for slots in [(6,), (-1,), (1, 2, 3)]:
+        with pytest.raises(IndexError, match="of 6"):
+            DriverTransfers(rows, driver).to_slots(torch.zeros((2, 3)), slots, SimpleNamespace(cuda_stream=0))
+    assert driver.sizes == []
+
+
+def test_an_error_of_the_driver_fails_the_transfer() -> None:
+    transfers = DriverTransfers(torch.zeros((6, 3)), Driver(error=700))
+    with pytest.raises(RuntimeError, match="CUDA error 700"):
+        transfers.to_slots(torch.zeros((2, 3)), (1,), SimpleNamespace(cuda_stream=0))
 
 
 def test_a_load_that_a_request_waits_for_passes_uploads_started_before_it() -> None:
