@@ -16,6 +16,7 @@ from tokencake.branches import Branch, Stalled, slacks_s
 from tokencake.lengths import AnswerLengths
 from tokencake.lore import Lore, Place, Ways
 from tokencake.protocol import Graph, Hint
+from tokencake.records import tenant_of
 
 _MAX_KEPT: Final = 8_192
 """Applications without a live call that are remembered, so that their next call finds its place."""
@@ -336,14 +337,6 @@ def _place(app: Application, hint: Hint) -> Place:
         return hint.graph, hint.node or hint.agent or ""
     # Told apart from every graph that has a name: a client's cannot be empty.
     return f"\0{app.tenant.id}\0{app.root}", hint.agent or hint.node or ""
-
-
-def tenant_of(name: str, mark: str | None) -> str:
-    """The tenant whose prefix the proxy put before an id; "" where there is none, or `mark` is None."""
-    if mark is None:
-        return ""
-    before, found, _ = name.partition(mark)
-    return before if found else ""
 
 
 def _agent(hint: Hint | None) -> str:

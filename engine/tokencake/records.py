@@ -51,6 +51,8 @@ class Call:
     is_completed: bool = False
     """Whether one of its requests came to its end."""
     tools: dict[str, ToolCall] = field(default_factory=dict)
+    kept_bytes: int = 0
+    """What it and its tool calls take, by estimate."""
 
 
 @dataclass(slots=True)
@@ -69,6 +71,7 @@ class Session:
     id: str
     agent: str | None
     app: str | None
+    tenant: str
     touched_s: float
     arrived_s: float = 0.0
     """When its latest call arrived."""
@@ -84,6 +87,15 @@ class App:
 
     first_seen_s: float
     touched_s: float
+    tenant: str = ""
     own_sessions: set[str] = field(default_factory=set)
     """Sessions that cannot outlive it: their ids begin with its own."""
     ended: ToolStatus | None = None
+
+
+def tenant_of(name: str, mark: str | None) -> str:
+    """The tenant whose prefix the proxy put before an id; "" where there is none, or `mark` is None."""
+    if mark is None:
+        return ""
+    before, found, _ = name.partition(mark)
+    return before if found else ""

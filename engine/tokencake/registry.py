@@ -1,18 +1,19 @@
 """What does the engine know of its agents right now?
 
 The registry joins two streams: what the scheduler does with calls (added, scheduled, preempted, finished) and what the
-clients report between calls (events). It is bounded and expiring: a flood of sessions pushes out the oldest idle ones
-and never one with a live call. All times are seconds on one monotonic clock that the caller passes in as `now`.
+clients report between calls (events). It is bounded and expiring: beyond its bounds the tenant that takes most memory
+loses the records that it used least recently, and never one with a live call. All times are seconds on one monotonic
+clock that the caller passes in as `now`.
 """
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
-from dataclasses import dataclass
 from typing import Any, Final, assert_never
 
 from tokencake import protocol
+from tokencake.memory_account import Account, call_bytes, graph_bytes
 from tokencake.protocol import Event, Hint, Outcome
+from tokencake.record_store import Limits, RecordStore, kept_tool_bytes
 from tokencake.records import App, Call, Session
 from tokencake.stall_events import ToolEvent, WaitEvent, note_tool, note_wait
 
@@ -22,44 +23,29 @@ MAX_OBSERVATIONS: Final = 10_000
 """Durations kept between two drains of the metrics; later ones are not observed until the next drain."""
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """Bounds of the registry. `idle_s`: a session or app that nobody touched for so long is forgotten."""
-
-    sessions: int = 4_096
-    calls: int = 16_384
-    calls_per_session: int = 256
-    tool_calls_per_call: int = 128
-    waits_per_session: int = 16
-    graphs: int = 256
-    idle_s: float = 3_600.0
-
-
-class Registry:
+class Registry(RecordStore):
     """Sessions, calls and stalls, as far as hints and events told. Not thread-safe: it lives on the engine loop."""
 
-    def __init__(self, limits: Limits | None = None) -> None:
-        self.limits = limits or Limits()
-        self.sessions: OrderedDict[str, Session] = OrderedDict()
-        self.calls: OrderedDict[str, Call] = OrderedDict()
-        self.apps: OrderedDict[str, App] = OrderedDict()
-        self.graphs: OrderedDict[str, protocol.Graph] = OrderedDict()
-        self.counts: Counter[tuple[str, ...]] = Counter()
-        """Increments since the last `drain`: `(metric, *label values)` -> number."""
+    def __init__(self, limits: Limits | None = None, tenant_mark: str | None = None) -> None:
+        super().__init__(limits, tenant_mark)
         self._observed: dict[str, list[float]] = {
             name: [] for name in ("tool_s", "queue_s", "critical_queue_s", "forecast_error_s")
         }
         self._requests: dict[str, Call] = {}
-        self._stalled_calls: set[str] = set()
-        self._unknown_graphs: OrderedDict[str, None] = OrderedDict()
 
     # --- the scheduler's side ---------------------------------------------------------------------
 
-    def add_call(self, request_id: str, hint: Hint, prompt_tokens: int, now: float) -> None:
+    def add_call(self, request_id: str, hint: Hint, prompt_tokens: int, now: float) -> bool:
         """A hinted request entered the engine. Requests of a session that share a call id are one call (`n`, a retry).
 
         The call shows that the session waits for nothing any more, whatever got lost on the way.
+
+        Returns:
+            Whether it is kept. It is not where its tenant's live calls take all the memory that the tenant may have.
         """
+        tenant = self._tenant(hint.session)
+        if not self._has_room(tenant):
+            return False
         session = self._touch_session(hint, now)
         session.ended = None
         session.arrived_s = now
@@ -74,17 +60,18 @@ class Registry:
             call = Call(call_id, hint, now, prompt_tokens, tools=tools)
             self.calls[call_id] = call
             session.calls[call_id] = call
+            self._charge(call, call_bytes(hint) + sum(kept_tool_bytes(call, name) for name in tools))
             self._note_stall(call)
             if len(session.calls) > self.limits.calls_per_session:
                 self._forget_call(next((old.id for old in session.calls.values() if not old.live_requests), ""))
         call.live_requests.add(request_id)
         self.sessions[call.hint.session].live_requests += 1
         self._requests[request_id] = call
-        if hint.graph and hint.graph not in self.graphs:
-            self._unknown_graphs[hint.graph] = None
-            if len(self._unknown_graphs) > self.limits.graphs:
-                self._unknown_graphs.popitem(last=False)
-        self._bound(now)
+        if hint.graph:
+            self._note_graph(self._accounts.of(tenant), hint.graph)
+        self._has_room(tenant)
+        self._expire(now)
+        return True
 
     def schedule_call(self, request_id: str, device_tokens: int, host_tokens: int, now: float) -> None:
         """The request got its first slot, with so many prompt tokens found on the device and on the host."""
@@ -153,10 +140,13 @@ class Registry:
         call = self.calls.get(event.call)
         if call is None:
             return "unknown"
-        outcome = note_tool(call, event, now, self.limits.tool_calls_per_call)
+        has_room = self._has_room(self._tenant(call.hint.session), but=call.hint.session)
+        before = kept_tool_bytes(call, event.tool_call)
+        outcome = note_tool(call, event, now, self.limits.tool_calls_per_call if has_room else 0)
         if outcome not in ("unknown", "duplicate", "invalid"):
             self._note_stall(call)
             self._touch_session(call.hint, now)
+            self._charge(call, kept_tool_bytes(call, event.tool_call) - before)
             duration_s = call.tools[event.tool_call].duration_s
             if isinstance(event, protocol.ToolEnd) and duration_s is not None:
                 self.observe("tool_s", duration_s)
@@ -197,77 +187,24 @@ class Registry:
     def _learn_graph(self, event: protocol.Graph) -> Outcome:
         if event.graph in self.graphs:
             return "duplicate"
+        tenant = self._tenant(event.graph)
         self.graphs[event.graph] = event
-        self._unknown_graphs.pop(event.graph, None)
-        if len(self.graphs) > self.limits.graphs:
-            self.graphs.popitem(last=False)
+        self._accounts.add(tenant, "graph", event.graph, graph_bytes(event))
+        self._accounts.of(tenant).unknown_graphs.pop(event.graph, None)
+        self._has_room(tenant)
         return "applied"
 
-    def unknown_graphs(self) -> list[str]:
-        """Graph hashes that hints named and nobody has described yet: what to ask the clients for."""
-        return list(self._unknown_graphs)[:MAX_GRAPHS_ASKED]
+    def _note_graph(self, account: Account, graph: str) -> None:
+        if graph in self.graphs:
+            account.touch("graph", graph)
+            return
+        account.unknown_graphs[graph] = None
+        if len(account.unknown_graphs) > MAX_GRAPHS_ASKED:
+            account.unknown_graphs.popitem(last=False)
 
-    # --- bounds -----------------------------------------------------------------------------------
-
-    def _touch_session(self, hint: Hint, now: float) -> Session:
-        session = self.sessions.get(hint.session)
-        if session is None:
-            session = self.sessions[hint.session] = Session(hint.session, hint.agent, hint.app, now)
-        session.touched_s = now
-        session.agent, session.app = hint.agent or session.agent, hint.app or session.app
-        self.sessions.move_to_end(hint.session)
-        if hint.app:
-            app = self.apps.get(hint.app)
-            if app is None:
-                app = self.apps[hint.app] = App(now - (hint.app_started_ago_s or 0.0), now)
-            app.touched_s = now
-            self.apps.move_to_end(hint.app)
-            if session.id.startswith(hint.app):
-                app.own_sessions.add(session.id)
-        return session
-
-    def _bound(self, now: float) -> None:
-        """Forget what is idle for too long or too much, oldest first; amortised O(1) per added call."""
-        for _ in range(4):
-            session = next(iter(self.sessions.values()), None)
-            if session is None or not (
-                len(self.sessions) > self.limits.sessions or now - session.touched_s > self.limits.idle_s
-            ):
-                break
-            if session.live_requests:
-                self.sessions.move_to_end(session.id)
-                continue
-            for call_id in list(session.calls):
-                self._forget_call(call_id)
-            del self.sessions[session.id]
-            if app := self.apps.get(session.app or ""):
-                app.own_sessions.discard(session.id)
-            self.counts["forgotten", "session"] += 1
-        for _ in range(4):
-            if len(self.calls) <= self.limits.calls:
-                break
-            call = next(iter(self.calls.values()))
-            if call.live_requests:
-                self.calls.move_to_end(call.id)
-                continue
-            self._forget_call(call.id)
-            self.counts["forgotten", "call"] += 1
-        while self.apps and (
-            len(self.apps) > self.limits.sessions or now - next(iter(self.apps.values())).touched_s > self.limits.idle_s
-        ):
-            self.apps.popitem(last=False)
-
-    def _note_stall(self, call: Call) -> None:
-        if any(tool.is_open for tool in call.tools.values()):
-            self._stalled_calls.add(call.id)
-        else:
-            self._stalled_calls.discard(call.id)
-
-    def _forget_call(self, call_id: str) -> None:
-        call = self.calls.pop(call_id, None)
-        self._stalled_calls.discard(call_id)
-        if call is not None and (session := self.sessions.get(call.hint.session)):
-            session.calls.pop(call_id, None)
+    def unknown_graphs(self, tenant: str = "") -> list[str]:
+        """Graph hashes that hints of `tenant` named and no event has described: what to ask the clients for."""
+        return list(self._accounts.of(tenant).unknown_graphs)
 
     # --- numbers ----------------------------------------------------------------------------------
 
@@ -294,9 +231,10 @@ class Registry:
                 "sessions": len(self.sessions),
                 "live_calls": len(self._requests),
                 "stalled_calls": len(self._stalled_calls),
+                "registry_bytes": self._accounts.total_bytes,
             },
         }
-        self.counts = Counter()
+        self.counts.clear()
         self._observed = {metric: [] for metric in self._observed}
         return drained
 

@@ -32,7 +32,7 @@ def section(config: object, name: str, kind: type[_Section]) -> _Section:
     ours = config.get("tokencake", {}) if isinstance(config, Mapping) else {}
     if not isinstance(ours, dict):
         raise SettingsError(f"additional-config tokencake is {parsing.shown(ours)}; expected an object")
-    known_sections = ("measure", "space", "time")
+    known_sections = ("measure", "registry", "space", "time")
     for key in ours:
         if key not in known_sections:
             raise SettingsError(f"tokencake.{key} is not known; the sections are {', '.join(known_sections)}")

@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 logger = init_logger("vllm.tokencake")
 
 _COUNTERS = {
-    "hints": ("LLM calls by what became of their hint: accepted, absent or void", ["outcome"]),
+    "hints": (
+        "LLM calls by what became of their hint: accepted, absent, void, or refused for want of memory",
+        ["outcome"],
+    ),
     "events": ("Events by type and outcome", ["type", "outcome"]),
     "calls": ("Hinted calls that ended: finished or aborted", ["outcome"]),
     "forgotten": ("Records dropped because of age or the registry's bounds", ["record"]),
@@ -52,6 +55,7 @@ _GAUGES = {
     "sessions": "Sessions known to the engine",
     "live_calls": "Hinted requests waiting or running",
     "stalled_calls": "Calls whose agent waits for a tool",
+    "registry_bytes": "Memory of the records of sessions, calls, applications and graphs, by estimate",
     "longest_wait_s": "For how long the call has waited that has waited longest for its first slot, in seconds",
     "promised_blocks": "KV blocks that the calls that run will yet take at one time, as far as can be foreseen",
 }

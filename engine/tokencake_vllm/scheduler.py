@@ -17,7 +17,10 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
 from tokencake import protocol
+from tokencake.record_store import Limits
 from tokencake.registry import Registry
+from tokencake.settings import section
+from tokencake.space_settings import SpaceSettings
 from tokencake.views import state_view
 from tokencake_vllm.block_budget import block_budget
 from tokencake_vllm.space_hooks import SpaceMixin
@@ -45,7 +48,10 @@ class TokenCakeMixin(_Base):
                 f"{type(self).__name__} does not fit async_scheduling={is_async}: pass --scheduler-cls "
                 "tokencake_vllm.scheduler.create_scheduler, which picks the class that fits"
             )
-        self.registry = Registry()
+        config = self.vllm_config.additional_config
+        self.registry = Registry(
+            limits=section(config, "registry", Limits), tenant_mark=section(config, "space", SpaceSettings).tenant_mark
+        )
         logger.info("TokenCake: %s watches this engine's calls", type(self).__name__)
 
     def add_request(self, request: Request) -> None:
@@ -68,8 +74,8 @@ class TokenCakeMixin(_Base):
             self.registry.counts["hints", "void"] += 1
             logger.debug("TokenCake: request %s has a void hint: %s", request.request_id, error)
             return
-        self.registry.counts["hints", "accepted"] += 1
-        self.registry.add_call(request.request_id, hint, request.num_prompt_tokens, time.monotonic())
+        is_kept = self.registry.add_call(request.request_id, hint, request.num_prompt_tokens, time.monotonic())
+        self.registry.counts["hints", "accepted" if is_kept else "refused"] += 1
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """Stock, then note which calls got their first slot."""

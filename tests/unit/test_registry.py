@@ -3,7 +3,8 @@ from hypothesis import strategies as st
 
 from tokencake import protocol
 from tokencake.protocol import Hint
-from tokencake.registry import Limits, Registry
+from tokencake.record_store import Limits
+from tokencake.registry import Registry
 from tokencake.views import state_view
 
 
