@@ -17,6 +17,7 @@ from tokencake.lengths import AnswerLengths
 from tokencake.lore import Lore, Place, Ways
 from tokencake.protocol import Graph, Hint
 from tokencake.records import tenant_of
+from tokencake.roles import role_of
 
 _MAX_KEPT: Final = 8_192
 """Applications without a live call that are remembered, so that their next call finds its place."""
@@ -207,13 +208,13 @@ class Applications:
     # --- what is learned --------------------------------------------------------------------------
 
     def _learn(self, call: LiveCall, took_s: float, output_tokens: int) -> None:
-        self.lengths.learn(_agent(call.hint), output_tokens)
+        self.lengths.learn(role_of(call.hint), output_tokens)
         self.token_s += _LEARNING_RATE * (took_s / max(1, output_tokens) - self.token_s)
         place = ("", "") if call.branch is None else call.branch.place
         self.lore.learn_call(place, took_s, call.app.visits[place])
 
     def _expected_tokens(self, hint: Hint | None, max_tokens: int) -> int:
-        learned = self.lengths.quantile(_agent(hint), self._quantile)
+        learned = self.lengths.quantile(role_of(hint), self._quantile)
         told = hint.expected_output_tokens if hint is not None else None
         # What was measured outweighs what is claimed, and no answer outgrows its limit.
         known = learned if learned is not None else told
@@ -333,13 +334,8 @@ class Applications:
 
 
 def _place(app: Application, hint: Hint) -> Place:
-    if hint.graph:
-        return hint.graph, hint.node or hint.agent or ""
+    role = role_of(hint)
+    if role.graph:  # whose description names its nodes
+        return role.graph, role.node or role.agent
     # Told apart from every graph that has a name: a client's cannot be empty.
-    return f"\0{app.tenant.id}\0{app.root}", hint.agent or hint.node or ""
-
-
-def _agent(hint: Hint | None) -> str:
-    if hint is None:
-        return ""
-    return f"{hint.graph or ''}/{hint.node or hint.agent or ''}"
+    return f"\0{app.tenant.id}\0{app.root}", role.label

@@ -1,6 +1,6 @@
 """How long will this stall still last?
 
-One histogram over the logarithm of the duration per (agent, tool), online and in bounded memory. A quantile does not
+One histogram over the logarithm of the duration per (role, tool), online and in bounded memory. A quantile does not
 mind an outlier; the weight of the past fades, so that a tool that has changed is believed. While there is little data
 the user's estimate counts half (paper: b = 0.5). What has been waited already is taken into account: a tool that was
 expected for 1 s and runs for 5 s is not expected back in -4 s.
@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from math import erf, exp, inf, log, sqrt
 from typing import Any, Final
+
+from tokencake.roles import Role
 
 SHORTEST_S: Final = 0.001
 BINS_PER_E: Final = 4
@@ -31,6 +33,8 @@ FADE: Final = 0.98
 ENOUGH: Final = 8.0
 """Observations from which on the user's estimate is not asked any more."""
 _SPLIT_EVENLY: Final = 0.5
+_DUMPED: Final = len(Role._fields) + 2
+"""Items of one dumped history: its role, the tool and the weights."""
 UNSEEN_SHARE: Final = 0.05
 """So many stalls outlast everything seen before (our choice)."""
 
@@ -136,23 +140,23 @@ class _History:
 
 
 class Forecast:
-    """Durations of the stalls of every (agent, tool). At most `MAX_KEYS` keys, the longest unused are forgotten."""
+    """Durations of the stalls of every (role, tool). At most `MAX_KEYS` keys, the longest unused are forgotten."""
 
     def __init__(self) -> None:
-        self._histories: OrderedDict[tuple[str, str], _History] = OrderedDict()
+        self._histories: OrderedDict[tuple[Role, str], _History] = OrderedDict()
 
-    def learn(self, agent: str | None, tool: str | None, seconds: float) -> None:
+    def learn(self, role: Role, tool: str | None, seconds: float) -> None:
         """A stall of this kind lasted `seconds`."""
-        key = (agent or "", tool or "")
+        key = (role, tool or "")
         history = self._histories.pop(key, None) or _History()
         history.add(seconds)
         self._histories[key] = history
         if len(self._histories) > MAX_KEYS:
             self._histories.popitem(last=False)
 
-    def stall(self, agent: str | None, tool: str | None, estimate_s: float | None = None) -> Stall:
+    def stall(self, role: Role, tool: str | None, estimate_s: float | None = None) -> Stall:
         """The whole duration of a stall that begins now, as far as it can be known."""
-        history = self._histories.get((agent or "", tool or ""))
+        history = self._histories.get((role, tool or ""))
         if history is None or not history.total:
             if estimate_s is None:
                 return Stall(_spread(UNKNOWN_S, UNKNOWN_SIGMA))
@@ -166,9 +170,9 @@ class Forecast:
             prior = _spread(estimate_s, ESTIMATE_SIGMA)
         return Stall(tuple((s + p) * _SPLIT_EVENLY for s, p in zip(seen, prior, strict=True)))
 
-    def knows(self, agent: str | None, tool: str | None) -> bool:
+    def knows(self, role: Role, tool: str | None) -> bool:
         """Whether such a stall was ever seen."""
-        return (agent or "", tool or "") in self._histories
+        return (role, tool or "") in self._histories
 
     @staticmethod
     def _center(history: _History) -> float:
@@ -182,19 +186,20 @@ class Forecast:
     def dump(self) -> list[Any]:
         """Everything learned, as JSON."""
         return [
-            [*key, {str(index): round(weight, 4) for index, weight in history.weights.items()}]
-            for key, history in self._histories.items()
+            [*role, tool, {str(index): round(weight, 4) for index, weight in history.weights.items()}]
+            for (role, tool), history in self._histories.items()
         ]
 
     def restore(self, dumped: Iterable[Any]) -> None:
         """Take what `dump` gave; entries that make no sense are left out."""
         for entry in dumped:
-            if not isinstance(entry, list | tuple) or len(entry) != 3 or not isinstance(entry[2], Mapping):  # noqa: PLR2004  # agent, tool, weights
+            if not isinstance(entry, list | tuple) or len(entry) != _DUMPED or not isinstance(entry[-1], Mapping):
                 continue
+            *role, tool, weights = entry
             history = _History()
-            for index, weight in entry[2].items():
+            for index, weight in weights.items():
                 if str(index).isdigit() and int(index) < BINS and isinstance(weight, int | float) and 0 < weight < inf:
                     history.weights[int(index)] = float(weight)
             history.total = sum(history.weights.values())
             if history.total and len(self._histories) < MAX_KEYS:
-                self._histories[str(entry[0]), str(entry[1])] = history
+                self._histories[Role(*map(str, role)), str(tool)] = history

@@ -1,35 +1,38 @@
-"""How long will an answer be? What the same agent's answers have been, as quantiles over the recent ones."""
+"""How long will an answer be? What answers in the same role have been, as quantiles over the recent ones."""
 
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from tokencake.roles import Role
 
 _KEPT: Final = 64
-"""Answers remembered of each agent."""
+"""Answers remembered of each role."""
 
-_AGENTS: Final = 4_096
+_ROLES: Final = 4_096
 _ENOUGH: Final = 4
-"""Answers before an agent's own history counts."""
+"""Answers before a role's own history counts."""
 
 
 class AnswerLengths:
-    """Recent lengths, in tokens, of each agent's answers; bounded, the agent unseen for longest is forgotten."""
+    """Recent lengths, in tokens, of the answers in each role; bounded, the role unseen for longest is forgotten."""
 
     def __init__(self) -> None:
-        self._recent: OrderedDict[str, deque[int]] = OrderedDict()
+        self._recent: OrderedDict[Role, deque[int]] = OrderedDict()
 
-    def learn(self, agent: str, tokens: int) -> None:
+    def learn(self, role: Role, tokens: int) -> None:
         """Note a complete answer."""
-        recent = self._recent.setdefault(agent, deque(maxlen=_KEPT))
+        recent = self._recent.setdefault(role, deque(maxlen=_KEPT))
         recent.append(tokens)
-        self._recent.move_to_end(agent)
-        if len(self._recent) > _AGENTS:
+        self._recent.move_to_end(role)
+        if len(self._recent) > _ROLES:
             self._recent.popitem(last=False)
 
-    def quantile(self, agent: str, share: float) -> int | None:
-        """The length that `share` of the agent's answers did not exceed; None while too few are known."""
-        recent = self._recent.get(agent)
+    def quantile(self, role: Role, share: float) -> int | None:
+        """The length that `share` of the answers in this role did not exceed; None while too few are known."""
+        recent = self._recent.get(role)
         if recent is None or len(recent) < _ENOUGH:
             return None
         ordered = sorted(recent)

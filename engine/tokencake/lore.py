@@ -1,7 +1,7 @@
 """What has been learned of the graphs that applications run? How long nodes take, how often they come, what follows.
 
 A graph that nobody has described is learned from the order of its calls. Whoever names no graph is known by the agent
-that began the application, and its nodes by their agents.
+that began the application, and its nodes by their agents and names.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from collections import Counter
 from tokencake.applications import Applications, LiveCall
 from tokencake.paper_scores import AgentType, request_score
 from tokencake.partition import REFRESH_STEPS, START_RATIO, Pools, next_ratio, reserves
+from tokencake.roles import role_of
 from tokencake.space_policy import Memory, Rank
 
 
@@ -88,4 +89,5 @@ class Paper:
 
 def kind_of(call: LiveCall) -> str:
     """The agent type that the call's blocks are charged to; "" without a hint."""
-    return "" if call.hint is None else call.hint.agent or call.hint.node or call.hint.session
+    role = role_of(call.hint)
+    return "" if call.hint is None else role.agent or role.node or call.hint.session

@@ -1,7 +1,7 @@
 """Will anybody extend what this call left?
 
 A hint says what the graph allows: of three branches that end in a join, the prompt behind it begins with one at most.
-So it is counted for each node how often the next call has come.
+So it is counted for each role how often the next call has come.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
+
+from tokencake.roles import Role, role_of
 
 if TYPE_CHECKING:
     from tokencake.protocol import Hint
@@ -23,23 +25,18 @@ UNSAID: Final = 0.5
 MAX_KEYS: Final = 4_096
 
 
-def place_of(hint: Hint) -> str:
-    """The node that a call belongs to, or the agent where no node is known."""
-    return f"{hint.graph or ''}/{hint.node}" if hint.node else hint.agent or ""
-
-
 @dataclass(slots=True)
 class Returns:
-    """How often calls were extended, by graph and node, or by agent where no node is known. In bounded memory."""
+    """How often calls were extended, by role. In bounded memory."""
 
-    _seen: OrderedDict[str, tuple[float, float]] = field(default_factory=OrderedDict)
+    _seen: OrderedDict[Role, tuple[float, float]] = field(default_factory=OrderedDict)
     """Weight of all observations, and of those in which the next call came."""
 
     def learn(self, hint: Hint | None, *, came: bool) -> None:
         """A stall is over: the next call came, or it never will."""
         if hint is None:
             return
-        key = place_of(hint)
+        key = role_of(hint)
         seen, returned = self._seen.pop(key, (0.0, 0.0))
         self._seen[key] = (seen * FADE + 1.0, returned * FADE + came)
         if len(self._seen) > MAX_KEYS:
@@ -48,5 +45,5 @@ class Returns:
     def chance(self, hint: Hint | None) -> float:
         """With this probability the call will be extended."""
         prior = SAID if hint is not None and hint.reuse == "extends" else UNSAID
-        seen, returned = self._seen.get(place_of(hint), (0.0, 0.0)) if hint is not None else (0.0, 0.0)
+        seen, returned = self._seen.get(role_of(hint), (0.0, 0.0)) if hint is not None else (0.0, 0.0)
         return (returned + prior * PRIOR_WEIGHT) / (seen + PRIOR_WEIGHT)

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from tokencake.forecast import Forecast, Stall
-from tokencake.returns import Returns, place_of
+from tokencake.returns import Returns
+from tokencake.roles import role_of
 from tokencake.stalls import AFTER_TOOLS, ANSWER, Chain, Chains, ended_s, expected_rest, give_up_after
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class StallBook:
 
     def _learn_return(self, parent: Chain, now: float) -> None:
         hint, call = parent.hint, self.call_of(parent)
-        agent = hint.agent if hint else None
+        agent = role_of(hint).of_agent
         tools = list(call.tools.values()) if call else []
         if not tools and not (hint and hint.expects_tools):
             self.forecast.learn(agent, None, now - parent.since_s)
@@ -49,7 +50,7 @@ class StallBook:
         if hint is not None and tools:
             over_s = ended_s(parent, tools, self.session_of(parent))
             is_open = any(tool.is_open for tool in tools)
-            self.forecast.learn(place_of(hint), AFTER_TOOLS, 0.0 if is_open or over_s is None else now - over_s)
+            self.forecast.learn(role_of(hint), AFTER_TOOLS, 0.0 if is_open or over_s is None else now - over_s)
 
     def start(self, request_id: str, now: float) -> None:
         """A call has a slot, for the first time or again."""
@@ -60,7 +61,7 @@ class StallBook:
         """A call has ended well and left the blocks `keys`: its stall begins, and with it what is expected of it."""
         running = self.chains.by_id.get(request_id)
         if running is not None and running.phase == "running" and running.hint is not None:
-            self.forecast.learn(running.hint.agent, ANSWER, now - running.since_s)
+            self.forecast.learn(role_of(running.hint).of_agent, ANSWER, now - running.since_s)
         chain = self.chains.stall(request_id, keys, now)
         if chain is None:
             return None
@@ -121,9 +122,10 @@ class StallBook:
             return []
         tool = call.tools.get(event["tool_call"])
         if event["type"] == "tool_end" and tool is not None and tool.duration_s is not None:
-            expected = self.forecast.stall(call.hint.agent, tool.tool, tool.estimate_s)
+            agent = role_of(call.hint).of_agent
+            expected = self.forecast.stall(agent, tool.tool, tool.estimate_s)
             self._registry.observe("forecast_error_s", abs(expected.quantile(0.5) - tool.duration_s))
-            self.forecast.learn(call.hint.agent, tool.tool, tool.duration_s)
+            self.forecast.learn(agent, tool.tool, tool.duration_s)
         return self.stalled_at(call.id)
 
     def stalled_at(self, call_id: str) -> list[Chain]:

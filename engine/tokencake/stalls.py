@@ -16,7 +16,7 @@ from typing import Final, Literal, TypeAlias
 from tokencake.forecast import BACK_NOW, Forecast, Stall
 from tokencake.protocol import Hint
 from tokencake.records import Call, Session, ToolCall
-from tokencake.returns import place_of
+from tokencake.roles import Role, role_of
 
 Phase: TypeAlias = Literal["waiting", "running", "stalled"]
 
@@ -229,7 +229,7 @@ def expected_rest(
     With several tools open it is the longest that counts: the agent goes on when the last has ended. A tool inside
     which sub-agents work lasts as long as they do. Behind the last tool a branch may have to wait for its siblings.
     """
-    agent = chain.hint.agent if chain.hint else None
+    agent = role_of(chain.hint).of_agent
     tools = call.tools if call else {}
     hired = chains.hired_by(chain)
     # The answer of the last sub-agent says better than any past when such a tool ends.
@@ -268,20 +268,20 @@ def _rest_after_tools(chain: Chain, over_s: float, chains: Chains, forecast: For
     hint = chain.hint
     if hint is None:
         return BACK_NOW
-    if forecast.knows(place_of(hint), AFTER_TOOLS):
-        return forecast.stall(place_of(hint), AFTER_TOOLS).after(max(0.0, now_s - over_s))
+    if forecast.knows(role_of(hint), AFTER_TOOLS):
+        return forecast.stall(role_of(hint), AFTER_TOOLS).after(max(0.0, now_s - over_s))
     return _latest([_call_rest(sibling, forecast, now_s) for sibling in chains.siblings_of(chain)] or [BACK_NOW])
 
 
 def _call_rest(chain: Chain, forecast: Forecast, now_s: float) -> Stall:
     """Until another call, which this agent waits for, is over: its own stall, or its answer."""
     if chain.phase == "stalled":
-        return Forecast().stall(None, None, chain.rest_s(now_s))
-    agent = chain.hint.agent if chain.hint else None
+        return Forecast().stall(Role(), None, chain.rest_s(now_s))
+    agent = role_of(chain.hint).of_agent
     return forecast.stall(agent, ANSWER).after(max(0.0, now_s - chain.since_s) if chain.phase == "running" else 0.0)
 
 
-def _tool_rest(tool: ToolCall, agent: str | None, forecast: Forecast, now_s: float) -> Stall:
+def _tool_rest(tool: ToolCall, agent: Role, forecast: Forecast, now_s: float) -> Stall:
     waited_s = max(0.0, now_s - tool.started_s) if tool.started_s is not None else 0.0
     estimate_s = tool.estimate_s
     if estimate_s is None and tool.stages:
@@ -289,9 +289,9 @@ def _tool_rest(tool: ToolCall, agent: str | None, forecast: Forecast, now_s: flo
         estimate_s = sum(known) if known else None
     if tool.fraction and waited_s:
         # What has been done tells the pace better than any past.
-        return Forecast().stall(None, None, waited_s / tool.fraction).after(waited_s)
+        return Forecast().stall(Role(), None, waited_s / tool.fraction).after(waited_s)
     if tool.stage and tool.stages and (rest_s := _rest_of_stages(tool)) is not None:
-        return Forecast().stall(None, None, waited_s + rest_s).after(waited_s)
+        return Forecast().stall(Role(), None, waited_s + rest_s).after(waited_s)
     return forecast.stall(agent, tool.tool, estimate_s).after(waited_s)
 
 

@@ -15,6 +15,7 @@ from vllm.v1.request import RequestStatus
 
 from tests.unit.engine.time_bench import BLOCK_SIZE, PROMPT, Bench, as_json, build, long_stall, make_request
 from tokencake import protocol
+from tokencake.roles import Role
 
 
 def test_a_finished_call_is_on_the_host_and_its_blocks_are_free(bench: Callable[..., Bench]) -> None:
@@ -424,7 +425,8 @@ def test_durations_are_learned_and_the_error_is_observed(bench: Callable[..., Be
     for number in range(10):
         name = engine.answer([1_000 * number + i for i in range(40)], session=f"s{number}")
         engine.tell(protocol.ToolStart(name, "t", "build"), protocol.ToolEnd(name, "t", duration_s=3.0))
-    assert engine.scheduler.time.book.forecast.stall("writer", "build").quantile(0.5) == pytest.approx(3.0, rel=0.3)
+    forecast = engine.scheduler.time.book.forecast
+    assert forecast.stall(Role("writer"), "build").quantile(0.5) == pytest.approx(3.0, rel=0.3)
     assert len(engine.scheduler.tokencake_metrics()["observed"]["forecast_error_s"]) == 10
 
 

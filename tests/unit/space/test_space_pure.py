@@ -7,8 +7,11 @@ from hypothesis import strategies as st
 from tokencake.decision_log import Decision, DecisionLog
 from tokencake.lengths import AnswerLengths
 from tokencake.promises import Promise, delays, peak_blocks, tokens_until_free
+from tokencake.roles import Role
 from tokencake.settings import SettingsError, section
 from tokencake.space_settings import SpaceSettings
+
+WRITER = Role("writer")
 
 
 def test_a_call_holds_back_what_it_needs_until_its_end_only():
@@ -48,13 +51,13 @@ def test_a_call_delays_those_before_it_if_it_still_holds_what_they_could_have():
 def test_lengths_are_a_quantile_once_enough_are_known():
     lengths = AnswerLengths()
     for tokens in (10, 20, 30):
-        lengths.learn("writer", tokens)
-    assert lengths.quantile("writer", 0.5) is None
+        lengths.learn(WRITER, tokens)
+    assert lengths.quantile(WRITER, 0.5) is None
 
-    lengths.learn("writer", 400)
+    lengths.learn(WRITER, 400)
 
-    assert lengths.quantile("writer", 0.5) == 30
-    assert lengths.quantile("writer", 1.0) == 400
+    assert lengths.quantile(WRITER, 0.5) == 30
+    assert lengths.quantile(WRITER, 1.0) == 400
 
 
 def test_the_log_keeps_the_same_words_about_a_call_once_and_is_bounded():

@@ -7,6 +7,7 @@ import pytest
 from tokencake.forecast import Forecast
 from tokencake.protocol import Hint, Stage
 from tokencake.records import Call, Session, ToolCall, Wait
+from tokencake.roles import Role
 from tokencake.stalls import AFTER_TOOLS, ANSWER, Chain, Chains, expected_rest, give_up_after
 
 KEYS = [bytes([number]) * 4 for number in range(10)]
@@ -106,7 +107,7 @@ def test_a_fraction_tells_the_pace() -> None:
 
 
 def test_a_human_is_waited_for_like_a_tool() -> None:
-    session = Session("s", "a", None, 0.0, waits={"human": Wait(0.0, 300.0)})
+    session = Session("s", "a", None, "", 0.0, waits={"human": Wait(0.0, 300.0)})
     assert median(chain(), [], session=session) == pytest.approx(300.0, rel=0.2)
 
 
@@ -131,7 +132,7 @@ def test_a_branch_waits_at_its_join_for_the_slowest_sibling() -> None:
 def test_how_long_a_node_waits_behind_its_tools_is_learned() -> None:
     forecast = Forecast()
     for _ in range(10):
-        forecast.learn("/n", AFTER_TOOLS, 12.0)
+        forecast.learn(Role("a", node="n"), AFTER_TOOLS, 12.0)
     given = Chain("c", KEYS, hint(node="n", join="merge"), "stalled", 0.0)
     call = Call("c", hint(), 0.0, 10, tools={"t": ToolCall("x", started_s=0.0, ended_s=4.0)})
     assert expected_rest(given, call, None, Chains(), forecast, 4.0).quantile(0.5) == pytest.approx(12.0, rel=0.2)
@@ -141,8 +142,8 @@ def test_how_long_a_node_waits_behind_its_tools_is_learned() -> None:
 def test_a_tool_lasts_as_long_as_the_last_answer_of_its_sub_agent() -> None:
     chains, forecast = Chains(), Forecast()
     for _ in range(10):
-        forecast.learn("a", "delegate", 60.0)
-        forecast.learn("worker", ANSWER, 2.0)
+        forecast.learn(Role("a"), "delegate", 60.0)
+        forecast.learn(Role("worker"), ANSWER, 2.0)
     worker = Hint(session="w", agent="worker", parent_call="c", parent_tool_call="t", reuse="final")
     chains.arrive("w", OTHER[:2], worker, 10.0)
     call = Call("c", hint(), 0.0, 10, tools={"t": ToolCall("delegate", started_s=0.0)})
@@ -153,7 +154,7 @@ def test_a_tool_lasts_as_long_as_the_last_answer_of_its_sub_agent() -> None:
 
 
 def test_a_stall_is_given_up_at_its_deadline_or_after_four_times_its_late_quantile() -> None:
-    rest = Forecast().stall(None, None, 100.0)
+    rest = Forecast().stall(Role(), None, 100.0)
     assert give_up_after(rest, [50.0, None]) == 50.0
     assert give_up_after(rest, []) == pytest.approx(4 * rest.quantile(0.9))
-    assert give_up_after(Forecast().stall(None, None, 0.1), []) == 60.0
+    assert give_up_after(Forecast().stall(Role(), None, 0.1), []) == 60.0

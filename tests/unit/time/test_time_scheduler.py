@@ -14,6 +14,7 @@ from tokencake.protocol import Hint
 from tokencake.rates import Rates
 from tokencake.replacement import distance_s, distances
 from tokencake.returns import Returns
+from tokencake.roles import Role
 from tokencake.settings import SettingsError, section
 from tokencake.stalls import Chains
 from tokencake.time_scheduler import Finished, Ours, Paper, TimeSettings, policy_of
@@ -35,7 +36,7 @@ def finished(stall_s: float = 8.0, **changed: Any) -> Finished:
     usual = Finished(
         reuse="extends",
         is_over=False,
-        rest=Forecast().stall(None, None, stall_s),
+        rest=Forecast().stall(Role(), None, stall_s),
         queue_s=0.0,
         blocks=563,
         missing=563,
@@ -101,10 +102,10 @@ def test_what_is_cheaper_to_compute_than_to_copy_is_not_copied() -> None:
 
 
 def test_the_upload_begins_before_the_early_quantile() -> None:
-    rest = Forecast().stall(None, None, 8.0)
+    rest = Forecast().stall(Role(), None, 8.0)
     due_s = Ours().upload_in_s(rest, 563, rates(), SETTINGS)
     assert due_s == pytest.approx(rest.quantile(0.2) - 0.1, abs=0.01)
-    assert Ours().upload_in_s(Forecast().stall(None, None, 0.1), 563, rates(), SETTINGS) == 0.0
+    assert Ours().upload_in_s(Forecast().stall(Role(), None, 0.1), 563, rates(), SETTINGS) == 0.0
 
 
 # --- the published gate -----------------------------------------------------------------------------
@@ -142,7 +143,7 @@ def test_paper_scores_with_the_published_constants() -> None:
 
 
 def test_paper_uploads_a_fixed_lead_before_the_predicted_end() -> None:
-    rest = Forecast().stall(None, None, 8.0)
+    rest = Forecast().stall(Role(), None, 8.0)
     assert Paper().upload_in_s(rest, 563, rates(), SETTINGS) == pytest.approx(rest.mean_s - 0.1)
 
 
@@ -201,7 +202,7 @@ def test_an_unknown_key_is_answered_with_the_known_ones() -> None:
 
 
 def test_an_upload_that_would_be_gone_before_the_agent_is_back_is_not_begun() -> None:
-    rest = Forecast().stall(None, None, 8.0)
+    rest = Forecast().stall(Role(), None, 8.0)
     assert Ours().may_upload(rest, 1.0, 60.0)
     assert not Ours().may_upload(rest, 1.0, 4.0)
     assert not Ours().may_upload(rest, 0.4, inf)

@@ -1,0 +1,34 @@
+"""Role of a call: the one key under which everything about calls is learned.
+
+The prebuilt agents of LangChain give their nodes the same names, so a node says nothing without its agent.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from tokencake.protocol import Hint
+
+
+class Role(NamedTuple):
+    """Agent, and where in its graph it calls; "" for what the hint does not say."""
+
+    agent: str = ""
+    graph: str = ""
+    node: str = ""
+
+    @property
+    def of_agent(self) -> Role:
+        """The same for all nodes of the agent: for what does not depend on the node, such as the time a tool takes."""
+        return self._replace(graph="", node="")
+
+    @property
+    def label(self) -> str:
+        """The node within one graph, told apart from nodes of the same name that belong to other agents."""
+        return f"{self.agent}/{self.node}" if self.node and self.node != self.agent else self.agent
+
+
+def role_of(hint: Hint | None) -> Role:
+    """The role of the call with this hint; the empty role without a hint."""
+    return Role() if hint is None else Role(hint.agent or "", hint.graph or "", hint.node or "")
