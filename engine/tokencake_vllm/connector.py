@@ -23,7 +23,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.distributed.utils import get_pp_indices
 from vllm.logger import init_logger
-from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, UniformTypeKVCacheSpecs
 
 from tokencake.host_tier import HostTier
 from tokencake.rates import Rates
@@ -63,6 +63,8 @@ class Reports(KVConnectorWorkerMetadata):
     """What workers are through with: job id -> ranks, seconds of the slowest, all well?"""
 
     done: dict[int, tuple[int, float, bool]] = field(default_factory=dict)
+    slots: tuple[int, int] | None = None
+    """The fewest and the most slots of host memory that a rank has; told once."""
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
         """Both, added up by job."""
@@ -72,7 +74,8 @@ class Reports(KVConnectorWorkerMetadata):
         for job_id, (ranks, seconds, ok) in other.done.items():
             have_ranks, have_seconds, have_ok = joined.get(job_id, (0, 0.0, True))
             joined[job_id] = (have_ranks + ranks, max(have_seconds, seconds), have_ok and ok)
-        return Reports(joined)
+        slots = [count for report in (self, other) for count in report.slots or ()]
+        return Reports(joined, (min(slots), max(slots)) if slots else None)
 
 
 HOST_BLOCKS: Final = "host_blocks"
@@ -81,20 +84,23 @@ LOST: Final = 0
 """The id of a load that copies nothing: the worker reports it as failed, and the call that waits computes."""
 
 
-def layers_of_a_rank(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> int:
-    """Layers whose KV one rank holds; of pipeline stages, which know only their own layers, the longest."""
-    stages = vllm_config.parallel_config.pipeline_parallel_size
-    if stages == 1:
-        return sum(len(group.layer_names) for group in kv_cache_config.kv_cache_groups)
-    layers = vllm_config.model_config.get_total_num_hidden_layers()
-    spans = (get_pp_indices(layers, stage, stages) for stage in range(stages))
-    return max(end - begin for begin, end in spans)
-
-
 def block_bytes_of(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> int:
-    """Bytes of one block over all layers and all ranks: every rank must come to the same."""
-    page_bytes = kv_cache_config.kv_cache_groups[0].kv_cache_spec.page_size_bytes
-    return page_bytes * layers_of_a_rank(vllm_config, kv_cache_config) * vllm_config.parallel_config.world_size
+    """Bytes of one block over all layers and all ranks; the scheduler and every rank come to the same.
+
+    vLLM gives the scheduler the first rank's tensors, and describes unlike layers to it by the first of them only: so
+    the size comes from the tensors. Of pipeline stages, which know their own layers only, the longest counts.
+    """
+    layers = sum(len(group.layer_names) for group in kv_cache_config.kv_cache_groups)
+    if tensors := kv_cache_config.kv_cache_tensors:
+        rank_bytes = tensors[0].size // kv_cache_config.num_blocks  # all name the size of the one allocation
+    else:
+        rank_bytes = kv_cache_config.kv_cache_groups[0].kv_cache_spec.page_size_bytes * layers
+    parallel = vllm_config.parallel_config
+    if parallel.pipeline_parallel_size > 1:
+        total, stages = vllm_config.model_config.get_total_num_hidden_layers(), parallel.pipeline_parallel_size
+        spans = (get_pp_indices(total, stage, stages) for stage in range(stages))
+        rank_bytes = rank_bytes // layers * max(end - begin for begin, end in spans)
+    return rank_bytes * parallel.world_size
 
 
 def host_slots(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, settings: TimeSettings) -> int:
@@ -112,8 +118,10 @@ def unfit(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> str | None
     groups = kv_cache_config.kv_cache_groups
     if len(groups) != 1:
         return f"the model has {len(groups)} KV cache groups; only one of full attention is known"
-    if type(groups[0].kv_cache_spec) is not FullAttentionSpec:
-        return f"the model's KV cache is {type(groups[0].kv_cache_spec).__name__}, not FullAttentionSpec"
+    spec = groups[0].kv_cache_spec
+    for layer in spec.kv_cache_specs.values() if isinstance(spec, UniformTypeKVCacheSpecs) else (spec,):
+        if type(layer) is not FullAttentionSpec:
+            return f"a layer's KV cache is {type(layer).__name__}, not FullAttentionSpec"
     parallel = vllm_config.parallel_config
     if parallel.decode_context_parallel_size * parallel.prefill_context_parallel_size > 1:
         return "with context parallelism a block's tokens lie on several ranks"
@@ -138,6 +146,9 @@ class TokenCakeConnector(KVConnectorBase_V1, SupportsHMA):
         self._bad_loads: set[str] = set()
         self._good_loads: set[str] = set()
         self._reports: dict[int, tuple[int, float, bool]] = {}
+        self._slots = 0
+        """Of host memory, on this worker."""
+        self._tells_slots = False
         # A load that failed must cost time, not the call; vLLM reads this after the connector was made.
         self._kv_transfer_config.kv_load_failure_policy = "recompute"
         if role == KVConnectorRole.SCHEDULER and self.settings.enabled and (problem := self._unfit()):
@@ -147,6 +158,11 @@ class TokenCakeConnector(KVConnectorBase_V1, SupportsHMA):
     def is_on(self) -> bool:
         """Whether there is anything to do for this model and these settings."""
         return self.settings.enabled and self._unfit() is None
+
+    @property
+    def off_reason(self) -> str | None:
+        """Why there is nothing to do, or None."""
+        return self._unfit() if self.settings.enabled else "the setting time.enabled is false"
 
     def _unfit(self) -> str | None:
         return unfit(self._vllm_config, self._kv_cache_config)
@@ -201,8 +217,7 @@ class TokenCakeConnector(KVConnectorBase_V1, SupportsHMA):
         with self._contained():
             count = num_external_tokens // self._block_tokens
             device_ids = blocks.get_block_ids()[0] if count else ()
-            self.cache.admit(request.request_id, request.block_hashes, device_ids, count)
-            is_queued = True
+            is_queued = self.cache.admit(request.request_id, request.block_hashes, device_ids, count)
         if num_external_tokens and not is_queued:
             self._lost_loads.append(request.request_id)
             self._unloadable.add(request.request_id)
@@ -235,6 +250,9 @@ class TokenCakeConnector(KVConnectorBase_V1, SupportsHMA):
         """Take the workers' reports."""
         reports = connector_output.kv_connector_worker_meta
         if self.cache is not None and isinstance(reports, Reports):
+            if reports.slots is not None:
+                with self._contained():
+                    self.cache.compare_slots(*reports.slots)
             for job_id, (ranks, seconds, ok) in reports.done.items():
                 with self._contained():
                     self.cache.transfers.report(job_id, ranks, seconds, ok=ok)
@@ -259,11 +277,18 @@ class TokenCakeConnector(KVConnectorBase_V1, SupportsHMA):
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Allocate the host memory, once."""
         with self._contained():
-            if self.is_on:
-                slots = host_slots(self._vllm_config, self._kv_cache_config, self.settings)
-                self._copier = make_copier(
-                    kv_caches, self._kv_cache_config.num_blocks, slots, checks=self.settings.debug_checksums
-                )
+            if self.settings.enabled:
+                self._slots = self._make_copier(kv_caches)
+            self._tells_slots = True
+
+    def _make_copier(self, kv_caches: dict[str, torch.Tensor]) -> int:
+        """Returns how many slots of host memory there are."""
+        if self._unfit() is not None:
+            return 0
+        slots = host_slots(self._vllm_config, self._kv_cache_config, self.settings)
+        checks = self.settings.debug_checksums
+        self._copier = make_copier(kv_caches, self._kv_cache_config.num_blocks, slots, checks=checks)
+        return 0 if isinstance(self._copier, NoCopier) else slots
 
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         """A step begins."""
@@ -286,11 +311,26 @@ class TokenCakeConnector(KVConnectorBase_V1, SupportsHMA):
             if (job.kind == "store") == is_store:
                 is_begun = False
                 with self._contained():
-                    if job.id != LOST:
+                    if job.id != LOST and self._is_in_range(job):
                         self._copier.start(job)
                         is_begun = True
                 if not is_begun:
                     self._note(Done(job, 0.0, ok=False))
+
+    def _is_in_range(self, job: Job) -> bool:
+        """Whether its blocks and slots exist: a kernel that is given others ends the device's context."""
+        blocks = self._kv_cache_config.num_blocks
+        is_in_range = (
+            all(0 <= block < blocks for block in job.blocks)
+            and all(0 <= slot < self._slots for slot in job.slots)
+            and len(job.slots) == (0 if job.kind == "wipe" else len(job.blocks))
+        )
+        if not is_in_range:
+            logger.error(
+                "TokenCake: a %s of blocks %s and slots %s is refused; there are %d blocks and %d slots",
+                *(job.kind, job.blocks, job.slots, blocks, self._slots),
+            )
+        return is_in_range
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:  # noqa: ARG002  # vLLM's
         """The calls whose load has ended, and those of them whose load failed."""
@@ -311,7 +351,9 @@ class TokenCakeConnector(KVConnectorBase_V1, SupportsHMA):
     def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
         """Reports of all jobs that ended."""
         reports, self._reports = self._reports, {}
-        return Reports(reports) if reports else None
+        slots = (self._slots, self._slots) if self._tells_slots else None
+        self._tells_slots = False
+        return Reports(reports, slots) if reports or slots else None
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """No layer waits: calls start when their load has ended."""

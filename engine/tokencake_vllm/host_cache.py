@@ -11,16 +11,19 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
+from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_utils import BlockHash, make_block_hash_with_group_id
 
 from tokencake.host_tier import Distance, HostBlock, HostTier
-from tokencake_vllm.transfers import Count, Transfers
+from tokencake_vllm.transfers import MAX_FAILURES, Count, Transfers
 
 if TYPE_CHECKING:
     from vllm.v1.core.block_pool import BlockPool
     from vllm.v1.core.kv_cache_utils import KVCacheBlock
 
     from tokencake.rates import Rates
+
+logger = init_logger("vllm.tokencake")
 
 _GROUP: Final = 0
 
@@ -50,6 +53,7 @@ class HostCache:
         self._matched: dict[str, tuple[int, list[HostBlock]]] = {}
         self._waiting: set[str] = set()
         """Calls that wait while somebody else's copy brings their prefix."""
+        self._mismatch: str | None = None
         self._parted: dict[str, tuple[int, float]] = {}
         """Blocks of a stalled chain that need not stay on the device, and since when."""
         tier.on_evict = self._count_eviction
@@ -63,9 +67,30 @@ class HostCache:
         return len(self.transfers) > 0
 
     @property
-    def is_broken(self) -> bool:
-        """Whether so many copies failed in a row that no more are tried."""
-        return self.transfers.is_broken
+    def off_reason(self) -> str | None:
+        """Why nothing is copied any more, or None."""
+        if self.transfers.is_broken:
+            return f"{MAX_FAILURES} copies in a row failed; the workers' logs say why"
+        return self._mismatch
+
+    @property
+    def is_off(self) -> bool:
+        """Whether nothing is copied any more."""
+        return self._mismatch is not None or self.transfers.is_broken
+
+    def compare_slots(self, fewest: int, most: int) -> None:
+        """The workers tell how many slots of host memory they have: the tier's number, or nothing is copied."""
+        capacity = self.tier.capacity
+        if fewest == most == capacity:
+            return
+        have = f"{fewest}" if fewest == most else f"{fewest} to {most}"
+        self._mismatch = f"the workers have host memory for {have} KV blocks, the scheduler counts on {capacity}"
+        if not fewest:
+            self._mismatch = (
+                f"a worker has no host memory for {capacity} KV blocks; its log says why. "
+                "A smaller `time.host_kv_gib` may do"
+            )
+        logger.error("TokenCake: the Time Scheduler is off: %s", self._mismatch)
 
     @property
     def holds_blocks(self) -> bool:
@@ -94,7 +119,7 @@ class HostCache:
     ) -> int:
         """Copy what the host does not have of the chain `keys`, computed in `blocks`; returns how many blocks."""
         self.tier.touch(keys, now_s)
-        if self.is_broken:
+        if self.is_off:
             return 0
         taken = self.tier.reserve(keys, now_s, distance, own_distance=own_distance)
         if not taken:
@@ -135,23 +160,31 @@ class HostCache:
                 self.transfers.hurry(wanted[0])
             return None
         self._waiting.discard(request_id)
-        found = self.tier.ready(wanted)
+        found = [] if self.is_off else self.tier.ready(wanted)
         self._matched[request_id] = (first, found)
         return len(found)
 
-    def admit(self, request_id: str, keys: Sequence[bytes], device_ids: Sequence[int], count: int) -> None:
-        """The call gets room: load the first `count` matched blocks into the blocks `device_ids` of its table."""
+    def admit(self, request_id: str, keys: Sequence[bytes], device_ids: Sequence[int], count: int) -> bool:
+        """The call gets room: load the first `count` matched blocks into the blocks `device_ids` of its table.
+
+        Returns:
+            False where a matched block has left the host since; then nothing is loaded.
+        """
         first, found = self._matched.pop(request_id, (0, []))
         self._waiting.discard(request_id)
         self.tier.hit(keys[:first])
         if not count:
-            return
+            return True
         host = found[:count]
         if len(host) < count:
             raise RuntimeError(f"{request_id} was promised {count} blocks and matched {len(host)}")
+        if any(block.is_gone or not block.is_ready for block in host):
+            self.count(("kv_loads", "gone"), 1)
+            return False
         self.tier.touch([block.key for block in host], self._clock())
         self.transfers.begin("load", host, [], request=request_id, device_ids=device_ids[first : first + count])
         self.count(("kv_loads", "queued"), 1)
+        return True
 
     def forget_match(self, request_id: str) -> None:
         """The call has ended."""
@@ -188,7 +221,7 @@ class HostCache:
     def upload(self, chain_id: str, keys: Sequence[bytes], first: int, limit: int, then: Callable[[bool], None]) -> int:
         """Bring up to `limit` blocks from `keys[first]` on to the device and hold them; returns how many."""
         host = self.tier.ready(keys[first : first + limit])
-        if not host or self.is_broken or host[0].key in self.loading:
+        if not host or self.is_off or host[0].key in self.loading:
             return 0
         self._rejoin(chain_id)
         device = self.pool.get_new_blocks(len(host))

@@ -1,10 +1,14 @@
-"""What does the plug-in change in a vLLM process? One new attribute on `EngineCore`, nothing is replaced."""
+"""Changes that the plug-in makes in a vLLM process: one new attribute on `EngineCore`, and one look before each wait.
+
+`EngineCore.tokencake` is what the API server calls. `EngineCoreProc._process_input_queue`, in which an idle engine
+waits, first tells our scheduler how to end that wait; what it does itself is stock.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
+from functools import partial, wraps
 from typing import Any
 
 import vllm
@@ -39,14 +43,33 @@ def _wake(input_queue: Any) -> None:
     input_queue.put_nowait((EngineCoreRequestType.WAKEUP, None))
 
 
+def bind_waker(engine_core: Any) -> None:
+    """Tell a scheduler of ours how to wake the engine loop of `engine_core`; one of vLLM's is left alone."""
+    bind = getattr(engine_core.scheduler, "bind_waker", None)
+    if bind is not None and hasattr(engine_core, "input_queue"):
+        bind(partial(_wake, engine_core.input_queue))
+
+
+def _binding(stock: Callable[[Any], None]) -> Callable[[Any], None]:
+    """`EngineCoreProc._process_input_queue`, which binds the waker before it waits."""
+
+    @wraps(stock)
+    def process_input_queue(engine_core: Any) -> None:
+        try:
+            bind_waker(engine_core)
+        except Exception:
+            logger.exception("TokenCake: an idle engine will not wake for uploads")
+        stock(engine_core)
+
+    return process_input_queue
+
+
 def call_scheduler(engine_core: Any, method: str, args: Sequence[Any]) -> Any:
     """Becomes `EngineCore.tokencake`, which vLLM's utility RPC finds by name and calls on the engine loop.
 
     Returns:
         What the scheduler's method returns, or None where the engine runs a scheduler that is not ours.
     """
-    if (bind := getattr(engine_core.scheduler, "bind_waker", None)) is not None and hasattr(engine_core, "input_queue"):
-        bind(partial(_wake, engine_core.input_queue))
     bound = getattr(engine_core.scheduler, method, None) if method.startswith("tokencake_") else None
     return None if bound is None else bound(*args)
 
@@ -63,6 +86,9 @@ def register() -> None:
             raise RuntimeError(problem)
         logger.warning("TokenCake stays off: %s", problem)
         return
-    from vllm.v1.engine.core import EngineCore  # noqa: PLC0415  # heavy, and absent from versions not supported
+    from vllm.v1.engine.core import EngineCore, EngineCoreProc  # noqa: PLC0415  # heavy, and absent elsewhere
 
     EngineCore.tokencake = call_scheduler  # type: ignore[attr-defined]  # the attribute is new
+    stock = EngineCoreProc._process_input_queue  # noqa: SLF001  # where an idle engine waits; there is no public hook
+    if not hasattr(stock, "__wrapped__"):
+        EngineCoreProc._process_input_queue = _binding(stock)  # type: ignore[method-assign]  # noqa: SLF001

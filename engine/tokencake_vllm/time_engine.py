@@ -105,7 +105,7 @@ class TimeEngine:
     @property
     def can_restore(self) -> bool:
         """Whether `preempt` copies to the host, as far as there is room."""
-        return self.settings.policy != "paper" and self.cache.tier.capacity > 0 and not self.cache.is_broken
+        return self.settings.policy != "paper" and self.cache.tier.capacity > 0 and not self.cache.is_off
 
     def preempt(self, request: Request) -> None:
         """A call is about to lose its blocks: what it computed goes to the host."""

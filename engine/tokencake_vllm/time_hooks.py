@@ -145,12 +145,20 @@ class TimeMixin(_Base):
     def tokencake_state(
         self, session: str | None, app: str | None, limit: int, tenant: str | None = None
     ) -> dict[str, Any]:
-        """The registry's state, with where each session's KV is."""
+        """The registry's state, with where each session's KV is, and why the Time Scheduler is off if it is."""
         state = super().tokencake_state(session, app, limit, tenant)
+        state["time"] = {"off": self._off_reason(), "host_blocks": self.time.cache.tier.capacity if self.time else 0}
         if self.time is not None:
             for name, view in state["sessions"].items():
                 view["kv"] = self.time.residency(name)
         return state
+
+    def _off_reason(self) -> str | None:
+        if self.time is not None:
+            return self.time.cache.off_reason
+        if isinstance(self.connector, TokenCakeConnector):
+            return self.connector.off_reason
+        return "the engine was not started with TokenCakeConnector"
 
     def block_budget(self) -> dict[str, int]:
         """What is held for stalled agents is told apart."""

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, TypeAlias
 
+from vllm.logger import init_logger
+
 from tokencake.host_tier import HostBlock, HostTier
 from tokencake_vllm.copies import Job, Kind
 
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_utils import KVCacheBlock
 
     from tokencake.rates import Rates
+
+logger = init_logger("vllm.tokencake")
 
 Count: TypeAlias = Callable[[tuple[str, ...], float], None]
 """Adds to a counter: name and labels, how much."""
@@ -168,6 +172,8 @@ class Transfers:
                 self.count(("kv_copy_seconds", kind), copy.seconds)
         elif is_current:
             self._failures += 1
+            if self._failures == MAX_FAILURES:
+                logger.error("TokenCake: the Time Scheduler is off: %d copies in a row failed", MAX_FAILURES)
             self.count(("kv_copy_failures", kind), 1)
         self._settle(copy, ok=copy.ok and is_current)
 

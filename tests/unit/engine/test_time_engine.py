@@ -321,7 +321,7 @@ def test_when_every_copy_fails_no_more_are_tried(bench: Callable[..., Bench]) ->
             engine.step()
             while engine.worker.jobs:
                 engine.finish_job(ok=False)
-    assert engine.cache.is_broken
+    assert engine.cache.is_off
     assert engine.count("kv_copy_failures", "store") == 8
 
 

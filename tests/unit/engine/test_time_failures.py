@@ -17,7 +17,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 
 from tests.unit.engine.time_bench import PROMPT, Bench
 from tokencake import protocol
-from tokencake_vllm.connector import Jobs, TokenCakeConnector, block_bytes_of, host_slots, unfit
+from tokencake_vllm.block_memory import host_rows
+from tokencake_vllm.connector import Jobs, Reports, TokenCakeConnector, block_bytes_of, host_slots, unfit
 from tokencake_vllm.copies import Job, NoCopier
 
 
@@ -177,6 +178,103 @@ def test_without_host_memory_every_job_is_reported_as_failed(
     assert one_step(connector, *JOBS) == ({"r"}, {"r"}, {1: False, 2: False, 3: False})
 
 
+def slots_told(connector: TokenCakeConnector) -> Any:
+    connector.bind_connector_metadata(Jobs())
+    report = connector.build_connector_worker_meta()
+    return None if report is None else report.slots
+
+
+def test_a_worker_tells_once_how_much_host_memory_it_has(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    connector = worker(tiny_model)
+    connector.register_kv_caches({"layer": torch.zeros(64, 1, 16, 128)})
+    assert [slots_told(connector), slots_told(connector)] == [(200, 200), None]
+    connector.shutdown()
+    poor = worker(tiny_model)
+    monkeypatch.setattr("tokencake_vllm.block_memory.new_rows", broken)
+    poor.register_kv_caches({"layer": torch.zeros(64, 1, 16, 128)})
+    assert slots_told(poor) == (0, 0)
+
+
+def test_reports_of_ranks_name_the_fewest_and_the_most_slots() -> None:
+    joined = Reports({}, (200, 200)).aggregate(Reports({})).aggregate(Reports({}, (100, 100)))
+    assert joined.slots == (100, 200)
+    assert Reports({}).aggregate(Reports({})).slots is None
+
+
+@pytest.mark.parametrize(("fewest", "most", "words"), [(0, 200, "no host memory"), (100, 200, "100 to 200")])
+def test_the_time_scheduler_is_off_where_the_workers_count_other_slots(
+    bench: Callable[..., Bench], caplog: pytest.LogCaptureFixture, fewest: int, most: int, words: str
+) -> None:
+    engine = bench()
+    name = stalled_elsewhere(engine)
+    with caplog.at_level(logging.ERROR, "vllm.tokencake"):
+        engine.cache.compare_slots(fewest, most)
+    assert words in caplog.text
+    assert words in engine.scheduler.tokencake_state(None, None, 10)["time"]["off"]
+    follow_up = engine.answer(engine.follow_up(name), expects_tools={"build": 60.0})
+    assert engine.tokens_found(follow_up) == (0, 0)  # nothing is loaded
+    assert not engine.cache.is_busy  # and nothing stored
+    engine.check()
+
+
+def test_as_many_slots_on_every_side_leave_the_time_scheduler_on(bench: Callable[..., Bench]) -> None:
+    engine = bench()
+    engine.cache.compare_slots(200, 200)
+    assert engine.scheduler.tokencake_state(None, None, 10)["time"] == {"off": None, "host_blocks": 200}
+
+
+@pytest.mark.parametrize(
+    "job",
+    [
+        Job(1, "store", (64,), (0,)),
+        Job(1, "store", (-1,), (0,)),
+        Job(1, "load", (1,), (200,), "r"),
+        Job(1, "load", (1,), (-1,)),
+        Job(1, "load", (1, 2), (1,)),
+        Job(1, "store", (1,), (1, 2)),
+        Job(1, "wipe", (64,)),
+    ],
+)
+def test_a_job_with_a_block_that_does_not_exist_never_reaches_the_device(tiny_model: Path, job: Job) -> None:
+    connector = worker(tiny_model)
+    connector.register_kv_caches({"layer": torch.zeros(64, 1, 16, 128)})
+    started: list[Job] = []
+    connector._copier.start = started.append
+    waiting = {"r"} if job.request else set()
+    assert one_step(connector, job) == (waiting, waiting, {1: False})
+    assert started == []
+    connector.shutdown()
+
+
+def test_more_host_memory_than_the_machine_has_is_refused_before_it_is_promised() -> None:
+    views = [torch.empty(4, 1 << 20, dtype=torch.int64)]
+    with pytest.raises(RuntimeError, match="the machine has"):
+        host_rows(views, 1 << 30)
+
+
+@pytest.mark.parametrize("change", ["is_gone", "is_ready"])
+def test_a_host_block_that_left_between_match_and_admission_is_computed(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    engine = bench()
+    name = stalled_elsewhere(engine)
+    match = engine.cache.match
+
+    def match_then_lose(*args: Any) -> Any:
+        count = match(*args)
+        for _, found in engine.cache._matched.values():
+            for block in found:
+                setattr(block, change, change == "is_gone")
+        return count
+
+    monkeypatch.setattr(engine.cache, "match", match_then_lose)
+    follow_up = engine.answer(engine.follow_up(name), reuse="final")
+    assert engine.scheduler.registry.calls[follow_up].status == "finished"
+    assert engine.count("kv_loads", "gone") == 1
+    assert engine.count("kv_loads", "queued") == 0
+    assert not engine.count("errors")
+
+
 def test_a_worker_without_caches_refuses_instead_of_keeping_calls_waiting(tiny_model: Path) -> None:
     connector = worker(tiny_model)
     assert one_step(connector, *JOBS)[1] == {"r"}
@@ -214,6 +312,45 @@ def test_stages_of_different_length_have_the_same_slots(tiny_model: Path, monkey
         page_bytes = kv_cache_config.kv_cache_groups[0].kv_cache_spec.page_size_bytes
         assert block_bytes_of(config, kv_cache_config) == 2 * 3 * page_bytes
     assert slots[0] == slots[1]
+
+
+def test_unlike_layers_are_judged_and_sized_alike_by_scheduler_and_workers(tiny_model: Path) -> None:
+    from vllm.v1.core.kv_cache_utils import generate_scheduler_kv_cache_config
+    from vllm.v1.kv_cache_interface import (
+        FullAttentionSpec,
+        KVCacheConfig,
+        KVCacheGroupSpec,
+        KVCacheTensor,
+        MLAAttentionSpec,
+        UniformTypeKVCacheSpecs,
+    )
+
+    connector = worker(tiny_model)
+    vllm_config, settings = connector._vllm_config, connector.settings
+    vllm_config.kv_transfer_config.kv_connector_extra_config.clear()
+    wide = FullAttentionSpec(block_size=16, num_kv_heads=4, head_size=64, dtype=torch.bfloat16)
+    narrow = FullAttentionSpec(block_size=16, num_kv_heads=1, head_size=64, dtype=torch.bfloat16)
+    latent = MLAAttentionSpec(block_size=16, num_kv_heads=1, head_size=576, dtype=torch.bfloat16)
+
+    def sides(**layers: Any) -> tuple[Any, Any]:
+        spec = UniformTypeKVCacheSpecs(block_size=16, kv_cache_specs=layers)
+        size = 64 * sum(each.page_size_bytes for each in layers.values())
+        tensors = [
+            KVCacheTensor(
+                size=size, layers=[name], layer_stride=64 * each.page_size_bytes, block_stride=each.page_size_bytes
+            )
+            for name, each in layers.items()
+        ]
+        of_worker = KVCacheConfig(64, tensors, [KVCacheGroupSpec(list(layers), spec)])
+        return generate_scheduler_kv_cache_config([of_worker]), of_worker
+
+    of_scheduler, of_worker = sides(main=wide, draft=narrow)
+    assert unfit(vllm_config, of_scheduler) is unfit(vllm_config, of_worker) is None
+    expected = wide.page_size_bytes + narrow.page_size_bytes
+    assert block_bytes_of(vllm_config, of_scheduler) == block_bytes_of(vllm_config, of_worker) == expected
+    assert host_slots(vllm_config, of_scheduler, settings) == host_slots(vllm_config, of_worker, settings)
+    _, of_worker = sides(main=wide, other=latent)
+    assert "MLAAttentionSpec" in (unfit(vllm_config, of_worker) or "")
 
 
 @pytest.mark.parametrize("name", ["decode_context_parallel_size", "prefill_context_parallel_size"])
