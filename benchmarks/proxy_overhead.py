@@ -3,11 +3,12 @@
 An engine that answers at once, the proxy in front of it and this client are three processes. Direct and proxied calls
 take turns within one run, so that both meet the same machine; figures of different runs are not to be compared.
 
-    python benchmarks/proxy_overhead.py [--requests N] [--json FILE]
+    python benchmarks/proxy_overhead.py [--requests N] [--json FILE] [--against CHECKOUT]
 
 `latency` is from sending a 2 kB chat completion to having the whole answer, `first chunk` to having the first event of
 a stream. Client, proxy and engine share the cores: with few of them, figures above one call at a time say how long the
-processes waited for each other, and the proxy's CPU time per call is the one to trust.
+processes waited for each other, and the proxy's CPU time per call is the one to trust. With `--against`, the proxy of
+another revision, checked out in a folder, takes turns with this one.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import os
 import signal
 import socket
 import statistics
+import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,10 +30,12 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from multiprocessing.context import SpawnProcess
 
 _CONCURRENCIES: Final = (1, 16, 64)
 _ROUNDS: Final = 6
 _HOST: Final = "127.0.0.1"
+_THIS: Final = Path(__file__).resolve().parents[1]
 _START_TIMEOUT_S: Final = 30
 
 _BODY: Final = json.dumps({"model": "m", "messages": [{"role": "user", "content": "x" * 2_000}]}).encode()
@@ -52,6 +56,7 @@ Figure = Literal["latency", "first chunk"]
 class Row:
     """One line of the report; times in milliseconds."""
 
+    proxy: str
     figure: Figure
     concurrency: int
     quantile: str
@@ -91,31 +96,47 @@ async def _answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) ->
     writer.close()
 
 
-def _run_proxy(engine_port: int, proxy_port: int) -> None:
+def _run_proxy(engine_port: int, proxy_port: int, checkout: Path) -> None:
+    sys.path[:0] = [str(checkout / "proxy"), str(checkout / "engine")]
     from tokencake_proxy.server import run  # noqa: PLC0415
     from tokencake_proxy.settings import ProxySettings  # noqa: PLC0415
 
     run(ProxySettings(f"http://{_HOST}:{engine_port}", shutdown_grace_s=1), _HOST, proxy_port, "warning")
 
 
+@dataclass(frozen=True, slots=True)
+class _Proxy:
+    name: str
+    port: int
+    pid: int
+
+
 @contextlib.contextmanager
-def _processes() -> Iterator[tuple[int, int, int]]:
-    """Ports of engine and proxy, and the proxy's process id."""
+def _processes(checkouts: dict[str, Path]) -> Iterator[tuple[int, list[_Proxy]]]:
+    """The port of the engine, and a proxy of each checkout."""
     spawning = multiprocessing.get_context("spawn")
-    with socket.create_server((_HOST, 0), backlog=1024) as listener, socket.create_server((_HOST, 0)) as probe:
-        engine_port, proxy_port = listener.getsockname()[1], probe.getsockname()[1]
-        probe.close()
+    with contextlib.ExitStack() as running:
+        listener = running.enter_context(socket.create_server((_HOST, 0), backlog=1024))
+        engine_port = listener.getsockname()[1]
         engine = spawning.Process(target=_run_engine, args=(listener,), daemon=True)
-        proxy = spawning.Process(target=_run_proxy, args=(engine_port, proxy_port), daemon=True)
+        running.callback(_end, engine, signal.SIGKILL)
         engine.start()
-        proxy.start()
-        try:
-            _wait_until_it_listens(proxy_port)
-            yield engine_port, proxy_port, int(proxy.pid or 0)
-        finally:
-            for process, number in ((proxy, signal.SIGTERM), (engine, signal.SIGKILL)):
-                os.kill(int(process.pid or 0), number)
-                process.join()
+        proxies = []
+        for name, checkout in checkouts.items():
+            with socket.create_server((_HOST, 0)) as probe:
+                port = probe.getsockname()[1]
+            process = spawning.Process(target=_run_proxy, args=(engine_port, port, checkout), daemon=True)
+            running.callback(_end, process, signal.SIGTERM)
+            process.start()
+            proxies.append(_Proxy(name, port, int(process.pid or 0)))
+        for proxy in proxies:
+            _wait_until_it_listens(proxy.port)
+        yield engine_port, proxies
+
+
+def _end(process: SpawnProcess, number: signal.Signals) -> None:
+    os.kill(int(process.pid or 0), number)
+    process.join()
 
 
 def _wait_until_it_listens(port: int) -> None:
@@ -165,27 +186,28 @@ async def _measured(port: int, figure: Figure, concurrency: int, count: int) -> 
     return [time_s for times_s in lists for time_s in times_s]
 
 
-async def _compared(
-    engine_port: int, proxy_port: int, proxy_pid: int, figure: Figure, concurrency: int, count: int
-) -> list[Row]:
+async def _compared(engine_port: int, proxies: list[_Proxy], figure: Figure, concurrency: int, count: int) -> list[Row]:
     direct_s: list[float] = []
-    proxied_s: list[float] = []
-    cpu_s = 0.0
-    for _ in range(_ROUNDS):
+    proxied_s: dict[_Proxy, list[float]] = {proxy: [] for proxy in proxies}
+    cpu_s = dict.fromkeys(proxies, 0.0)
+    for round_number in range(_ROUNDS):
         direct_s += await _measured(engine_port, figure, concurrency, count // _ROUNDS)
-        used_before_s = _cpu_s(proxy_pid)
-        proxied_s += await _measured(proxy_port, figure, concurrency, count // _ROUNDS)
-        cpu_s += _cpu_s(proxy_pid) - used_before_s
+        for proxy in proxies[:: 1 if round_number % 2 else -1]:
+            used_before_s = _cpu_s(proxy.pid)
+            proxied_s[proxy] += await _measured(proxy.port, figure, concurrency, count // _ROUNDS)
+            cpu_s[proxy] += _cpu_s(proxy.pid) - used_before_s
     return [
         Row(
+            proxy.name,
             figure,
             concurrency,
             f"p{percent}",
             1e3 * statistics.quantiles(direct_s, n=100)[percent - 1],
-            1e3 * statistics.quantiles(proxied_s, n=100)[percent - 1],
-            1e3 * cpu_s / (len(proxied_s) + _ROUNDS * concurrency),
+            1e3 * statistics.quantiles(proxied_s[proxy], n=100)[percent - 1],
+            1e3 * cpu_s[proxy] / (len(proxied_s[proxy]) + _ROUNDS * concurrency),
         )
         for percent in (50, 99)
+        for proxy in proxies
     ]
 
 
@@ -198,12 +220,15 @@ def _cpu_s(pid: int) -> float:
 
 
 def _table(rows: list[Row]) -> str:
-    titles = f"{'':11} calls {'':4} {'direct ms':>10} {'proxied ms':>11} {'added ms':>9} {'ratio':>6} CPU ms/call"
+    titles = (
+        f"{'':5} {'':11} calls {'':4} {'direct ms':>10} {'proxied ms':>11} {'added ms':>9} {'ratio':>6} CPU ms/call"
+    )
     return "\n".join(
         [
             titles,
             *(
-                f"{row.figure:11} {row.concurrency:5} {row.quantile:4} {row.direct_ms:10.3f} {row.proxied_ms:11.3f} "
+                f"{row.proxy:5} {row.figure:11} {row.concurrency:5} {row.quantile:4} "
+                f"{row.direct_ms:10.3f} {row.proxied_ms:11.3f} "
                 f"{row.proxied_ms - row.direct_ms:9.3f} {row.proxied_ms / row.direct_ms:6.1f} "
                 f"{row.proxy_cpu_ms_per_call:12.3f}"
                 for row in rows
@@ -212,17 +237,18 @@ def _table(rows: list[Row]) -> str:
     )
 
 
-def measure(requests: int) -> list[Row]:
+def measure(requests: int, against: Path | None) -> list[Row]:
     """The report's lines, each from `requests` direct and as many proxied calls."""
     import uvloop  # noqa: PLC0415
 
     figures: tuple[Figure, ...] = ("latency", "first chunk")
-    with _processes() as (engine_port, proxy_port, proxy_pid):
+    checkouts = {"this": _THIS} | ({} if against is None else {"other": against})
+    with _processes(checkouts) as (engine_port, proxies):
         return [
             row
             for figure in figures
             for concurrency in _CONCURRENCIES
-            for row in uvloop.run(_compared(engine_port, proxy_port, proxy_pid, figure, concurrency, requests))
+            for row in uvloop.run(_compared(engine_port, proxies, figure, concurrency, requests))
         ]
 
 
@@ -231,10 +257,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="What does the proxy add to a call?")
     parser.add_argument("--requests", type=int, default=3_000, metavar="N", help="calls per line and side (3000)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="a folder with another revision")
     args = parser.parse_args()
+    if args.against is not None and not (args.against / "proxy" / "tokencake_proxy").is_dir():
+        parser.error(f"--against is {args.against}, which holds no proxy/tokencake_proxy; expected a checkout")
     if args.requests < 2 * _ROUNDS:
         parser.error(f"--requests is {args.requests}; expected {2 * _ROUNDS} or more")
-    rows = measure(args.requests)
+    rows = measure(args.requests, args.against)
     print(_table(rows))
     if args.json is not None:
         report: dict[str, Any] = {
