@@ -1,7 +1,7 @@
-"""What happens to a request that arrives at the proxy?
+"""The proxy as an application: which requests it answers itself, passes to an engine, or refuses with the reason.
 
-`/health` and `/metrics` are the proxy's own. What `routes` lets pass becomes an `Exchange` with an engine; everything
-else is refused with the reason.
+`/health` (also as `/ping`, vLLM's other name for it) and `/metrics` are its own. What `routes` lets pass becomes an
+`Exchange` with an engine.
 """
 
 from __future__ import annotations
@@ -11,18 +11,17 @@ import json
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Final
 
-from tokencake_proxy.asgi import App, Receive, Scope, Send, send_whole
+from tokencake_proxy.asgi import Receive, Scope, Send, send_whole
+from tokencake_proxy.body import Intake
 from tokencake_proxy.errors import Refusal, send_refusal
 from tokencake_proxy.exchange import Exchange
-from tokencake_proxy.headers import tokens
+from tokencake_proxy.headers import repeated_line, tokens
 from tokencake_proxy.metrics import CONTENT_TYPE, ProxyMetrics
-from tokencake_proxy.routes import HEALTH_PATH, METRICS_PATH, REFUSED_ROUTE, engine_route
+from tokencake_proxy.refusals import Refusals
+from tokencake_proxy.routes import HEALTH_PATHS, METRICS_PATH, REFUSED_ROUTE, engine_route
 from tokencake_proxy.upstream import Engine, choose_engine
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from tokencake_proxy.asgi import HeaderLine
     from tokencake_proxy.settings import ProxySettings
 
 _NO_WEBSOCKETS: Final = Refusal(
@@ -32,18 +31,27 @@ _NO_WEBSOCKETS: Final = Refusal(
 )
 
 
-def create_app(settings: ProxySettings) -> App:
+def create_app(settings: ProxySettings) -> Proxy:
     """The proxy as an ASGI application. Runs in one event loop; its lifespan closes the connections to the engine."""
-    return _Proxy(settings)
+    return Proxy(settings)
 
 
-class _Proxy:
+class Proxy:
+    """The application.
+
+    Attributes:
+        refusals: where its server notes what it refuses itself.
+    """
+
     def __init__(self, settings: ProxySettings) -> None:
-        self._settings = settings
         self._metrics = ProxyMetrics()
+        self.refusals = Refusals(self._metrics)
+        self._intake = Intake(settings)
+        self._has_tenants = settings.has_tenants
         self._engines = (Engine(settings.upstream, settings, self._metrics),)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request, or live through the server's start and end."""
         match scope["type"]:
             case "http":
                 await self._answer(scope, receive, send)
@@ -61,24 +69,35 @@ class _Proxy:
         await receive()
         for engine in self._engines:
             await engine.aclose()
+        self.refusals.flush()
         await send({"type": "lifespan.shutdown.complete"})
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         path: str = scope["path"]
-        if path in (HEALTH_PATH, METRICS_PATH):
+        if (name := repeated_line(scope["headers"])) is not None:
+            await self._refuse(scope, send, _repeated(name))
+        elif path == METRICS_PATH or path in HEALTH_PATHS:
             await self._answer_about_itself(scope, send)
         elif b"websocket" in tokens(scope["headers"], b"upgrade"):
             await self._refuse(scope, send, _NO_WEBSOCKETS)
         elif (route := engine_route(path)) is None:
             await self._refuse(scope, send, _not_forwarded(path))
         else:
-            engine = choose_engine(self._engines)
-            exchange = Exchange(scope, receive, send, route=route, engine=engine, metrics=self._metrics)
-            await exchange.run(self._settings.max_body_bytes, has_tenants=self._settings.has_tenants)
+            exchange = Exchange(
+                scope,
+                receive,
+                send,
+                route=route,
+                engine=choose_engine(self._engines),
+                intake=self._intake,
+                metrics=self._metrics,
+                refusals=self.refusals,
+            )
+            await exchange.run(has_tenants=self._has_tenants)
 
     async def _answer_about_itself(self, scope: Scope, send: Send) -> None:
         if scope["method"] not in ("GET", "HEAD"):
-            await self._refuse(scope, send, _only_read(scope["path"]), [(b"allow", b"GET, HEAD")])
+            await self._refuse(scope, send, _only_read(scope["path"]))
         elif scope["path"] == METRICS_PATH:
             await send_whole(send, HTTPStatus.OK, CONTENT_TYPE, self._metrics.exposition())
         else:
@@ -94,9 +113,10 @@ class _Proxy:
         status = HTTPStatus.OK if is_well else HTTPStatus.SERVICE_UNAVAILABLE
         await send_whole(send, status, b"application/json", json.dumps(report).encode())
 
-    async def _refuse(self, scope: Scope, send: Send, refusal: Refusal, extra: Sequence[HeaderLine] = ()) -> None:
+    async def _refuse(self, scope: Scope, send: Send, refusal: Refusal) -> None:
         self._metrics.count_request(REFUSED_ROUTE, scope["method"], refusal.status)
-        await send_refusal(send, refusal, extra)
+        self.refusals.note(refusal, scope.get("client"))
+        await send_refusal(send, refusal)
 
 
 def _not_forwarded(path: str) -> Refusal:
@@ -110,4 +130,17 @@ def _not_forwarded(path: str) -> Refusal:
 
 
 def _only_read(path: str) -> Refusal:
-    return Refusal(HTTPStatus.METHOD_NOT_ALLOWED, "method", f"{path} is answered by the proxy, to GET and HEAD only.")
+    return Refusal(
+        HTTPStatus.METHOD_NOT_ALLOWED,
+        "method",
+        f"{path} is answered by the proxy, to GET and HEAD only.",
+        [(b"allow", b"GET, HEAD")],
+    )
+
+
+def _repeated(name: bytes) -> Refusal:
+    return Refusal(
+        HTTPStatus.BAD_REQUEST,
+        "repeated_header",
+        f"The request has more than one header line {name.decode()!r}; which of them counts is not certain. Send one.",
+    )

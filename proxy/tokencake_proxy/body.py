@@ -1,47 +1,112 @@
-"""How is a request's body taken in? Whole, because a retry needs it again, and bounded, because memory is."""
+"""A request's body, taken in whole, because a retry needs it again, and bounded, because memory is.
+
+What a client sends is held up to `max_unproven_body_bytes` before its key is proven; all that are held count against
+`max_bodies_bytes`.
+"""
 
 from __future__ import annotations
 
 from http import HTTPStatus
 from typing import TYPE_CHECKING
 
+from tokencake_proxy.apart import Apart
 from tokencake_proxy.errors import Refusal
 from tokencake_proxy.headers import first_value, tokens
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
     from tokencake_proxy.asgi import HeaderLine, Receive
+    from tokencake_proxy.settings import ProxySettings
 
 
 class ClientLeftError(Exception):
     """The client closed its connection before its request was complete."""
 
 
-async def read_body(lines: list[HeaderLine], receive: Receive, max_bytes: int) -> bytes:
-    """The body of the request with these header `lines`.
+class Intake:
+    """What all bodies share.
 
-    Raises:
-        Refusal: it is longer than `max_bytes`, or compressed on the way.
-        ClientLeftError: the client left.
+    Attributes:
+        settings: the limits.
+        held_bytes: of all bodies that are held now.
+        apart: where large ones are worked on.
     """
-    if tokens(lines, b"transfer-encoding") not in ([], [b"chunked"]):
-        raise Refusal(
-            HTTPStatus.NOT_IMPLEMENTED, "transfer_encoding", "Of the transfer encodings, only `chunked` is taken."
-        )
-    if int(first_value(lines, b"content-length") or 0) > max_bytes:
-        raise _too_long(max_bytes)
-    pieces: list[bytes] = []
-    size_bytes = 0
-    more = True
-    while more:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ClientLeftError
-        pieces.append(message.get("body", b""))
-        size_bytes += len(pieces[-1])
-        if size_bytes > max_bytes:
-            raise _too_long(max_bytes)
-        more = message.get("more_body", False)
-    return b"".join(pieces)
+
+    def __init__(self, settings: ProxySettings) -> None:
+        self.settings = settings
+        self.held_bytes = 0
+        self.apart = Apart(settings.json_memory_bytes)
+
+
+class Body:
+    """The body of one request.
+
+    Args:
+        intake: what it counts against, from its first byte until `release`.
+    """
+
+    def __init__(self, intake: Intake) -> None:
+        self._intake = intake
+        self._size_bytes = 0
+
+    async def read(self, lines: list[HeaderLine], receive: Receive, prove: Callable[[], Awaitable[None]]) -> bytes:
+        """The body of the request with these header `lines`.
+
+        Args:
+            lines: as the client sent them.
+            receive: the server's.
+            prove: called before more than `max_unproven_body_bytes` are read; raises Refusal for an invalid key.
+
+        Raises:
+            Refusal: it is too long, compressed on the way, of a client without a valid key, or too much
+                beside the others.
+            ClientLeftError: the client left.
+        """
+        settings = self._intake.settings
+        if tokens(lines, b"transfer-encoding") not in ([], [b"chunked"]):
+            raise Refusal(
+                HTTPStatus.NOT_IMPLEMENTED, "transfer_encoding", "Of the transfer encodings, only `chunked` is taken."
+            )
+        announced_bytes = int(first_value(lines, b"content-length") or 0)
+        if announced_bytes > settings.max_body_bytes:
+            raise _too_long(settings.max_body_bytes)
+        is_proven = announced_bytes > settings.max_unproven_body_bytes
+        if is_proven:
+            await prove()
+        pieces: list[bytes] = []
+        more = True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ClientLeftError
+            pieces.append(message.get("body", b""))
+            self._add(len(pieces[-1]))
+            more = message.get("more_body", False)
+            if not is_proven and self._size_bytes > settings.max_unproven_body_bytes:
+                await prove()
+                is_proven = True
+        return b"".join(pieces)
+
+    def release(self) -> None:
+        """Count no longer: nothing refers to the body any more."""
+        self._intake.held_bytes -= self._size_bytes
+        self._size_bytes = 0
+
+    def _add(self, count: int) -> None:
+        settings = self._intake.settings
+        self._size_bytes += count
+        self._intake.held_bytes += count
+        if self._size_bytes > settings.max_body_bytes:
+            raise _too_long(settings.max_body_bytes)
+        if self._intake.held_bytes > settings.max_bodies_bytes:
+            raise Refusal(
+                HTTPStatus.SERVICE_UNAVAILABLE,
+                "bodies_full",
+                f"The bodies of all requests at this proxy have more than {settings.max_bodies_bytes} bytes "
+                "(`max_bodies_bytes`). Try again later.",
+                [(b"retry-after", b"1")],
+            )
 
 
 def _too_long(max_bytes: int) -> Refusal:

@@ -23,6 +23,7 @@ from tokencake_proxy.processes import (
     proxy_command,
     raise_on_sigterm,
 )
+from tokencake_proxy.settings import NUMBERS, ProxySettings, SettingsError, numbers_from
 
 _NOT_WITH_PROXY: Final = ("--ssl-certfile", "--ssl-keyfile", "--uds", "--headless", "--root-path")
 _EXAMPLES: Final = Path(__file__).resolve().parents[2] / "examples"
@@ -49,6 +50,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_address(proxy)
     proxy.add_argument("--tenants", action="store_true", help="keep clients with other API keys apart")
     proxy.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
+    limits = proxy.add_argument_group("limits", "each also as an environment variable: docs/proxy.md")
+    for number in NUMBERS:
+        limits.add_argument(number.flag, metavar="N", help=f"{number.meaning} (default {number.default})")
 
     serve = commands.add_parser(
         "serve",
@@ -119,10 +123,10 @@ def _has_vllm() -> bool:
 
 def _proxy(args: argparse.Namespace) -> int:
     from tokencake_proxy.server import run  # noqa: PLC0415
-    from tokencake_proxy.settings import ProxySettings, SettingsError  # noqa: PLC0415
 
     try:
-        settings = ProxySettings(upstream=args.upstream, has_tenants=args.tenants)
+        numbers = numbers_from(vars(args), os.environ)
+        settings = ProxySettings(upstream=args.upstream, has_tenants=args.tenants, **numbers)
     except SettingsError as error:
         sys.stderr.write(f"{error}\n")
         return 2

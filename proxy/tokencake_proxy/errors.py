@@ -4,7 +4,7 @@ The shape is OpenAI's, so that every OpenAI client turns it into its own excepti
 
 ```
 Refusal                 carries status, code and words
-  UpstreamError         the engine could not be reached, or broke off; carries `kind`, the label in the metrics
+  UpstreamError         the engine could not be reached, or broke off
 ```
 """
 
@@ -20,7 +20,35 @@ if TYPE_CHECKING:
 
     from tokencake_proxy.asgi import HeaderLine
 
-UpstreamErrorKind: TypeAlias = Literal["unreachable", "connect_timeout", "disconnected", "bad_answer", "broken_stream"]
+RefusalReason: TypeAlias = Literal[
+    "bad_header",
+    "bad_request",
+    "bodies_full",
+    "body_too_costly",
+    "body_too_long",
+    "head_timeout",
+    "head_too_long",
+    "invalid_api_key",
+    "method",
+    "nesting",
+    "not_forwarded",
+    "repeated_header",
+    "shutting_down",
+    "too_many_connections",
+    "transfer_encoding",
+    "upload_timeout",
+    "websocket",
+]
+"""Why the proxy refuses a request: `error.code` of the answer and `reason` in the metrics."""
+
+UpstreamCode: TypeAlias = Literal[
+    "upstream_bad_answer",
+    "upstream_broken_stream",
+    "upstream_connect_timeout",
+    "upstream_disconnected",
+    "upstream_key_check",
+    "upstream_unreachable",
+]
 
 _FIRST_SERVER_ERROR: Final = 500
 
@@ -32,27 +60,45 @@ class Refusal(Exception):  # noqa: N818 - it is an answer that is raised, not a 
         status: HTTP status.
         code: stable word for programs, in `error.code`.
         message: for people: what happened and the way out.
+        lines: header lines that the status asks for.
     """
 
-    def __init__(self, status: int, code: str, message: str) -> None:
+    def __init__(
+        self, status: int, code: RefusalReason | UpstreamCode, message: str, lines: Iterable[HeaderLine] = ()
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.code = code
         self.message = message
+        self.lines = tuple(lines)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.status, self.code, self.message, self.lines)
+
+    @property
+    def body(self) -> bytes:
+        """The whole body of the answer, JSON in OpenAI's shape."""
+        return json.dumps({"error": _error_object(self)}).encode()
 
 
 class UpstreamError(Refusal):
     """The engine gave no answer, or not all of it."""
 
-    def __init__(self, status: int, kind: UpstreamErrorKind, message: str) -> None:
-        super().__init__(status, f"upstream_{kind}", message)
-        self.kind = kind
+    def __init__(self, status: int, code: UpstreamCode, message: str) -> None:
+        super().__init__(status, code, message)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.status, self.code, self.message)
+
+    @property
+    def kind(self) -> str:
+        """The label in the metrics."""
+        return self.code.removeprefix("upstream_")
 
 
-async def send_refusal(send: Send, refusal: Refusal, extra: Iterable[HeaderLine] = ()) -> None:
-    """Send `refusal` as a whole response, with `extra` header lines."""
-    body = json.dumps({"error": _error_object(refusal)}).encode()
-    await send_whole(send, refusal.status, b"application/json", body, extra)
+async def send_refusal(send: Send, refusal: Refusal) -> None:
+    """Send `refusal` as a whole response."""
+    await send_whole(send, refusal.status, b"application/json", refusal.body, refusal.lines)
 
 
 def error_event(refusal: Refusal) -> bytes:

@@ -9,25 +9,25 @@ Anthropic's clients raise the reason instead of a bare network error.
 from __future__ import annotations
 
 import asyncio
-import logging
+from functools import partial
 from http import HTTPStatus
 from time import perf_counter
 from typing import TYPE_CHECKING, Final, cast
 
 import httpx
 
-from tokencake_proxy.body import ClientLeftError, read_body
-from tokencake_proxy.errors import Refusal, UpstreamError, error_event, send_refusal
+from tokencake_proxy.body import Body, ClientLeftError
+from tokencake_proxy.errors import Refusal, error_event, send_refusal
 from tokencake_proxy.headers import first_value, request_lines, response_lines
-from tokencake_proxy.routes import EVENTS_ROUTE
+from tokencake_proxy.routes import EVENTS_ROUTE, is_guarded
 from tokencake_proxy.tenants import scoped
 from tokencake_proxy.upstream import Call, Engine
 
 if TYPE_CHECKING:
     from tokencake_proxy.asgi import HeaderLine, Receive, Scope, Send
+    from tokencake_proxy.body import Intake
     from tokencake_proxy.metrics import Phase, ProxyMetrics
-
-logger: Final = logging.getLogger(__name__)
+    from tokencake_proxy.refusals import Refusals
 
 _EVENT_ENDS: Final = (b"\n\n", b"\r\r", b"\r\n\r\n")
 _LONGEST_EVENT_END: Final = 4
@@ -45,14 +45,28 @@ class Exchange:
     """
 
     def __init__(
-        self, scope: Scope, receive: Receive, send: Send, *, route: str, engine: Engine, metrics: ProxyMetrics
+        self,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        *,
+        route: str,
+        engine: Engine,
+        intake: Intake,
+        metrics: ProxyMetrics,
+        refusals: Refusals,
     ) -> None:
         self._scope = scope
         self._receive = receive
         self._send = send
         self._route = route
         self._engine = engine
+        self._body = Body(intake)
         self._metrics = metrics
+        self._refusals = refusals
+        self._settings = intake.settings
+        self._apart = intake.apart
+        self._is_guarded = is_guarded(scope["path"], scope["method"])
         self._arrived_at_s = perf_counter()
         self._phase: Phase = "upload"
         self._status: int | None = None
@@ -60,11 +74,11 @@ class Exchange:
         self._is_over = False
         self._has_client_left = False
 
-    async def run(self, max_body_bytes: int, *, has_tenants: bool) -> None:
+    async def run(self, *, has_tenants: bool) -> None:
         """Answer the request, from the engine or with a refusal. Must be the last that its task does."""
         self._metrics.in_flight.inc()
         try:
-            await self._run(max_body_bytes, has_tenants=has_tenants)
+            await self._run(has_tenants=has_tenants)
         except ClientLeftError:
             self._metrics.client_disconnects.labels(self._phase).inc()
         except asyncio.CancelledError:
@@ -75,25 +89,23 @@ class Exchange:
             else:
                 await self._refuse(_SHUTTING_DOWN)
         except Refusal as refusal:
-            if isinstance(refusal, UpstreamError):
-                self._metrics.upstream_errors.labels(refusal.kind).inc()
-                logger.warning("%s", refusal.message)
             await self._refuse(refusal)
         finally:
+            self._body.release()
             self._metrics.in_flight.dec()
             self._metrics.count_request(self._route, self._scope["method"], self._status)
 
-    async def _run(self, max_body_bytes: int, *, has_tenants: bool) -> None:
-        scope = self._scope
-        body = await read_body(scope["headers"], self._receive, max_body_bytes)
-        self._phase = "waiting"
-        target: bytes = scope["raw_path"] + (b"?" + scope["query_string"] if scope["query_string"] else b"")
-        call = Call(scope["method"], target, request_lines(scope["headers"]), body)
-        if has_tenants:
-            call = scoped(call, self._route)
+    async def _run(self, *, has_tenants: bool) -> None:
+        call = await self._call(must_prove=has_tenants)
         watcher = asyncio.create_task(self._watch(asyncio.current_task()))
         try:
+            if has_tenants:
+                call = await self._scoped(call)
             response = await self._engine.answer(call)
+            del call
+            self._body.release()
+            if self._is_guarded:
+                self._engine.keys.learn(self._scope["headers"], response.status_code)
             try:
                 await self._pass_on(response)
             finally:
@@ -101,6 +113,21 @@ class Exchange:
         finally:
             self._is_over = True
             watcher.cancel()
+
+    async def _call(self, *, must_prove: bool) -> Call:
+        scope, lines, keys = self._scope, self._scope["headers"], self._engine.keys
+        # Before anything is parsed, and where the engine does not look at the key itself.
+        if (must_prove or not self._is_guarded) and not _is_preflight(scope["method"], lines):
+            await keys.prove(lines)
+        body = await self._body.read(lines, self._receive, partial(keys.prove, lines))
+        self._phase = "waiting"
+        target: bytes = scope["raw_path"] + (b"?" + scope["query_string"] if scope["query_string"] else b"")
+        return Call(scope["method"], target, request_lines(lines), body)
+
+    async def _scoped(self, call: Call) -> Call:
+        if len(call.body) <= self._settings.json_inline_bytes:
+            return scoped(call, self._route)
+        return await self._apart.run(scoped, call, self._route)
 
     async def _watch(self, forwarding: asyncio.Task[None] | None) -> None:
         while (await self._receive())["type"] != "http.disconnect":
@@ -141,12 +168,18 @@ class Exchange:
             raise self._engine.bad_answer(str(error)) from error
 
     async def _refuse(self, refusal: Refusal) -> None:
+        self._refusals.note(refusal, self._scope.get("client"))
         if self._status is None:
             self._status = refusal.status
             await send_refusal(self._send, refusal)
         elif self._can_send_event:
             # To return without the last message makes the server close the connection.
             await self._send({"type": "http.response.body", "body": error_event(refusal), "more_body": True})
+
+
+def _is_preflight(method: str, lines: list[HeaderLine]) -> bool:
+    """Whether a browser asks what another origin may send; it asks without a key, and vLLM's CORS layer answers."""
+    return method == "OPTIONS" and {b"origin", b"access-control-request-method"} <= {name for name, _ in lines}
 
 
 def _is_event_stream(lines: list[HeaderLine]) -> bool:

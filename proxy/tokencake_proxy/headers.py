@@ -31,6 +31,8 @@ _ONE_CONNECTION_ONLY: Final = frozenset(
 # `expect` was answered when the body was read; the upstream's host and length are set by the client that sends.
 _WRITTEN_ANEW: Final = frozenset({b"host", b"content-length", b"expect"})
 
+_ONCE: Final = (b"host", b"authorization", b"content-type", b"content-length")
+
 _CONTROL_BYTE: Final = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 
 
@@ -74,6 +76,23 @@ def tokens(lines: Iterable[HeaderLine], wanted: bytes) -> list[bytes]:
     return [
         token.strip().lower() for name, value in lines if name == wanted for token in value.split(b",") if token.strip()
     ]
+
+
+def without_upgrade(lines: Iterable[HeaderLine]) -> list[HeaderLine]:
+    """The lines without the option `upgrade` of `Connection`, which makes an `Upgrade` line an offer to this hop."""
+    kept: list[HeaderLine] = []
+    for name, value in lines:
+        if name != b"connection":
+            kept.append((name, value))
+        elif options := [option for option in tokens([(name, value)], name) if option != b"upgrade"]:
+            kept.append((name, b", ".join(options)))
+    return kept
+
+
+def repeated_line(lines: Iterable[HeaderLine]) -> bytes | None:
+    """The name of a line that may come once and came twice: which of them counts, each server decides for itself."""
+    names = [name for name, _ in lines]
+    return next((name for name in _ONCE if names.count(name) > 1), None)
 
 
 def _named_by_connection(lines: list[HeaderLine]) -> frozenset[bytes]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Final, Literal, TypeAlias
+from typing import Final, Literal, TypeAlias, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+
+from tokencake_proxy.errors import RefusalReason
 
 Phase: TypeAlias = Literal["upload", "waiting", "streaming"]
 
@@ -51,6 +53,14 @@ class ProxyMetrics:
             ["kind"],
             registry=self.registry,
         )
+        self.refusals = Counter(
+            "tokencake_proxy_refusals",
+            "Requests and connections that the proxy refused, by reason.",
+            ["reason"],
+            registry=self.registry,
+        )
+        for reason in get_args(RefusalReason):
+            self.refusals.labels(reason)
         self.client_disconnects = Counter(
             "tokencake_proxy_client_disconnects",
             "Clients that left while they sent their request, waited for the answer, or received it.",

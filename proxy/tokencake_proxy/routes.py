@@ -3,7 +3,7 @@
 A proxy is where strangers arrive, so this is a list of what passes. vLLM checks its API key under `/v1`, `/v2`,
 `/inference` and `/cohere` only; its development and administration routes (`/sleep`, `/collective_rpc`,
 `/reset_prefix_cache`, `/pause`, ...) stand open beside them and do not pass. Neither does `/invocations`, which reaches
-every kind of generation without the key.
+every kind of generation. What passes beside `/v1` (`/tokenize`, `/pooling`, ...) needs a key that the proxy has proven.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Final
 
 from tokencake.protocol import DECISIONS_PATH, EVENTS_PATH, STATE_PATH
 
-HEALTH_PATH: Final = "/health"
+HEALTH_PATHS: Final = ("/health", "/ping")
 METRICS_PATH: Final = "/metrics"
 
 EVENTS_ROUTE: Final = "tokencake_events"
@@ -39,10 +39,11 @@ _NAMED: Final = {
     "/score": "score",
     "/rerank": "rerank",
     "/version": "version",
-    "/ping": "ping",
 }
 _ADMINISTRATION: Final = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
 _OPEN_PREFIXES: Final = {"/v1/": "other_v1", "/v2/": "other_v2"}
+
+_GUARDED: Final = "/v1/"
 
 _SEPARATORS: Final = re.compile(r"[/\\]")
 
@@ -60,3 +61,8 @@ def engine_route(path: str) -> str | None:
     if named is not None:
         return named
     return next((name for prefix, name in _OPEN_PREFIXES.items() if path.startswith(prefix)), None)
+
+
+def is_guarded(path: str, method: str) -> bool:
+    """Whether every supported vLLM itself asks for the key there; `OPTIONS` it answers without."""
+    return path.startswith(_GUARDED) and method != "OPTIONS"

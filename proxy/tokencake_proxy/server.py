@@ -7,11 +7,13 @@ import errno
 import logging
 import socket
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 import uvicorn
 
 from tokencake_proxy.app import create_app
+from tokencake_proxy.connection import connection_class
 
 if TYPE_CHECKING:
     from tokencake_proxy.settings import ProxySettings
@@ -19,11 +21,9 @@ if TYPE_CHECKING:
 logger: Final = logging.getLogger(__name__)
 
 _BACKLOG: Final = 2048
-_IDLE_CLIENT_S: Final = 75
-"""Longer than common clients keep an unused connection (httpx: 5 s), so that they are the ones to close it."""
-
-_OPEN_FILES: Final = 65_536
-"""Two per call in flight: one to the client, one to the engine."""
+_FILES_PER_CONNECTION: Final = 2
+"""One to the client, one to the engine."""
+_OTHER_FILES: Final = 64
 
 
 def run(settings: ProxySettings, host: str, port: int, log_level: str) -> None:
@@ -39,11 +39,22 @@ def run(settings: ProxySettings, host: str, port: int, log_level: str) -> None:
         SystemExit: the address cannot be listened on; the words say why. Exit code 1.
     """
     logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    _allow_many_connections()
+    settings = _within_open_files(settings)
     listeners = _listen(host, port)
-    config = uvicorn.Config(
-        create_app(settings),
-        http="httptools",
+    for listener in listeners:
+        address, bound_port = listener.getsockname()[:2]
+        shown = f"[{address}]" if ":" in address else address
+        logger.info("forwarding http://%s:%d to %s", shown, bound_port, settings.upstream)
+    with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again after a clean shutdown
+        uvicorn.Server(server_config(settings)).run(sockets=listeners)
+
+
+def server_config(settings: ProxySettings) -> uvicorn.Config:
+    """How uvicorn serves the proxy."""
+    app = create_app(settings)
+    return uvicorn.Config(
+        app,
+        http=connection_class(settings, app.refusals),
         ws="none",
         lifespan="on",
         log_config=None,
@@ -51,16 +62,10 @@ def run(settings: ProxySettings, host: str, port: int, log_level: str) -> None:
         proxy_headers=False,
         server_header=False,  # the engine's own `server` and `date` go through
         date_header=False,
-        timeout_keep_alive=_IDLE_CLIENT_S,
+        timeout_keep_alive=settings.idle_client_s,  # type: ignore[arg-type]  # seconds for `call_later`
         timeout_graceful_shutdown=settings.shutdown_grace_s,
         backlog=_BACKLOG,
     )
-    for listener in listeners:
-        address, bound_port = listener.getsockname()[:2]
-        shown = f"[{address}]" if ":" in address else address
-        logger.info("forwarding http://%s:%d to %s", shown, bound_port, settings.upstream)
-    with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again after a clean shutdown
-        uvicorn.Server(config).run(sockets=listeners)
 
 
 def _listen(host: str, port: int) -> list[socket.socket]:
@@ -94,12 +99,25 @@ def _cannot_listen(host: str, port: int, error: OSError) -> str:
             return f"The proxy cannot listen on {host} port {port}: {error}. Give another --host or --port."
 
 
-def _allow_many_connections() -> None:
+def _within_open_files(settings: ProxySettings) -> ProxySettings:
+    """Raise the process's limit of open files as far as `max_connections` needs, or lower `max_connections` to it."""
     if sys.platform == "win32":
-        return
+        return settings
     import resource  # noqa: PLC0415 - only where it exists
 
+    wanted = settings.max_connections * _FILES_PER_CONNECTION + _OTHER_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(_OPEN_FILES, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return settings
+    allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    possible = (allowed - _OTHER_FILES) // _FILES_PER_CONNECTION
+    if possible >= settings.max_connections:
+        return settings
+    logger.warning(
+        "max_connections is %d, but this process may open %d files only: serving %d connections. Raise `ulimit -n`",
+        settings.max_connections,
+        allowed,
+        possible,
+    )
+    return replace(settings, max_connections=possible)

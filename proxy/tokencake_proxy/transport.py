@@ -94,8 +94,7 @@ class ExactTransport(AiohttpTransport):
         return httpx.Response(
             answer.status,
             headers=list(answer.raw_headers),
-            stream=_Body(answer),
-            request=request,
+            stream=_Body(answer),  # and not `request=request`: its body would be kept until the answer ends
             extensions={"connections": attempt.connections},
         )
 
@@ -148,10 +147,13 @@ class _Body(httpx.AsyncByteStream):
         self._answer.release()
 
     async def _read(self) -> bytes:
+        content = self._answer.content
+        if (piece := content.read_nowait()) or content.at_eof():
+            return piece  # without the cost of a timer
         while True:
             try:
                 async with asyncio.timeout(_MALFORMED_CHECK_S) as check:
-                    return await self._answer.content.readany()
+                    return await content.readany()
             except TimeoutError:
                 if not check.expired():
                     raise

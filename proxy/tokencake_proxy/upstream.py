@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 import httpx
 
 from tokencake_proxy.errors import Refusal, UpstreamError
+from tokencake_proxy.keys import ProvenKeys
 from tokencake_proxy.transport import ExactTransport, StaleConnectionError
 
 if TYPE_CHECKING:
@@ -23,6 +24,11 @@ if TYPE_CHECKING:
     from tokencake_proxy.settings import ProxySettings
 
 _ANSWER_STATUSES: Final = range(200, 600)
+
+_GUARDED_PATH: Final = b"/v1/models"
+_REFUSES_KEY: Final = (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
+_TAKES_KEY: Final = (HTTPStatus.OK, HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED)
+"""vLLM looks at the key before it looks for the route."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +47,12 @@ class Engine:
 
     Attributes:
         url: its base URL, without a trailing slash.
+        keys: the API keys that it is known to take.
     """
 
     def __init__(self, url: str, settings: ProxySettings, metrics: ProxyMetrics) -> None:
         self.url = url
+        self.keys = ProvenKeys(self._takes_key, settings.key_ttl_s)
         self._settings = settings
         self._metrics = metrics
         self._origin = httpx.URL(url)
@@ -70,7 +78,7 @@ class Engine:
                 self._metrics.upstream_retries.inc()
                 response = await self._fresh.handle_async_request(request)
         except httpx.LocalProtocolError as error:
-            raise Refusal(HTTPStatus.BAD_REQUEST, "bad_header", f"The request cannot be forwarded: {error}.") from error
+            raise _cannot_be_sent(error) from error
         except httpx.TransportError as error:
             raise self._upstream_error(error) from error
         self._metrics.upstream_retries.inc(response.extensions["connections"] - 1)
@@ -91,6 +99,32 @@ class Engine:
         await response.aclose()
         return None if response.status_code == HTTPStatus.OK else f"GET /health answered {response.status_code}"
 
+    async def _takes_key(self, lines: list[HeaderLine]) -> bool:
+        """Whether the engine serves a request with these header lines, one `authorization` or none.
+
+        Raises:
+            UpstreamError: it cannot be told.
+        """
+        timeout_s = self._settings.key_check_timeout_s
+        request = self._request("GET", _GUARDED_PATH, lines, b"", read_timeout_s=timeout_s)
+        try:
+            try:
+                response = await self._kept.handle_async_request(request)
+            except StaleConnectionError:
+                response = await self._fresh.handle_async_request(request)
+        except httpx.ReadTimeout:
+            raise self._no_word(f"had no answer within {timeout_s:g} s (`key_check_timeout_s`)") from None
+        except httpx.LocalProtocolError as error:
+            raise _cannot_be_sent(error) from error
+        except httpx.TransportError as error:
+            raise self._upstream_error(error) from error
+        await response.aclose()
+        if response.status_code in _REFUSES_KEY:
+            return False
+        if response.status_code in _TAKES_KEY:
+            return True
+        raise self._no_word(f"answered {response.status_code}")
+
     async def aclose(self) -> None:
         """Close all connections."""
         await self._kept.aclose()
@@ -100,7 +134,7 @@ class Engine:
         """The error for an answer that no client could make sense of."""
         return UpstreamError(
             HTTPStatus.BAD_GATEWAY,
-            "bad_answer",
+            "upstream_bad_answer",
             f"{self.url} did not answer in proper HTTP: {problem}. Is this the address of a vLLM server?",
         )
 
@@ -108,7 +142,7 @@ class Engine:
         """The error for an answer that ended before it was complete."""
         return UpstreamError(
             HTTPStatus.BAD_GATEWAY,
-            "broken_stream",
+            "upstream_broken_stream",
             f"The engine at {self.url} broke off in the middle of its answer ({error}). What was received is "
             "incomplete; see the engine's log, and send the request again.",
         )
@@ -122,19 +156,27 @@ class Engine:
         stream = httpx.ByteStream(body)
         return httpx.Request(method, self._origin, headers=lines, stream=stream, extensions=extensions)
 
+    def _no_word(self, problem: str) -> UpstreamError:
+        return UpstreamError(
+            HTTPStatus.SERVICE_UNAVAILABLE,
+            "upstream_key_check",
+            f"Whether the engine at {self.url} takes the API key is not known: GET {_GUARDED_PATH.decode()} {problem}. "
+            "Try again; see the engine's log.",
+        )
+
     def _upstream_error(self, error: httpx.TransportError) -> UpstreamError:
         match error:
             case httpx.ConnectTimeout():
                 return UpstreamError(
                     HTTPStatus.SERVICE_UNAVAILABLE,
-                    "connect_timeout",
+                    "upstream_connect_timeout",
                     f"The engine at {self.url} did not take the connection within "
                     f"{self._settings.connect_timeout_s:g} s. Check the address given as --upstream, and firewalls.",
                 )
             case httpx.ConnectError():
                 return UpstreamError(
                     HTTPStatus.SERVICE_UNAVAILABLE,
-                    "unreachable",
+                    "upstream_unreachable",
                     f"The engine at {self.url} cannot be reached ({error}). Start it, or give the address of a "
                     "running one: tokencake proxy --upstream URL.",
                 )
@@ -143,10 +185,14 @@ class Engine:
             case _:
                 return UpstreamError(
                     HTTPStatus.BAD_GATEWAY,
-                    "disconnected",
+                    "upstream_disconnected",
                     f"The engine at {self.url} closed the connection without an answer ({error}). It may have worked "
                     "on the request, so it was not sent again; see the engine's log.",
                 )
+
+
+def _cannot_be_sent(error: httpx.LocalProtocolError) -> Refusal:
+    return Refusal(HTTPStatus.BAD_REQUEST, "bad_header", f"The request cannot be forwarded: {error}.")
 
 
 def choose_engine(engines: Sequence[Engine]) -> Engine:

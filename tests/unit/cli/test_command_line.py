@@ -12,6 +12,7 @@ import pytest
 
 import tokencake
 from tokencake_proxy import cli, doctor
+from tokencake_proxy.settings import ProxySettings
 from tokencake_vllm import serve
 
 
@@ -81,6 +82,25 @@ def test_serve_on_a_taken_port_names_the_port_and_the_flag(capsys: pytest.Captur
 def test_a_proxy_without_a_usable_upstream_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["proxy", "--upstream", "localhost:8000"]) == 2
     assert "localhost:8000" in capsys.readouterr().err
+
+
+def test_a_limit_of_the_proxy_is_taken_from_its_flag_then_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[ProxySettings] = []
+    monkeypatch.setattr("tokencake_proxy.server.run", lambda settings, *_: started.append(settings))
+    monkeypatch.setenv("TOKENCAKE_PROXY_MAX_HEADER_LINES", "20")
+    monkeypatch.setenv("TOKENCAKE_PROXY_HEAD_TIMEOUT_S", "2.5")
+    assert cli.main(["proxy", "--upstream", "http://h", "--max-header-lines", "30"]) == 0
+    assert (started[0].max_header_lines, started[0].head_timeout_s) == (30, 2.5)
+
+
+def test_a_limit_of_the_proxy_that_cannot_work_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TOKENCAKE_PROXY_HEAD_TIMEOUT_S", "soon")
+    assert cli.main(["proxy", "--upstream", "http://h"]) == 2
+    assert capsys.readouterr().err == (
+        "TOKENCAKE_PROXY_HEAD_TIMEOUT_S is 'soon'; expected a number, for example 10.0\n"
+    )
 
 
 def test_unknown_arguments_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

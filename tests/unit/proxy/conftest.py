@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import logging
 import re
@@ -22,7 +23,7 @@ import pytest
 import uvicorn
 import uvloop
 
-from tokencake_proxy.app import create_app
+from tokencake_proxy.server import server_config
 from tokencake_proxy.settings import ProxySettings
 
 PATIENCE_S = 10
@@ -87,10 +88,17 @@ class Engine:
     connections: int = 0
     saw_disconnect: threading.Event = field(default_factory=threading.Event)
     script: object = None
+    keys: list[bytes] = field(default_factory=list)
+    """What `demand_keys` takes."""
 
     @property
     def url(self):
         return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def calls(self):
+        """The requests but those by which the proxy asks whether a key is valid."""
+        return [request for request in self.requests if request.request_line != b"GET /v1/models HTTP/1.1"]
 
     async def connected(self, reader, writer):
         self.connections += 1
@@ -103,6 +111,16 @@ class Engine:
             writer.close()
             with contextlib.suppress(OSError):
                 await writer.wait_closed()
+
+    async def demand_keys(self, line):
+        """The script of vLLM with `--api-key`: under `/v1` only who sends one of `keys` is served."""
+        while (received := await line.request()) is not None:
+            path = received.request_line.split(b" ")[1]
+            (authorization,) = received.values(b"authorization") or [b""]
+            if path.startswith(b"/v1") and authorization not in [b"Bearer " + key for key in self.keys]:
+                await line.answer(b'{"error":"Unauthorized"}', b"HTTP/1.1 401 Unauthorized\r\n")
+            else:
+                await line.answer()
 
     async def until_gone(self, line):
         """Wait until the proxy has closed `line`."""
@@ -129,19 +147,8 @@ class World:
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(PATIENCE_S)
 
     def start_proxy(self, settings):
-        config = uvicorn.Config(
-            create_app(settings),
-            http="httptools",
-            ws="none",
-            lifespan="on",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            date_header=False,
-            timeout_graceful_shutdown=1,
-        )
         listener = socket.create_server(("127.0.0.1", 0), backlog=128)
-        server = uvicorn.Server(config)
+        server = uvicorn.Server(server_config(dataclasses.replace(settings, shutdown_grace_s=1)))
         self.serving.append((server, asyncio.run_coroutine_threadsafe(server.serve([listener]), self.loop)))
         return server, Proxy(listener.getsockname()[1])
 

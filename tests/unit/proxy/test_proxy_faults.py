@@ -393,7 +393,7 @@ def test_a_body_over_the_limit_is_refused_with_413(engine, start_proxy, http, co
 
     assert (answer.status_code, answer.json()["error"]["code"]) == (413, "body_too_long")
     assert "1000000 bytes" in answer.json()["error"]["message"]
-    assert engine.requests == []
+    assert engine.calls == []
 
 
 def test_a_body_of_just_the_limit_passes(engine, start_proxy, http):

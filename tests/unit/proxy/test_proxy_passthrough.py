@@ -201,7 +201,7 @@ def test_bodies_of_any_size_pass_both_ways(engine, proxy, http, size):
     body = bytes(range(256)) * (size // 256) + b"x" * (size % 256)
 
     assert http.post(f"{proxy.url}/v1/completions", content=body).content == body
-    assert engine.requests[0].values(b"content-length") == [b"%d" % size]
+    assert engine.calls[0].values(b"content-length") == [b"%d" % size]
 
 
 def test_a_chunked_request_reaches_the_engine_with_its_length(engine, proxy, http):

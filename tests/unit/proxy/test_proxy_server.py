@@ -14,6 +14,9 @@ import threading
 import httpx
 import pytest
 
+from tokencake_proxy import server
+from tokencake_proxy.settings import ProxySettings
+
 PATIENCE_S = 10
 PROGRAM = """
 import sys
@@ -98,3 +101,16 @@ def test_an_unknown_host_is_named():
     assert ended.returncode == 1
     assert ended.stderr.startswith("The proxy cannot listen on 203.0.113.1 port 0: ")
     assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize(("wanted", "hard", "served"), [(100, 10_000, 100), (4_096, 264, 100)])
+def test_it_serves_as_many_connections_as_it_may_open_files_for(monkeypatch, caplog, wanted, hard, served):
+    limits = [(64, hard)]
+    monkeypatch.setattr("resource.getrlimit", lambda _: limits[-1])
+    monkeypatch.setattr("resource.setrlimit", lambda _, new: limits.append(new))
+
+    settings = server._within_open_files(ProxySettings("http://h", max_connections=wanted))
+
+    assert settings.max_connections == served
+    assert limits[-1] == (264, hard)
+    assert ("may open 264 files only" in caplog.text) == (served < wanted)

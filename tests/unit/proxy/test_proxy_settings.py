@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import get_args
+
 import pytest
 
-from tokencake_proxy.settings import ProxySettings, SettingsError
+from tokencake_proxy.errors import RefusalReason
+from tokencake_proxy.settings import NUMBERS, ProxySettings, SettingsError, numbers_from
+
+DOCS = Path(__file__).parents[3] / "docs" / "proxy.md"
 
 
 @pytest.mark.parametrize(
@@ -55,15 +61,67 @@ def test_the_words_about_a_refused_upstream_do_not_repeat_a_password():
     assert "secret" not in str(refused.value)
 
 
-@pytest.mark.parametrize("name", ["connect_timeout_s", "health_timeout_s", "max_body_bytes"])
-@pytest.mark.parametrize("value", [0, -1, float("nan")])
+MAY_BE_ZERO = ("idle_connection_s", "shutdown_grace_s")
+
+
+@pytest.mark.parametrize("name", [number.name for number in NUMBERS if number.name not in MAY_BE_ZERO])
+@pytest.mark.parametrize("value", [0, -1, float("nan"), float("inf")])
 def test_limits_are_above_zero(name, value):
     with pytest.raises(SettingsError, match=f"{name} is {value}; expected a number above 0"):
         ProxySettings("http://h", **{name: value})
 
 
-@pytest.mark.parametrize("name", ["idle_connection_s", "shutdown_grace_s"])
+@pytest.mark.parametrize("name", MAY_BE_ZERO)
 def test_waits_may_be_zero_and_not_less(name):
     ProxySettings("http://h", **{name: 0})
     with pytest.raises(SettingsError, match=f"{name} is -1"):
         ProxySettings("http://h", **{name: -1})
+
+
+def test_a_body_that_would_never_fit_the_budget_is_refused():
+    with pytest.raises(SettingsError, match="max_body_bytes is 200, more than max_bodies_bytes, which is 100"):
+        ProxySettings("http://h", max_body_bytes=200, max_bodies_bytes=100)
+
+
+@pytest.mark.parametrize("number", NUMBERS, ids=lambda number: number.name)
+def test_each_number_is_a_flag_before_a_variable_before_a_default(number):
+    value = number.default + 1
+
+    assert numbers_from({}, {}) == {}
+    assert numbers_from({}, {number.variable: str(value)}) == {number.name: value}
+    assert numbers_from({number.name: str(value)}, {number.variable: "7"}) == {number.name: value}
+    assert numbers_from({number.name: None}, {number.variable: ""}) == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("max_head_bytes", "fast", "'fast'; expected a whole number, for example 65536"),
+        ("max_head_bytes", "1e6", "'1e6'; expected a whole number, for example 65536"),
+        ("head_timeout_s", "10s", "'10s'; expected a number, for example 10.0"),
+        ("head_timeout_s", "nan", "nan; expected a number above 0, for example 10.0"),
+        ("idle_connection_s", "-1", "-1.0; expected a number of 0 or more, for example 4.0"),
+    ],
+)
+def test_a_value_that_cannot_be_read_is_named_with_its_source_and_the_way_out(name, text, words):
+    (number,) = [number for number in NUMBERS if number.name == name]
+
+    with pytest.raises(SettingsError) as by_flag:
+        numbers_from({name: text}, {})
+    with pytest.raises(SettingsError) as by_variable:
+        numbers_from({}, {number.variable: text})
+
+    assert str(by_flag.value) == f"{number.flag} is {words}"
+    assert str(by_variable.value) == f"{number.variable} is {words}"
+
+
+@pytest.mark.parametrize("number", NUMBERS, ids=lambda number: number.name)
+def test_each_number_is_a_line_of_the_docs(number):
+    line = f"| `{number.flag}` | `{number.variable}` | {number.default} | {number.meaning} |"
+
+    assert line in DOCS.read_text().splitlines()
+
+
+@pytest.mark.parametrize("reason", get_args(RefusalReason))
+def test_each_reason_of_a_refusal_is_a_line_of_the_docs(reason):
+    assert any(line.startswith(f"| `{reason}` |") for line in DOCS.read_text().splitlines())

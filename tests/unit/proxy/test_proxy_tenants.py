@@ -125,7 +125,7 @@ def test_a_body_nested_too_deeply_is_refused(engine, start_proxy, http):
     answer = http.post(f"{proxy.url}/v1/chat/completions", content=b"[" * 100_000 + b"]" * 100_000)
 
     assert answer.status_code == 400
-    assert engine.requests == []
+    assert engine.calls == []
 
 
 @pytest.mark.parametrize("has_tenants", [False, True])
@@ -135,7 +135,7 @@ def test_the_proxy_scopes_only_when_it_is_told_to(engine, start_proxy, http, has
 
     http.post(f"{proxy.url}/v1/chat/completions", json=body, headers={"Authorization": "Bearer alice's key"})
 
-    (received,) = engine.requests
+    (received,) = engine.calls
     session = json.loads(json.loads(received.body)["vllm_xargs"]["tokencake"])["session"]
     assert session == (tenant_of(ALICE) if has_tenants else "") + "s"
     assert int(received.values(b"content-length")[0]) == len(received.body)
