@@ -91,4 +91,4 @@ def register() -> None:
     EngineCore.tokencake = call_scheduler  # type: ignore[attr-defined]  # the attribute is new
     stock = EngineCoreProc._process_input_queue  # noqa: SLF001  # where an idle engine waits; there is no public hook
     if not hasattr(stock, "__wrapped__"):
-        EngineCoreProc._process_input_queue = _binding(stock)  # type: ignore[method-assign]  # noqa: SLF001
+        EngineCoreProc._process_input_queue = _binding(stock)  # noqa: SLF001
