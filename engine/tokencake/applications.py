@@ -16,7 +16,6 @@ from tokencake.branches import Branch, Stalled, slacks_s
 from tokencake.lengths import AnswerLengths
 from tokencake.lore import Lore, Place, Ways
 from tokencake.protocol import Graph, Hint
-from tokencake.records import tenant_of
 from tokencake.roles import role_of
 
 _MAX_KEPT: Final = 8_192
@@ -40,8 +39,11 @@ class Tenant:
     """All applications whose ids the proxy gave the same prefix. `served_s` is lifted to its peers' on return."""
 
     id: str
+    """The prefix; empty where tenants are not kept apart."""
     served_s: float = 0.0
     live_calls: int = 0
+    longest_wait_s: float = 0.0
+    """Of its calls that have started."""
 
 
 @dataclass(slots=True)
@@ -94,7 +96,7 @@ class LiveCall:
     preemptions: int = 0
     swaps: int = 0
     """How often it was swapped out for an older application's call."""
-    swapped_for: str | None = None
+    swapped_for: Application | None = None
     """That application, until it runs again."""
     is_in_vain: bool = False
     """Whether others gave way to it and it did not start although there was room: nobody does again."""
@@ -110,15 +112,12 @@ class LiveCall:
 class Applications:
     """Everything above, kept from what the scheduler does and what hints and graphs tell."""
 
-    def __init__(
-        self, graph_named: Callable[[str], Graph | None], *, tenant_mark: str | None, answer_quantile: float
-    ) -> None:
+    def __init__(self, graph_named: Callable[[str], Graph | None], *, answer_quantile: float) -> None:
         self.calls: dict[str, LiveCall] = {}
         self.lengths = AnswerLengths()
         self.version = 0
         """Changes when a call comes or goes, or when one is started or stopped."""
         self.lore = Lore(graph_named)
-        self._tenant_mark = tenant_mark
         self._quantile = answer_quantile
         self._apps: OrderedDict[str, Application] = OrderedDict()
         self._tenants: dict[str, Tenant] = {}
@@ -140,11 +139,25 @@ class Applications:
         """Those with a live call."""
         return [tenant for tenant in self._tenants.values() if tenant.live_calls]
 
+    def longest_wait_s(self, tenant: str) -> float:
+        """Of the calls of this tenant that have started, as far as it is remembered."""
+        known = self._tenants.get(tenant)
+        return 0.0 if known is None else known.longest_wait_s
+
     # --- the life of a call -----------------------------------------------------------------------
 
-    def add(self, request_id: str, hint: Hint | None, *, prompt_tokens: int, max_tokens: int, now: float) -> LiveCall:
-        """A request entered the engine."""
-        app = self._application(request_id, hint, now)
+    def add(
+        self,
+        request_id: str,
+        hint: Hint | None,
+        *,
+        prompt_tokens: int,
+        max_tokens: int,
+        now: float,
+        tenant: str = "",
+    ) -> LiveCall:
+        """A request of `tenant` entered the engine."""
+        app = self._application(request_id, hint, tenant, now)
         self._arrivals += 1
         name = request_id if hint is None or hint.call is None else hint.call
         app.answers[name] += 1
@@ -294,14 +307,14 @@ class Applications:
 
     # --- who belongs together ---------------------------------------------------------------------
 
-    def _application(self, request_id: str, hint: Hint | None, now: float) -> Application:
+    def _application(self, request_id: str, hint: Hint | None, tenant: str, now: float) -> Application:
         if hint is None:
-            return Application(f"request {request_id}", self._tenant(""), now, now)
+            return Application(f"request {request_id}", self._tenant(tenant), now, now)
         name = hint.app or hint.session
-        tenant = self._tenant(tenant_of(name, self._tenant_mark))
+        owner = self._tenant(tenant)
         app = self._apps.get(name)
         if app is None:
-            app = self._apps[name] = Application(name, tenant, now, now)
+            app = self._apps[name] = Application(name, owner, now, now)
         app.touched_s = now
         self._apps.move_to_end(name)
         return app

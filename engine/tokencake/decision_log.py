@@ -1,10 +1,18 @@
-"""Why did my call wait? The last decisions of the Space Scheduler, in words."""
+"""The last decisions of the Space Scheduler: why did my call wait?
+
+An entry holds ids and numbers as fields. Sentences are made of it when it is read, and for its reader: a tenant learns
+of its own calls only, and neither an id nor a number of another's.
+"""
 
 from __future__ import annotations
 
-from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeAlias
+
+from tokencake.fair_lru import FairLRU
+
+Kind: TypeAlias = Literal["started", "waits", "refused", "preempted"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,15 +25,59 @@ class Decision:
     call: str
     app: str
     agent: str | None
-    kind: str
-    words: str
+    tenant: str
+    """Prefix of the call's tenant; empty where tenants are not kept apart."""
+    kind: Kind
+    reason: str = ""
+    """Why, in words without ids."""
+    behind: tuple[str, str] | None = None
+    """Application and tenant of the call that went before it, or that it was swapped out for."""
+    waited_s: float | None = None
+    need_blocks: int | None = None
+    free_blocks: int | None = None
+    """Of the whole device."""
+
+    def words(self, *, shows_others: bool) -> str:
+        """The decision as a sentence; `shows_others`: with what is not the call's own."""
+        need = f"needs up to {self.need_blocks} blocks"
+        free = f", {self.free_blocks} are free" if shows_others else ""
+        match self.kind:
+            case "started":
+                return f"started after {self.waited_s:.2f} s"
+            case "waits" if self.behind is None:
+                return f"is first in line; {need}{free}"
+            case "waits":
+                return f"waits behind {self._other(shows_others=shows_others)} ({self.reason}); {need}"
+            case "refused":
+                return f"passed over: {self.reason}; needs {self.need_blocks} blocks{free}"
+            case "preempted" if self.behind is None:
+                return "lost its memory: calls before it had to grow"
+            case "preempted":
+                return f"was swapped out for {self._other(shows_others=shows_others)}, a more senior application"
+
+    def shown_behind(self, *, shows_others: bool) -> str | None:
+        """The application in `behind`, as far as the reader may know it."""
+        if self.behind is None:
+            return None
+        app, tenant = self.behind
+        return app if shows_others or tenant == self.tenant else None
+
+    def _other(self, *, shows_others: bool) -> str:
+        own = self.shown_behind(shows_others=shows_others)
+        if own is None:
+            return "an application of another tenant"
+        return own.removeprefix("" if shows_others else self.tenant)
 
 
 class DecisionLog:
-    """A ring of decisions; the same words about the same call in a row are kept once."""
+    """The newest decisions; of each tenant as many, where there is no room for all of them.
+
+    The same decision about the same call in a row is kept once.
+    """
 
     def __init__(self, size: int) -> None:
-        self._ring: deque[Decision] = deque(maxlen=size)
+        self._kept: FairLRU[int, Decision] = FairLRU(size)
+        self._count = 0
         self._last: dict[str, tuple[str, str]] = {}
 
     def add(self, decision: Decision, topic: str) -> bool:
@@ -33,7 +85,8 @@ class DecisionLog:
         if self._last.get(decision.request_id) == (decision.kind, topic):
             return False
         self._last[decision.request_id] = decision.kind, topic
-        self._ring.append(decision)
+        self._count += 1
+        self._kept.put(self._count, decision, decision.tenant)
         return True
 
     def forget(self, request_id: str) -> None:
@@ -50,14 +103,13 @@ class DecisionLog:
             call: only about this call.
             app: only about calls of this application.
             limit: at most so many.
-            tenant: only about applications whose ids begin so.
+            tenant: only about this tenant's calls, and in its words; None is the operator, who sees everything.
         """
         chosen: list[dict[str, Any]] = []
-        for entry in reversed(self._ring):
+        for entry in self._newest_first(tenant):
             if len(chosen) >= limit:
                 break
-            is_own = tenant is None or entry.app.startswith(tenant)
-            if is_own and call in (None, entry.call) and app in (None, entry.app):
+            if call in (None, entry.call) and app in (None, entry.app):
                 chosen.append(
                     {
                         "at": round(entry.at_s + epoch_offset_s, 6),
@@ -65,8 +117,13 @@ class DecisionLog:
                         "app": entry.app,
                         "agent": entry.agent,
                         "kind": entry.kind,
-                        "words": entry.words,
+                        "behind": entry.shown_behind(shows_others=tenant is None),
+                        "words": entry.words(shows_others=tenant is None),
                     }
                 )
         chosen.reverse()
         return chosen
+
+    def _newest_first(self, tenant: str | None) -> Iterable[Decision]:
+        kept = self._kept if tenant is None else self._kept.keys_of(tenant)
+        return (entry for number in reversed(list(kept)) if (entry := self._kept.get(number)) is not None)

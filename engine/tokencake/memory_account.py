@@ -90,6 +90,11 @@ class Accounts:
         """The account of `tenant`, which is opened where there is none."""
         return self._by_tenant.setdefault(tenant, Account())
 
+    def records_of(self, tenant: str) -> list[tuple[RecordKind, str]]:
+        """The records of `tenant`, the least recently used first."""
+        account = self._by_tenant.get(tenant)
+        return [] if account is None else list(account.records)
+
     def add(self, tenant: str, kind: RecordKind, name: str, size: int) -> None:
         """The record takes `size` bytes more; a new one is the most recently used."""
         account = self.of(tenant)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import reprlib
-from collections.abc import Callable
-from dataclasses import field, fields
+from collections.abc import Callable, Iterable
+from dataclasses import field, fields, replace
 from typing import Any, Final, TypeAlias, TypeVar
 
 MAX_ID_CHARS: Final = 256
@@ -32,6 +32,10 @@ class ProtocolError(ValueError):
 
 class TooLargeError(ProtocolError):
     """It is longer than the contract allows."""
+
+
+class UnmarkedError(ProtocolError):
+    """No proxy has proved whose it is, where tenants are kept apart."""
 
 
 Parser: TypeAlias = Callable[[str, Any], Any]
@@ -160,10 +164,17 @@ _known: dict[Any, tuple[tuple[str, Parser, bool], ...]] = {}
 
 
 def parsers(kind: Any) -> tuple[tuple[str, Parser, bool], ...]:
-    """`(field name, its parser, is it required)` of each field of a record type."""
+    """`(field name, its parser, is it required)` of each field of a record type that stands on the wire."""
     if kind not in _known:
-        _known[kind] = tuple((f.name, f.metadata["parse"], bool(f.metadata["required"])) for f in fields(kind))
+        _known[kind] = tuple(
+            (f.name, f.metadata["parse"], bool(f.metadata["required"])) for f in fields(kind) if "parse" in f.metadata
+        )
     return _known[kind]
+
+
+def scoped_fields(kind: Any) -> tuple[str, ...]:
+    """The fields of a record type that hold ids, or are keyed by ids: what a proxy scopes by tenant."""
+    return tuple(f.name for f in fields(kind) if f.metadata.get("scoped"))
 
 
 def record(kind: type[_Record], where: str, raw: Any) -> _Record:
@@ -180,14 +191,54 @@ def record(kind: type[_Record], where: str, raw: Any) -> _Record:
     return kind(**values)
 
 
-def needs(parse: Parser) -> Any:
-    """A required field."""
-    return field(metadata={"parse": parse, "required": True})
+def needs(parse: Parser, *, scoped: bool = False) -> Any:
+    """A required field; `scoped`: it is an id, by which the engine looks something up."""
+    return field(metadata={"parse": parse, "required": True, "scoped": scoped})
 
 
-def may(parse: Parser, default: Any = None) -> Any:
-    """An optional field."""
-    return field(default=default, metadata={"parse": parse, "required": False})
+def may(parse: Parser, default: Any = None, *, scoped: bool = False) -> Any:
+    """An optional field; `scoped`: it is an id, or an object keyed by ids, by which the engine looks something up."""
+    return field(default=default, metadata={"parse": parse, "required": False, "scoped": scoped})
+
+
+def scoped(record: _Record, tenant: str) -> _Record:
+    """`record` with the prefix `tenant` before its ids; itself where `tenant` is empty."""
+    if not tenant:
+        return record
+    changes: dict[str, Any] = {"tenant": tenant} if hasattr(record, "tenant") else {}
+    for name in scoped_fields(type(record)):
+        value = getattr(record, name)
+        if isinstance(value, dict):
+            changes[name] = {tenant + key: entry for key, entry in value.items()}
+        elif value is not None:
+            changes[name] = tenant + value
+    return replace(record, **changes)  # type: ignore[type-var]  # every record is a dataclass
+
+
+def unscoped(raw: Any, tenant: str, names: Iterable[str], where: str) -> Any:
+    """The JSON object `raw` without the prefix `tenant` before the ids in its fields `names`.
+
+    Limits are those of what the client sent, so this comes before the parsing.
+
+    Raises:
+        UnmarkedError: an id does not begin so.
+    """
+    if not tenant or not isinstance(raw, dict):
+        return raw
+
+    def own(name: str, text: str) -> str:
+        if text and not text.startswith(tenant):
+            raise UnmarkedError(f"{where}.{name}", "is not scoped by the proxy")
+        return text.removeprefix(tenant)
+
+    found = dict(raw)
+    for name in names:
+        match raw.get(name):
+            case str() as text:
+                found[name] = own(name, text)
+            case dict() as keyed:
+                found[name] = {own(name, key): entry for key, entry in keyed.items()}
+    return found
 
 
 def load(text: str | bytes, where: str) -> Any:

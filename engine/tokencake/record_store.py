@@ -14,7 +14,7 @@ from tokencake import protocol
 from tokencake.memory_account import APP_BYTES, SESSION_BYTES, Account, Accounts, text_bytes, tool_bytes
 from tokencake.parsing import count, may, number
 from tokencake.protocol import Hint
-from tokencake.records import App, Call, Session, tenant_of
+from tokencake.records import App, Call, Session
 
 _STEPS: Final = 8
 """Records looked at for each one that is added, when some have to go."""
@@ -40,7 +40,7 @@ class Limits:
 class RecordStore:
     """What is kept, and for how long."""
 
-    def __init__(self, limits: Limits | None = None, tenant_mark: str | None = None) -> None:
+    def __init__(self, limits: Limits | None = None, *, has_tenants: bool = False) -> None:
         self.limits = limits or Limits()
         self.sessions: OrderedDict[str, Session] = OrderedDict()
         self.calls: OrderedDict[str, Call] = OrderedDict()
@@ -48,19 +48,15 @@ class RecordStore:
         self.graphs: dict[str, protocol.Graph] = {}
         self.counts: Counter[tuple[str, ...]] = Counter()
         """Increments since the last `drain`: `(metric, *label values)` -> number."""
-        self._tenant_mark = tenant_mark
+        self._has_tenants = has_tenants
         self._accounts = Accounts()
         self._stalled_calls: set[str] = set()
-
-    def _tenant(self, name: str) -> str:
-        return tenant_of(name, self._tenant_mark)
 
     def _touch_session(self, hint: Hint, now: float) -> Session:
         session = self.sessions.get(hint.session)
         if session is None:
-            tenant = self._tenant(hint.session)
-            session = self.sessions[hint.session] = Session(hint.session, hint.agent, hint.app, tenant, now)
-            self._accounts.add(tenant, "session", session.id, SESSION_BYTES + text_bytes(session.id))
+            session = self.sessions[hint.session] = Session(hint.session, hint.agent, hint.app, hint.tenant, now)
+            self._accounts.add(hint.tenant, "session", session.id, SESSION_BYTES + text_bytes(session.id))
         account = self._accounts.of(session.tenant)
         session.touched_s = now
         session.agent, session.app = hint.agent or session.agent, hint.app or session.app
@@ -81,7 +77,7 @@ class RecordStore:
     def _charge(self, call: Call, size: int) -> None:
         """`call` takes `size` bytes more, as a part of its session."""
         call.kept_bytes += size
-        self._accounts.add(self._tenant(call.hint.session), "session", call.hint.session, size)
+        self._accounts.add(call.hint.tenant, "session", call.hint.session, size)
 
     def _has_room(self, tenant: str, but: str | None = None) -> bool:
         """Whether `tenant` may have more, after as much was forgotten as needs be; nothing of the session `but`.
@@ -100,7 +96,7 @@ class RecordStore:
         """The account that has to give something up: `own` beyond its share, or the largest beyond a bound for all."""
         limits = self.limits
         kept_bytes = limits.kept_mib * 2**20
-        if self._tenant_mark and own.total_bytes > limits.tenant_share * kept_bytes:
+        if self._has_tenants and own.total_bytes > limits.tenant_share * kept_bytes:
             return own
         is_over = (
             self._accounts.total_bytes > kept_bytes
@@ -127,9 +123,8 @@ class RecordStore:
             case "app":
                 self._forget_app(name)
             case "graph":
-                tenant = self._tenant(name)
-                del self.graphs[name]
-                self._accounts.remove(tenant, "graph", name)
+                graph = self.graphs.pop(name)
+                self._accounts.remove(graph.tenant, "graph", name)
                 self.counts["forgotten", "graph"] += 1
             case _:
                 assert_never(kind)

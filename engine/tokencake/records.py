@@ -91,11 +91,3 @@ class App:
     own_sessions: set[str] = field(default_factory=set)
     """Sessions that cannot outlive it: their ids begin with its own."""
     ended: ToolStatus | None = None
-
-
-def tenant_of(name: str, mark: str | None) -> str:
-    """The tenant whose prefix the proxy put before an id; "" where there is none, or `mark` is None."""
-    if mark is None:
-        return ""
-    before, found, _ = name.partition(mark)
-    return before if found else ""

@@ -26,8 +26,8 @@ MAX_OBSERVATIONS: Final = 10_000
 class Registry(RecordStore):
     """Sessions, calls and stalls, as far as hints and events told. Not thread-safe: it lives on the engine loop."""
 
-    def __init__(self, limits: Limits | None = None, tenant_mark: str | None = None) -> None:
-        super().__init__(limits, tenant_mark)
+    def __init__(self, limits: Limits | None = None, *, has_tenants: bool = False) -> None:
+        super().__init__(limits, has_tenants=has_tenants)
         self._observed: dict[str, list[float]] = {
             name: [] for name in ("tool_s", "queue_s", "critical_queue_s", "forecast_error_s")
         }
@@ -43,7 +43,7 @@ class Registry(RecordStore):
         Returns:
             Whether it is kept. It is not where its tenant's live calls take all the memory that the tenant may have.
         """
-        tenant = self._tenant(hint.session)
+        tenant = hint.tenant
         if not self._has_room(tenant):
             return False
         session = self._touch_session(hint, now)
@@ -140,7 +140,7 @@ class Registry(RecordStore):
         call = self.calls.get(event.call)
         if call is None:
             return "unknown"
-        has_room = self._has_room(self._tenant(call.hint.session), but=call.hint.session)
+        has_room = self._has_room(call.hint.tenant, but=call.hint.session)
         before = kept_tool_bytes(call, event.tool_call)
         outcome = note_tool(call, event, now, self.limits.tool_calls_per_call if has_room else 0)
         if outcome not in ("unknown", "duplicate", "invalid"):
@@ -187,7 +187,7 @@ class Registry(RecordStore):
     def _learn_graph(self, event: protocol.Graph) -> Outcome:
         if event.graph in self.graphs:
             return "duplicate"
-        tenant = self._tenant(event.graph)
+        tenant = event.tenant
         self.graphs[event.graph] = event
         self._accounts.add(tenant, "graph", event.graph, graph_bytes(event))
         self._accounts.of(tenant).unknown_graphs.pop(event.graph, None)
@@ -212,6 +212,15 @@ class Registry(RecordStore):
     def totals(self) -> dict[str, int]:
         """How much is known now."""
         return {"sessions": len(self.sessions), "calls": len(self.calls), "live_calls": len(self._requests)}
+
+    def totals_of(self, tenant: str) -> dict[str, int]:
+        """How much is known now of one tenant."""
+        sessions = [self.sessions[name] for kind, name in self._accounts.records_of(tenant) if kind == "session"]
+        return {
+            "sessions": len(sessions),
+            "calls": sum(len(session.calls) for session in sessions),
+            "live_calls": sum(session.live_requests for session in sessions),
+        }
 
     def observe(self, metric: str, seconds: float) -> None:
         """Keep one duration for the histogram `metric`."""

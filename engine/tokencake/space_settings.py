@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from tokencake.parsing import SECONDS, count, flag, may, number, one_of, text
+from tokencake.parsing import SECONDS, count, flag, may, number, one_of
+from tokencake.tenancy import SEPARATOR
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +32,11 @@ class SpaceSettings:
     """Seniority of an application that has a critical path over one that nobody waits for, above the same mean."""
     tenant_quantum_s: float = may(number(1e-3, 1e6), 2.0)
     """Device-seconds that one tenant may be ahead of another before the other's calls go first."""
-    tenant_mark: str | None = may(text(8))
-    """What the proxy puts behind the tenant in an application or session id, `::`; None: all clients are one tenant,
-    because whoever reaches the engine without such a proxy could call himself anything."""
+    tenant_mark: Literal["::"] | None = may(one_of(SEPARATOR))
+    """What `tokencake proxy --tenants` puts behind the tenant in an id, `::`: then only what that proxy has marked
+    counts. None: all clients are one tenant."""
+    tenants_share_prefixes: bool = may(flag, False)
+    """Whether requests without the proxy's salt read cached prefixes: as with its `--tenants-share-prefixes`."""
 
     guarded: int = may(count(1_000), 4)
     """So many of the first calls that do not fit are not delayed by those that pass them, as far as can be foreseen;

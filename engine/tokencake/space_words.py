@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Final
 from tokencake.decision_log import Decision, DecisionLog
 
 if TYPE_CHECKING:
-    from tokencake.applications import Applications, LiveCall
+    from tokencake.applications import Application, Applications, LiveCall
+    from tokencake.decision_log import Kind
     from tokencake.registry import Registry
     from tokencake.space_policy import Rank, SpacePolicy
     from tokencake.space_settings import SpaceSettings
@@ -41,6 +42,7 @@ class SpaceWords:
         self._registry = registry
         self._log = DecisionLog(settings.decisions)
         self._longest_wait_s = 0.0
+        """Of all calls that have started; of one tenant's, see `Tenant`."""
 
     def note_waiting(
         self,
@@ -55,20 +57,22 @@ class SpaceWords:
         for name in started:
             # A call that comes back, after a preemption or with its user's next turn, has not waited since it came.
             if (call := self._calls.get(name)) is not None and call.started_s == now:
-                self._longest_wait_s = max(self._longest_wait_s, now - call.arrived_s)
-                self._add(now, call, "started", "", f"started after {now - call.arrived_s:.2f} s")
+                waited_s, tenant = now - call.arrived_s, call.app.tenant
+                self._longest_wait_s = max(self._longest_wait_s, waited_s)
+                tenant.longest_wait_s = max(tenant.longest_wait_s, waited_s)
+                self._add(now, call, "started", "", waited_s=waited_s)
         ahead: LiveCall | None = None
         for name in waiting[:_EXPLAINED]:
             call = self._calls.get(name)
             if call is None:
                 continue
+            need = needs.get(name, 0)
             if ahead is None:
-                words = f"is first in line; needs up to {needs.get(name, 0)} blocks, {free_blocks} are free"
-                self._add(now, call, "waits", "first", words)
+                self._add(now, call, "waits", "first", need_blocks=need, free_blocks=free_blocks)
             elif name in ranks and ahead.request_id in ranks:
                 why = self._why(ranks[ahead.request_id], ranks[name])
-                words = f"waits behind {ahead.app.id} ({why}); needs up to {needs.get(name, 0)} blocks"
-                self._add(now, call, "waits", f"{ahead.app.id} {why}", words)
+                topic = f"{ahead.app.id} {why}"
+                self._add(now, call, "waits", topic, why, behind=_name(ahead.app), need_blocks=need)
             ahead = call
         self._count_inversions(waiting, started, now)
 
@@ -88,23 +92,23 @@ class SpaceWords:
             return
         if self._is_critical(request_id, now) and any(not self._is_critical(name, now) for name in running):
             self._registry.counts["space_inversions", "preemption"] += 1
-        words = "lost its memory: calls before it had to grow"
-        if call.swapped_for is not None:
-            words = f"was swapped out for {call.swapped_for}, a more senior application"
-        self._add(now, call, "preempted", str(call.preemptions), words)
+        behind = None if call.swapped_for is None else _name(call.swapped_for)
+        self._add(now, call, "preempted", str(call.preemptions), behind=behind)
 
     def note_refused(self, call: LiveCall, reason: str, need_blocks: int, free_blocks: int, now: float) -> None:
         """The gate passed over `call`."""
-        words = f"passed over: {_REASONS[reason]}; needs {need_blocks} blocks, {free_blocks} are free"
-        self._add(now, call, "refused", reason, words)
+        words = _REASONS[reason]
+        self._add(now, call, "refused", reason, words, need_blocks=need_blocks, free_blocks=free_blocks)
 
     def forget(self, request_id: str) -> None:
         """The call is over."""
         self._log.forget(request_id)
 
-    def longest_wait_s(self, now: float) -> float:
-        """Of the calls that still wait for their first slot."""
-        return max((now - call.arrived_s for call in self._calls.values() if call.started_s is None), default=0.0)
+    def longest_wait_s(self, now: float, tenant: str | None = None) -> float:
+        """Of the calls, or of those of one tenant, that still wait for their first slot."""
+        waiting = (call for call in self._calls.values() if call.started_s is None)
+        own = (call for call in waiting if tenant in (None, call.app.tenant.id))
+        return max((now - call.arrived_s for call in own), default=0.0)
 
     def view(
         self,
@@ -117,16 +121,46 @@ class SpaceWords:
         tenant: str | None = None,
     ) -> dict[str, Any]:
         """The newest decisions about one call, app or tenant or all, as JSON; times in seconds since the epoch."""
+        longest_s = self._longest_wait_s if tenant is None else self._applications.longest_wait_s(tenant)
         return {
-            "longest_wait_s": round(max(self._longest_wait_s, self.longest_wait_s(now)), 6),
+            "longest_wait_s": round(max(longest_s, self.longest_wait_s(now, tenant)), 6),
             "decisions": self._log.view(epoch_offset_s, call=call, app=app, tenant=tenant, limit=limit),
         }
 
-    def _add(self, now: float, call: LiveCall, kind: str, topic: str, words: str) -> None:
+    def _add(
+        self,
+        now: float,
+        call: LiveCall,
+        kind: Kind,
+        topic: str,
+        reason: str = "",
+        *,
+        behind: tuple[str, str] | None = None,
+        waited_s: float | None = None,
+        need_blocks: int | None = None,
+        free_blocks: int | None = None,
+    ) -> None:
         name = (call.hint.call if call.hint is not None else None) or call.request_id
-        agent = None if call.hint is None else call.hint.agent
-        self._log.add(Decision(now, call.request_id, name, call.app.id, agent, kind, words), topic)
+        decision = Decision(
+            now,
+            call.request_id,
+            name,
+            call.app.id,
+            None if call.hint is None else call.hint.agent,
+            call.app.tenant.id,
+            kind,
+            reason,
+            behind,
+            waited_s,
+            need_blocks,
+            free_blocks,
+        )
+        self._log.add(decision, topic)
 
     def _is_critical(self, request_id: str, now: float) -> bool:
         call = self._calls.get(request_id)
         return call is not None and self._applications.is_critical(call, now)
+
+
+def _name(app: Application) -> tuple[str, str]:
+    return app.id, app.tenant.id

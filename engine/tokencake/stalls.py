@@ -53,6 +53,11 @@ class Chain:
     is_uploaded: bool = False
     """Its upload is complete or was given up: there is only one for each stall."""
 
+    @property
+    def tenant(self) -> str:
+        """Prefix of its tenant; empty where none is known."""
+        return self.hint.tenant if self.hint is not None else ""
+
     def rest_s(self, now_s: float) -> float:
         """Until the agent is back, in the middle of the forecast. Once overdue, it lasts about as long again."""
         return abs(self.back_s - now_s)

@@ -31,14 +31,14 @@ def state_view(
         epoch_offset_s: added to every time, to turn the monotonic clock into seconds since the epoch.
         session: only this session.
         app: only calls of this application.
-        tenant: only calls of sessions whose ids begin so.
+        tenant: only this tenant's calls and their number; None is the operator, who sees everything.
         limit: at most so many calls.
     """
     chosen: list[Call] = []
     for call in reversed(registry.calls.values()):
         if len(chosen) >= limit:
             break
-        is_own = tenant is None or call.hint.session.startswith(tenant)
+        is_own = tenant in (None, call.hint.tenant)
         if is_own and session in (None, call.hint.session) and app in (None, call.hint.app):
             chosen.append(call)
     chosen.reverse()
@@ -50,7 +50,7 @@ def state_view(
 
     return {
         "v": protocol.VERSION,
-        "totals": registry.totals,
+        "totals": registry.totals if tenant is None else registry.totals_of(tenant),
         "apps": {
             name: {"first_seen": when(registry.apps[name].first_seen_s), "ended": registry.apps[name].ended}
             for name in apps

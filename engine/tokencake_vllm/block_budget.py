@@ -6,6 +6,7 @@ first in the list counts, since only when that is over the block could go.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Final
@@ -27,6 +28,21 @@ storing:    held by a copy to the host, their call being over
 cached:     free, and a prefix hit until somebody takes them
 empty:      free
 """
+
+OWN_STATES: Final = ("running", "loading", "leaving", "pinned")
+"""What belongs to one tenant; blocks in the other states are nobody's any more."""
+
+
+def own_blocks(scheduler: Any, pinned: Iterable[Iterable[KVCacheBlock]], tenant: str) -> dict[str, int]:
+    """Blocks of the calls of `tenant`, and of its `pinned` chains, by state: what it may know of the device."""
+    state_of = {block.block_id: "pinned" for block in chain.from_iterable(pinned)}
+    for manager in scheduler.kv_cache_manager.coordinator.single_type_managers:
+        for name, blocks in manager.req_to_blocks.items():
+            request = scheduler.requests.get(name)
+            if request is not None and scheduler.tenant_of(request) == tenant:
+                state_of.update((block.block_id, _state_of(request)) for block in blocks if not block.is_null)
+    counts = Counter(state_of.values())
+    return {state: counts[state] for state in OWN_STATES}
 
 
 def block_budget(scheduler: Any, pinned: Mapping[str, Iterable[KVCacheBlock]]) -> dict[str, int]:

@@ -1,7 +1,10 @@
-"""How do events get in and the state out? By two routes on vLLM's own API server, behind its own API key.
+"""How do events get in and the state out? By routes on vLLM's own API server, behind its own API key.
 
 `POST /v1/tokencake/events` and `GET /v1/tokencake/state` go over vLLM's utility RPC to the scheduler of each engine
 core; the RPC wakes an idle one. Every reply is what the engines really did.
+
+Where tenants are kept apart (`space.tenant_mark`), their proxy proves in the parameter `tenant` which of them asks.
+Without it the state is the operator's, and events do not count.
 """
 
 from __future__ import annotations
@@ -15,7 +18,10 @@ from fastapi.responses import JSONResponse, Response
 from vllm.logger import init_logger
 
 from tokencake import protocol
+from tokencake.settings import section
+from tokencake.space_settings import SpaceSettings
 from tokencake_vllm.metrics import ScrapeMiddleware, count_event, register_metrics
+from tokencake_vllm.tenant_secret import TenantSecret
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -70,9 +76,11 @@ class TokenCakeEndpoints:
         app.add_api_route(STEPS_PATH, _get_steps, methods=["GET"], include_in_schema=True)
         app.add_middleware(ScrapeMiddleware)
 
-    async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:  # noqa: ARG002  # vLLM's signature
+    async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
         """Keep the way to the engine; there is none in a render-only server."""
         register_metrics()
+        settings = section(getattr(args, "additional_config", None), "space", SpaceSettings)
+        state.tokencake_secret = None if settings.tenant_mark is None else TenantSecret()
         state.tokencake = None if engine_client is None else SchedulerCalls(engine_client)
 
 
@@ -87,14 +95,38 @@ def _error(status: int, message: str) -> Response:
     return JSONResponse({"error": {"message": message, "type": kind, "param": None, "code": status}}, status)
 
 
-async def _read_body(request: Request) -> bytes:
+def _asking(request: Request, mark: str | None) -> str | None:
+    """The prefix of the tenant that asks, as `mark` proves it; None is the operator.
+
+    Raises:
+        _RefusedError: nothing proves it, or this engine knows of no tenants.
+    """
+    secret: TenantSecret | None = request.app.state.tokencake_secret
+    if mark is None:
+        return None
+    if secret is None:
+        setting = '--additional-config \'{"tokencake": {"space": {"tenant_mark": "::"}}}\''
+        raise _RefusedError(501, f"this engine does not keep tenants apart, as its proxy does; start it with {setting}")
+    prefix = secret.tenants().marked(mark)
+    if prefix is None:
+        raise _RefusedError(403, "`tenant` is not the mark of a proxy that has this engine's tenant secret")
+    return prefix
+
+
+class _RefusedError(Exception):
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+async def _read_body(request: Request, *, is_scoped: bool) -> bytes:
     chunks: list[bytes] = []
     size = 0
+    limit = protocol.SCOPED_BODY_BYTES if is_scoped else protocol.MAX_BODY_BYTES
     async for chunk in request.stream():
         size += len(chunk)
-        if size > protocol.MAX_BODY_BYTES:
-            limit = protocol.MAX_BODY_BYTES
-            raise protocol.TooLargeError("body", f"has more than {limit} bytes; send smaller batches")
+        if size > limit:
+            raise protocol.TooLargeError("body", f"has more than {protocol.MAX_BODY_BYTES} bytes; send smaller batches")
         chunks.append(chunk)
     return b"".join(chunks)
 
@@ -102,13 +134,22 @@ async def _read_body(request: Request) -> bytes:
 async def _post_events(request: Request, tenant: str | None = None) -> Response:
     received = time.time()
     try:
-        parsed = protocol.parse_events(await _read_body(request))
+        asking = _asking(request, tenant)
+        prefix = asking or ""
+        parsed = protocol.parse_events(await _read_body(request, is_scoped=bool(prefix)), prefix)
+    except _RefusedError as error:
+        return _error(error.status, str(error))
     except protocol.TooLargeError as error:
         return _error(413, str(error))
     except protocol.ProtocolError as error:
         return _error(400, str(error))
+    if asking is None and request.app.state.tokencake_secret is not None:
+        parsed = [
+            event if isinstance(event, protocol.ProtocolError) else _unmarked(index)
+            for index, event in enumerate(parsed)
+        ]
     valid = [protocol.to_wire(event) for event in parsed if not isinstance(event, protocol.ProtocolError)]
-    answers = await _ask(request, "tokencake_events", valid, received)
+    answers = await _ask(request, "tokencake_events", valid, received, prefix)
     if isinstance(answers, Response):
         return answers
     outcomes = iter([min(each, key=_BEST_FIRST.index) for each in zip(*(a["outcomes"] for a in answers), strict=True)])
@@ -121,8 +162,14 @@ async def _post_events(request: Request, tenant: str | None = None) -> Response:
             results.append({"outcome": (outcome := next(outcomes))})
             if outcome == "unknown":
                 count_event(event.type, outcome)
-    need = sorted({graph for answer in answers for graph in answer["need"] if graph.startswith(tenant or "")})
-    return JSONResponse(_unscoped({"v": protocol.VERSION, "results": results, "need": need}, tenant))
+    need = sorted({graph for answer in answers for graph in answer["need"]})
+    return JSONResponse(_unscoped({"v": protocol.VERSION, "results": results, "need": need}, asking))
+
+
+def _unmarked(index: int) -> protocol.UnmarkedError:
+    return protocol.UnmarkedError(
+        f"events[{index}]", "does not count: this engine takes events through `tokencake proxy --tenants`"
+    )
 
 
 async def _get_state(
@@ -134,10 +181,14 @@ async def _get_state(
 ) -> Response:
     if not 1 <= limit <= MAX_STATE_CALLS:
         return _error(400, f"limit is {limit}; expected a number from 1 to {MAX_STATE_CALLS}")
-    answers = await _ask(request, "tokencake_state", session, app, limit, tenant)
+    try:
+        asking = _asking(request, tenant)
+    except _RefusedError as error:
+        return _error(error.status, str(error))
+    answers = await _ask(request, "tokencake_state", session, app, limit, asking)
     if isinstance(answers, Response):
         return answers
-    return JSONResponse(_unscoped(answers[0] if len(answers) == 1 else _merged(answers, limit), tenant))
+    return JSONResponse(_unscoped(answers[0] if len(answers) == 1 else _merged(answers, limit), asking))
 
 
 async def _get_decisions(
@@ -149,22 +200,26 @@ async def _get_decisions(
 ) -> Response:
     if not 1 <= limit <= MAX_STATE_CALLS:
         return _error(400, f"limit is {limit}; expected a number from 1 to {MAX_STATE_CALLS}")
-    answers = await _ask(request, "tokencake_decisions", call, app, limit, tenant)
+    try:
+        asking = _asking(request, tenant)
+    except _RefusedError as error:
+        return _error(error.status, str(error))
+    answers = await _ask(request, "tokencake_decisions", call, app, limit, asking)
     if isinstance(answers, Response):
         return answers
     decisions = sorted((entry for answer in answers for entry in answer["decisions"]), key=lambda entry: entry["at"])
     longest_s = max(answer["longest_wait_s"] for answer in answers)
     view = {"v": protocol.VERSION, "longest_wait_s": longest_s, "decisions": decisions[-limit:]}
-    return JSONResponse(_unscoped(view, tenant))
+    return JSONResponse(_unscoped(view, asking))
 
 
 def _unscoped(value: Any, tenant: str | None) -> Any:
-    """`value` as its tenant may read it: without the prefix that the proxy put before its ids."""
+    """`value` as its tenant may read it: its ids, which are fields of their own, without the proxy's prefix."""
     if tenant is None:
         return value
     match value:
         case str():
-            return value.replace(tenant, "")
+            return value.removeprefix(tenant)
         case dict():
             return {name.removeprefix(tenant): _unscoped(item, tenant) for name, item in value.items()}
         case list():

@@ -21,7 +21,7 @@ logger = init_logger("vllm.tokencake")
 
 _COUNTERS = {
     "hints": (
-        "LLM calls by what became of their hint: accepted, absent, void, or refused for want of memory",
+        "LLM calls by what became of their hint: accepted, absent, void, unmarked, or refused for want of memory",
         ["outcome"],
     ),
     "events": ("Events by type and outcome", ["type", "outcome"]),

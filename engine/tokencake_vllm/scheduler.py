@@ -22,9 +22,10 @@ from tokencake.registry import Registry
 from tokencake.settings import section
 from tokencake.space_settings import SpaceSettings
 from tokencake.views import state_view
-from tokencake_vllm.block_budget import block_budget
+from tokencake_vllm.block_budget import block_budget, own_blocks
 from tokencake_vllm.space_hooks import SpaceMixin
 from tokencake_vllm.step_log import StepMixin
+from tokencake_vllm.tenant_secret import TenantSecret
 from tokencake_vllm.time_hooks import TimeMixin
 
 if TYPE_CHECKING:
@@ -49,18 +50,29 @@ class TokenCakeMixin(_Base):
                 "tokencake_vllm.scheduler.create_scheduler, which picks the class that fits"
             )
         config = self.vllm_config.additional_config
-        self.registry = Registry(
-            limits=section(config, "registry", Limits), tenant_mark=section(config, "space", SpaceSettings).tenant_mark
-        )
+        self.space = section(config, "space", SpaceSettings)
+        has_tenants = self.space.tenant_mark is not None
+        self.registry = Registry(section(config, "registry", Limits), has_tenants=has_tenants)
+        self._tenant_secret = TenantSecret() if has_tenants else None
         logger.info("TokenCake: %s watches this engine's calls", type(self).__name__)
 
     def add_request(self, request: Request) -> None:
         """Stock, then note who calls."""
         is_new = request.request_id not in self.requests
+        if self._tenant_secret is not None and not self.space.tenants_share_prefixes:
+            # Who sent it is not known, so it may learn nothing of what others have sent.
+            request.skip_reading_prefix_cache |= self._tenant_secret.tenants().salted(request.cache_salt) is None
         super().add_request(request)
         if is_new:
             with self._advice():
                 self._note_hint(request)
+
+    def tenant_of(self, request: Request) -> str:
+        """The prefix of the tenant that sent it, from its hint or its salt; empty where nothing proves one."""
+        hint = self.registry.hint_of(request.request_id)
+        if hint is not None or self._tenant_secret is None:
+            return "" if hint is None else hint.tenant
+        return self._tenant_secret.tenants().salted(request.cache_salt) or ""
 
     def _note_hint(self, request: Request) -> None:
         params = request.sampling_params
@@ -68,8 +80,13 @@ class TokenCakeMixin(_Base):
         if text is None:
             self.registry.counts["hints", "absent"] += 1
             return
+        tenants = None if self._tenant_secret is None else self._tenant_secret.tenants()
         try:
-            hint = protocol.parse_hint(text)
+            hint = protocol.parse_hint(text, tenants)
+        except protocol.UnmarkedError as error:
+            self.registry.counts["hints", "unmarked"] += 1
+            logger.debug("TokenCake: the hint of request %s does not count: %s", request.request_id, error)
+            return
         except protocol.ProtocolError as error:
             self.registry.counts["hints", "void"] += 1
             logger.debug("TokenCake: request %s has a void hint: %s", request.request_id, error)
@@ -127,12 +144,13 @@ class TokenCakeMixin(_Base):
 
     # --- what the API server asks for, on the engine's own loop, between two steps ------------------
 
-    def tokencake_events(self, events: list[dict[str, Any]], received: float) -> dict[str, Any]:
-        """Apply parsed events that reached the API server at `received` (seconds since the epoch)."""
+    def tokencake_events(self, events: list[dict[str, Any]], received: float, tenant: str = "") -> dict[str, Any]:
+        """Apply parsed events of `tenant` that reached the API server at `received` (seconds since the epoch)."""
         now = time.monotonic()
         waited_s = min(max(0.0, time.time() - received), protocol.MAX_AGO_S)
-        outcomes = [self.registry.apply(protocol.parse_event(event), now - waited_s) for event in events]
-        return {"outcomes": outcomes, "need": self.registry.unknown_graphs()}
+        scoped = [protocol.scoped(protocol.parse_event(event), tenant) for event in events]
+        outcomes = [self.registry.apply(event, now - waited_s) for event in scoped]
+        return {"outcomes": outcomes, "need": self.registry.unknown_graphs(tenant)}
 
     def tokencake_state(
         self, session: str | None, app: str | None, limit: int, tenant: str | None = None
@@ -140,7 +158,7 @@ class TokenCakeMixin(_Base):
         """`state_view` in seconds since the epoch."""
         offset_s = time.time() - time.monotonic()
         state = state_view(self.registry, offset_s, session=session, app=app, tenant=tenant, limit=limit)
-        return {**state, "kv_blocks": self.block_budget()}
+        return {**state, "kv_blocks": self.block_budget() if tenant is None else self.own_blocks(tenant)}
 
     def tokencake_metrics(self) -> dict[str, Any]:
         """`Registry.drain`, and the gauges with a label as `{metric: {label: value}}`."""
@@ -149,6 +167,10 @@ class TokenCakeMixin(_Base):
     def block_budget(self) -> dict[str, int]:
         """Who has the device's blocks."""
         return block_budget(self, {})
+
+    def own_blocks(self, tenant: str) -> dict[str, int]:
+        """What one tenant has of them."""
+        return own_blocks(self, (), tenant)
 
     @contextlib.contextmanager
     def _advice(self) -> Iterator[None]:

@@ -15,10 +15,8 @@ from vllm.v1.request import Request, RequestStatus
 
 from tokencake.applications import Applications
 from tokencake.promises import peak_blocks
-from tokencake.settings import section
 from tokencake.space_policy import Rank
 from tokencake.space_scheduler import policy_of
-from tokencake.space_settings import SpaceSettings
 from tokencake.space_words import SpaceWords
 from tokencake_vllm.block_view import BlockView
 from tokencake_vllm.space_gate import ADMISSIBLE, Gate
@@ -45,13 +43,8 @@ class SpaceMixin(_Base):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.space = section(self.vllm_config.additional_config, "space", SpaceSettings)
         self._is_space_on = self.space.enabled and self.policy == SchedulingPolicy.FCFS
-        self.applications = Applications(
-            self.registry.graphs.get,
-            tenant_mark=self.space.tenant_mark,
-            answer_quantile=self.space.answer_quantile,
-        )
+        self.applications = Applications(self.registry.graphs.get, answer_quantile=self.space.answer_quantile)
         self.space_policy = policy_of(self.space)
         self._view = BlockView(self.kv_cache_manager, self.block_size)
         self._words = SpaceWords(self.space, self.space_policy, self.applications, self.registry)
@@ -84,6 +77,7 @@ class SpaceMixin(_Base):
                     prompt_tokens=request.num_prompt_tokens,
                     max_tokens=request.max_tokens,
                     now=time.monotonic(),
+                    tenant=self.tenant_of(request),
                 )
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:

@@ -78,7 +78,7 @@ class Swap:
             return []
         for candidate in chosen:
             candidate.call.swaps += 1
-            candidate.call.swapped_for = head.app.id
+            candidate.call.swapped_for = head.app
         self._heir, self._until_s = head.request_id, now + _START_S
         self._away |= names
         return [other for other in self._scheduler.running if other.request_id in names]

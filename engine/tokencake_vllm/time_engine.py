@@ -385,6 +385,11 @@ class TimeEngine:
         self._order.forget()
         self.cache.reset()
 
+    def held_for(self, tenant: str) -> list[list[KVCacheBlock]]:
+        """The pinned blocks of each stalled chain of one tenant."""
+        chains = ((self.chains.by_id.get(name), blocks) for name, blocks in self.cache.held.items())
+        return [list(blocks) for chain, blocks in chains if chain is not None and chain.tenant == tenant]
+
     def residency(self, session: str) -> list[dict[str, Any]]:
         """Where the KV of a session's calls is, in blocks."""
         return [

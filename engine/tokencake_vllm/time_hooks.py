@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from vllm.logger import init_logger
 from vllm.v1.request import Request, RequestStatus
 
-from tokencake_vllm.block_budget import block_budget
+from tokencake import protocol
+from tokencake_vllm.block_budget import block_budget, own_blocks
 from tokencake_vllm.connector import TokenCakeConnector
 from tokencake_vllm.forecast_file import ForecastFile
 from tokencake_vllm.time_engine import TimeEngine
@@ -128,15 +129,15 @@ class TimeMixin(_Base):
 
     # --- what the API server asks for -------------------------------------------------------------------
 
-    def tokencake_events(self, events: list[dict[str, Any]], received: float) -> dict[str, Any]:
+    def tokencake_events(self, events: list[dict[str, Any]], received: float, tenant: str = "") -> dict[str, Any]:
         """Take them in, then see whose stall changed."""
-        answer = super().tokencake_events(events, received)
+        answer = super().tokencake_events(events, received, tenant)
         if self.time is not None:
             now = time.monotonic()
             for event, outcome in zip(events, answer["outcomes"], strict=True):
                 if outcome in ("applied", "late"):
                     with self._advice():
-                        self.time.hear(event, now)
+                        self.time.hear(_scoped(event, tenant), now)
             with self._advice():
                 self._forecast_file.save(now)
                 self._arm()
@@ -163,6 +164,10 @@ class TimeMixin(_Base):
     def block_budget(self) -> dict[str, int]:
         """What is held for stalled agents is told apart."""
         return block_budget(self, {} if self.time is None else self.time.cache.held)
+
+    def own_blocks(self, tenant: str) -> dict[str, int]:
+        """Its stalled agents' included."""
+        return own_blocks(self, [] if self.time is None else self.time.held_for(tenant), tenant)
 
     def tokencake_wipe(self) -> int:
         """With `debug_checksums`: overwrite every free device block, to prove that what is hit later was copied."""
@@ -194,3 +199,7 @@ class TimeMixin(_Base):
                 if request.request_id in self.finished_recving_kv_req_ids:
                     self._update_waiting_for_remote_kv(request)
                     request.status = RequestStatus.PREEMPTED if request.num_preemptions else RequestStatus.WAITING
+
+
+def _scoped(event: dict[str, Any], tenant: str) -> dict[str, Any]:
+    return protocol.to_wire(protocol.scoped(protocol.parse_event(event), tenant)) if tenant else event

@@ -7,18 +7,21 @@
 from __future__ import annotations
 
 import asyncio
+import hmac
 import json
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Final
 
+from tokencake.tenancy import Tenants
 from tokencake_proxy.asgi import Receive, Scope, Send, send_whole
 from tokencake_proxy.body import Intake
 from tokencake_proxy.errors import Refusal, send_refusal
 from tokencake_proxy.exchange import Exchange
-from tokencake_proxy.headers import repeated_line, tokens
+from tokencake_proxy.headers import first_value, repeated_line, tokens
 from tokencake_proxy.metrics import CONTENT_TYPE, ProxyMetrics
 from tokencake_proxy.refusals import Refusals
 from tokencake_proxy.routes import HEALTH_PATHS, METRICS_PATH, REFUSED_ROUTE, engine_route
+from tokencake_proxy.tenants import TenantScope
 from tokencake_proxy.upstream import Engine, choose_engine
 
 if TYPE_CHECKING:
@@ -28,6 +31,14 @@ _NO_WEBSOCKETS: Final = Refusal(
     HTTPStatus.NOT_IMPLEMENTED,
     "websocket",
     "This proxy does not forward WebSockets; connect to the engine directly for its realtime routes.",
+)
+
+_METRICS_REFUSED: Final = Refusal(
+    HTTPStatus.UNAUTHORIZED,
+    "metrics_key",
+    "/metrics counts everybody's requests, so it asks for the operator's key: start the proxy with "
+    "TOKENCAKE_METRICS_KEY set, and send it as `Authorization: Bearer ...`.",
+    [(b"www-authenticate", b"Bearer")],
 )
 
 
@@ -47,8 +58,13 @@ class Proxy:
         self._metrics = ProxyMetrics()
         self.refusals = Refusals(self._metrics)
         self._intake = Intake(settings)
-        self._has_tenants = settings.has_tenants
+        self._metrics_key = settings.metrics_key
         self._engines = (Engine(settings.upstream, settings, self._metrics),)
+        self._tenant_scope = (
+            None
+            if settings.tenant_secret is None
+            else TenantScope(Tenants(settings.tenant_secret), shares_prefixes=settings.shares_prefixes)
+        )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request, or live through the server's start and end."""
@@ -93,15 +109,24 @@ class Proxy:
                 metrics=self._metrics,
                 refusals=self.refusals,
             )
-            await exchange.run(has_tenants=self._has_tenants)
+            await exchange.run(self._tenant_scope)
 
     async def _answer_about_itself(self, scope: Scope, send: Send) -> None:
         if scope["method"] not in ("GET", "HEAD"):
             await self._refuse(scope, send, _only_read(scope["path"]))
+        elif scope["path"] == METRICS_PATH and not self._may_read_metrics(scope):
+            await self._refuse(scope, send, _METRICS_REFUSED)
         elif scope["path"] == METRICS_PATH:
             await send_whole(send, HTTPStatus.OK, CONTENT_TYPE, self._metrics.exposition())
         else:
             await self._answer_health(send)
+
+    def _may_read_metrics(self, scope: Scope) -> bool:
+        key = self._metrics_key
+        if key is None:
+            return self._tenant_scope is None
+        scheme, _, given = (first_value(scope["headers"], b"authorization") or b"").partition(b" ")
+        return scheme.lower() == b"bearer" and hmac.compare_digest(given, key.encode())
 
     async def _answer_health(self, send: Send) -> None:
         ailments = await asyncio.gather(*(engine.ailment() for engine in self._engines))

@@ -9,9 +9,10 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from tokencake import __version__
+from tokencake.tenancy import SECRET_FILE_VARIABLE, SECRET_VARIABLE, SecretError
 from tokencake_proxy.processes import (
     DEFAULT_ENGINE_PORT,
     DEFAULT_PROXY_PORT,
@@ -25,7 +26,11 @@ from tokencake_proxy.processes import (
 )
 from tokencake_proxy.settings import NUMBERS, ProxySettings, SettingsError, numbers_from
 
+if TYPE_CHECKING:
+    from tokencake_proxy.launch import Launch
+
 _NOT_WITH_PROXY: Final = ("--ssl-certfile", "--ssl-keyfile", "--uds", "--headless", "--root-path")
+_METRICS_KEY_VARIABLE: Final = "TOKENCAKE_METRICS_KEY"
 _EXAMPLES: Final = Path(__file__).resolve().parents[2] / "examples"
 
 
@@ -48,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     proxy = commands.add_parser("proxy", help="start the OpenAI-compatible proxy in front of an engine")
     proxy.add_argument("--upstream", required=True, metavar="URL", help="the engine, for example http://127.0.0.1:8000")
     _add_address(proxy)
-    proxy.add_argument("--tenants", action="store_true", help="keep clients with other API keys apart")
+    _add_tenants(proxy)
     proxy.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
     limits = proxy.add_argument_group("limits", "each also as an environment variable: docs/proxy.md")
     for number in NUMBERS:
@@ -62,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     serve.add_argument("model", metavar="MODEL", help="what `vllm serve` takes: a Hugging Face name or a folder")
     _add_address(serve)
+    _add_tenants(serve)
     serve.add_argument("--engine-port", type=int, default=DEFAULT_ENGINE_PORT, metavar="PORT")
     serve.add_argument("--log-dir", type=Path, default=default_log_dir(), metavar="DIR")
 
@@ -73,6 +79,22 @@ def _parser() -> argparse.ArgumentParser:
 def _add_address(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="where clients connect (default 127.0.0.1)")
     parser.add_argument("--port", type=int, default=DEFAULT_PROXY_PORT, help=f"default {DEFAULT_PROXY_PORT}")
+
+
+def _add_tenants(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--tenants", action="store_true", help="keep clients with other API keys apart")
+    parser.add_argument(
+        "--tenant-secret-file",
+        type=Path,
+        metavar="FILE",
+        help=f"what tenants' marks are made of, as the engine has it (default ${SECRET_VARIABLE}, "
+        f"${SECRET_FILE_VARIABLE}, or a file in the state directory, made at first use)",
+    )
+    parser.add_argument(
+        "--tenants-share-prefixes",
+        action="store_true",
+        help="cached prefixes serve all tenants, who must trust each other",
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -122,19 +144,26 @@ def _has_vllm() -> bool:
 
 
 def _proxy(args: argparse.Namespace) -> int:
+    from tokencake_proxy.secret import tenant_secret  # noqa: PLC0415
     from tokencake_proxy.server import run  # noqa: PLC0415
 
     try:
         numbers = numbers_from(vars(args), os.environ)
-        settings = ProxySettings(upstream=args.upstream, has_tenants=args.tenants, **numbers)
-    except SettingsError as error:
+        settings = ProxySettings(
+            upstream=args.upstream,
+            tenant_secret=tenant_secret(os.environ, args.tenant_secret_file) if args.tenants else None,
+            shares_prefixes=args.tenants_share_prefixes,
+            metrics_key=os.environ.get(_METRICS_KEY_VARIABLE) or None,
+            **numbers,
+        )
+    except (SettingsError, SecretError) as error:
         sys.stderr.write(f"{error}\n")
         return 2
     run(settings, args.host, args.port, args.log_level)
     return 0
 
 
-def _serve(args: argparse.Namespace, flags: Sequence[str], *, is_model_first: bool) -> int:
+def _serve(args: argparse.Namespace, flags: list[str], *, is_model_first: bool) -> int:
     if not is_model_first:
         sys.stderr.write("usage: tokencake serve MODEL [flags]; MODEL comes first\n")
         return 2
@@ -154,9 +183,12 @@ def _serve(args: argparse.Namespace, flags: Sequence[str], *, is_model_first: bo
     raise_on_sigterm()
     engine = f"http://127.0.0.1:{args.engine_port}"
     try:
+        launch = _launch(args, flags)
         with Processes(args.log_dir / str(args.port)) as processes:
-            processes.start("engine", engine_command(args.model, args.engine_port, flags))
-            processes.start("proxy", proxy_command(engine, args.host, args.port))
+            command = engine_command(args.model, args.engine_port, launch.engine_flags)
+            processes.start("engine", command, launch.environment)
+            command = [*proxy_command(engine, args.host, args.port), *launch.proxy_flags]
+            processes.start("proxy", command, launch.environment)
             print(f"starting vLLM with {args.model}; logs in {args.log_dir / str(args.port)}", flush=True)
             processes.wait_until_healthy("engine", f"{engine}/health", on_wait=_say_every_10_s)
             processes.wait_until_healthy("proxy", f"http://{args.host}:{args.port}/health", timeout_s=30)
@@ -169,6 +201,14 @@ def _serve(args: argparse.Namespace, flags: Sequence[str], *, is_model_first: bo
         return 1
     except KeyboardInterrupt:
         return 0
+
+
+def _launch(args: argparse.Namespace, flags: list[str]) -> Launch:
+    from tokencake_proxy.launch import Launch, for_tenants  # noqa: PLC0415
+
+    if not args.tenants:
+        return Launch(flags)
+    return for_tenants(flags, os.environ, args.tenant_secret_file, shares_prefixes=args.tenants_share_prefixes)
 
 
 def _say_every_10_s(waited_s: float) -> None:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 RefusalReason: TypeAlias = Literal[
     "bad_header",
+    "bad_json",
     "bad_request",
     "bodies_full",
     "body_too_costly",
@@ -30,8 +31,10 @@ RefusalReason: TypeAlias = Literal[
     "head_too_long",
     "invalid_api_key",
     "method",
+    "metrics_key",
     "nesting",
     "not_forwarded",
+    "not_found",
     "repeated_header",
     "shutting_down",
     "too_many_connections",

@@ -20,7 +20,6 @@ from tokencake_proxy.body import Body, ClientLeftError
 from tokencake_proxy.errors import Refusal, error_event, send_refusal
 from tokencake_proxy.headers import first_value, request_lines, response_lines
 from tokencake_proxy.routes import EVENTS_ROUTE, is_guarded
-from tokencake_proxy.tenants import scoped
 from tokencake_proxy.upstream import Call, Engine
 
 if TYPE_CHECKING:
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     from tokencake_proxy.body import Intake
     from tokencake_proxy.metrics import Phase, ProxyMetrics
     from tokencake_proxy.refusals import Refusals
+    from tokencake_proxy.tenants import TenantScope
 
 _EVENT_ENDS: Final = (b"\n\n", b"\r\r", b"\r\n\r\n")
 _LONGEST_EVENT_END: Final = 4
@@ -74,11 +74,15 @@ class Exchange:
         self._is_over = False
         self._has_client_left = False
 
-    async def run(self, *, has_tenants: bool) -> None:
-        """Answer the request, from the engine or with a refusal. Must be the last that its task does."""
+    async def run(self, tenant_scope: TenantScope | None) -> None:
+        """Answer the request, from the engine or with a refusal. Must be the last that its task does.
+
+        Args:
+            tenant_scope: what keeps tenants apart; None where all clients are one.
+        """
         self._metrics.in_flight.inc()
         try:
-            await self._run(has_tenants=has_tenants)
+            await self._run(tenant_scope)
         except ClientLeftError:
             self._metrics.client_disconnects.labels(self._phase).inc()
         except asyncio.CancelledError:
@@ -95,12 +99,12 @@ class Exchange:
             self._metrics.in_flight.dec()
             self._metrics.count_request(self._route, self._scope["method"], self._status)
 
-    async def _run(self, *, has_tenants: bool) -> None:
-        call = await self._call(must_prove=has_tenants)
+    async def _run(self, tenant_scope: TenantScope | None) -> None:
+        call = await self._call(must_prove=tenant_scope is not None)
         watcher = asyncio.create_task(self._watch(asyncio.current_task()))
         try:
-            if has_tenants:
-                call = await self._scoped(call)
+            if tenant_scope is not None:
+                call = await self._scoped(call, tenant_scope)
             response = await self._engine.answer(call)
             del call
             self._body.release()
@@ -124,10 +128,10 @@ class Exchange:
         target: bytes = scope["raw_path"] + (b"?" + scope["query_string"] if scope["query_string"] else b"")
         return Call(scope["method"], target, request_lines(lines), body)
 
-    async def _scoped(self, call: Call) -> Call:
+    async def _scoped(self, call: Call, tenant_scope: TenantScope) -> Call:
         if len(call.body) <= self._settings.json_inline_bytes:
-            return scoped(call, self._route)
-        return await self._apart.run(scoped, call, self._route)
+            return tenant_scope.scoped(call, self._route)
+        return await self._apart.run(tenant_scope.scoped, call, self._route)
 
     async def _watch(self, forwarding: asyncio.Task[None] | None) -> None:
         while (await self._receive())["type"] != "http.disconnect":

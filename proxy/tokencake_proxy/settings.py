@@ -34,14 +34,21 @@ class ProxySettings:
 
     Attributes:
         upstream: the engine's base URL without `/v1`; kept without a trailing slash.
-        has_tenants: whether clients with other API keys are kept apart.
+        tenant_secret: what the prefixes and marks of tenants are made of, where clients with other API keys are kept
+            apart; the engine has the same. None: all clients are one tenant, and nothing is written anew.
+        shares_prefixes: whether calls of different tenants may share cached prefixes; then each can find out what
+            others have sent.
+        metrics_key: the bearer token that `/metrics` asks for. It counts everybody's requests, so where there are
+            tenants and no such key, it is refused.
 
     Raises:
         SettingsError: a value cannot be used.
     """
 
     upstream: str
-    has_tenants: bool = False
+    tenant_secret: bytes | None = field(default=None, repr=False)
+    shares_prefixes: bool = False
+    metrics_key: str | None = field(default=None, repr=False)
 
     max_connections: int = _number(4_096, "connections of clients at a time; one more is answered 503 and closed")
     max_head_bytes: int = _number(65_536, "bytes of a request line with its header lines, else 414 or 431")

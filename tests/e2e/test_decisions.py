@@ -1,4 +1,4 @@
-"""Why did my call wait? Asked over HTTP of a real engine with the Space Scheduler, by two tenants behind one proxy."""
+"""Why did my call wait, and what does one tenant learn of another? A real engine, two tenants behind one proxy."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ import httpx
 import pytest
 
 from tests.e2e.conftest import ENV, FLAGS
+from tests.tenancy import SECRET, prefix_of
+from tokencake.tenancy import SECRET_VARIABLE
 from tokencake_proxy.processes import Processes, engine_command, free_port, proxy_command
 
 SETTINGS = {"space": {"enabled": True, "tenant_mark": "::", "decisions": 40}}
@@ -26,8 +28,9 @@ def urls(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     flags = [*FLAGS, "--api-key", "alice", "bob", "--max-num-seqs", "1"]
     flags[flags.index("--additional-config") + 1] = json.dumps({"tokencake": SETTINGS})
     with Processes(tmp_path_factory.mktemp("decisions-logs")) as processes:
-        processes.start("engine", engine_command(str(tiny_model), engine_port, flags), ENV)
-        processes.start("proxy", [*proxy_command(engine, "127.0.0.1", proxy_port), "--tenants"])
+        secret = {SECRET_VARIABLE: SECRET}
+        processes.start("engine", engine_command(str(tiny_model), engine_port, flags), {**ENV, **secret})
+        processes.start("proxy", [*proxy_command(engine, "127.0.0.1", proxy_port), "--tenants"], secret)
         processes.wait_until_healthy("engine", f"{engine}/health", timeout_s=300)
         processes.wait_until_healthy("proxy", f"{proxy}/health", timeout_s=30)
         yield engine, proxy
@@ -38,34 +41,38 @@ def ask(url: str, path: str, key: str = "alice", **query: Any) -> httpx.Response
     return httpx.get(f"{url}/v1/tokencake/{path}", params=query, headers=headers, timeout=60)
 
 
-def chat(url: str, app: str, key: str = "alice") -> None:
+def chat(
+    url: str, app: str, key: str = "alice", text: str | None = None, max_tokens: int = 40, **headers: str
+) -> dict[str, Any]:
     hint = {"v": 1, "session": f"{app}/s", "app": app, "call": f"{app}/c", "agent": "writer"}
     body = {
         "model": "tiny",
-        "messages": [{"role": "user", "content": f"Count, {app}."}],
-        "max_tokens": 40,
+        "messages": [{"role": "user", "content": text or f"Count, {app}."}],
+        "max_tokens": max_tokens,
         "ignore_eos": True,
         "vllm_xargs": {"tokencake": json.dumps(hint)},
     }
-    headers = {"Authorization": f"Bearer {key}"}
-    httpx.post(f"{url}/v1/chat/completions", json=body, headers=headers, timeout=120).raise_for_status()
+    lines = {"Authorization": f"Bearer {key}"} | {name.replace("_", "-"): value for name, value in headers.items()}
+    answer = httpx.post(f"{url}/v1/chat/completions", json=body, headers=lines, timeout=120).raise_for_status()
+    return dict(answer.json())
 
 
 def test_the_engine_says_why_a_call_waited(urls: tuple[str, str]) -> None:
-    engine, _ = urls
+    engine, proxy = urls
     apps = [f"app-{uuid.uuid4()}" for _ in range(3)]
     with ThreadPoolExecutor() as threads:
-        list(threads.map(lambda app: chat(engine, app), apps))
-    answer = ask(engine, "decisions").json()
+        list(threads.map(lambda app: chat(proxy, app), apps))
+    answer = ask(proxy, "decisions").json()
     mine = [entry for entry in answer["decisions"] if entry["app"] in apps]
 
     assert answer["longest_wait_s"] > 0
     assert {entry["app"] for entry in mine if entry["kind"] == "started"} == set(apps)
     assert any(entry["words"].startswith(("is first in line", "waits behind app-")) for entry in mine)
     assert [entry["at"] for entry in mine] == sorted(entry["at"] for entry in mine)
-    only = ask(engine, "decisions", app=apps[1], limit=1).json()["decisions"]
+    assert {entry["behind"] for entry in mine if entry["words"].startswith("waits behind")} <= set(apps)
+    only = ask(proxy, "decisions", app=apps[1], limit=1).json()["decisions"]
     assert [(entry["app"], entry["call"], entry["agent"]) for entry in only] == [(apps[1], f"{apps[1]}/c", "writer")]
-    assert ask(engine, "decisions", call="nobody's").json()["decisions"] == []
+    assert ask(proxy, "decisions", call="nobody's").json()["decisions"] == []
     assert len(ask(engine, "decisions", limit=1_000).json()["decisions"]) <= SETTINGS["space"]["decisions"]
 
 
@@ -84,7 +91,7 @@ def test_nobody_without_a_key_reads_the_decisions(urls: tuple[str, str]) -> None
 
 
 def test_the_account_of_the_blocks_is_in_the_metrics(urls: tuple[str, str]) -> None:
-    chat(urls[0], "metered")
+    chat(urls[1], "metered")
     lines = httpx.get(f"{urls[0]}/metrics", timeout=60).text.splitlines()
     blocks = [float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith("tokencake:kv_blocks{")]
 
@@ -98,11 +105,13 @@ def test_a_tenant_sees_and_ends_its_own_only_whatever_it_calls_itself(urls: tupl
     chat(proxy, "theirs", key="bob")
     chat(proxy, "mine", key="alice")
     (scoped,) = {c["app"] for c in ask(engine, "state").json()["calls"] if c["app"].endswith("::theirs")}
+    assert scoped == prefix_of("bob") + "theirs"
 
     assert {call["app"] for call in ask(proxy, "state", "bob").json()["calls"]} == {"theirs"}
     for path, key in (("state", "calls"), ("decisions", "decisions")):
         seen = {entry["app"] for entry in ask(proxy, path, "alice", tenant=scoped).json()[key]}
-        assert seen == {"mine"}
+        assert "mine" in seen
+        assert not any("theirs" in app for app in seen)
         assert ask(proxy, path, "alice", app=scoped).json()[key] == []
         assert ask(proxy, path, "alice", app="theirs").json()[key] == []
 
@@ -112,3 +121,46 @@ def test_a_tenant_sees_and_ends_its_own_only_whatever_it_calls_itself(urls: tupl
     )
     assert [result["outcome"] for result in answer.json()["results"]] == ["unknown", "unknown", "applied"]
     assert ask(proxy, "state", "bob").json()["apps"]["theirs"]["ended"] is None
+
+
+def test_a_prompt_that_another_tenant_has_sent_is_computed_anew(urls: tuple[str, str]) -> None:
+    _, proxy = urls
+    text = "The board will vote on Tuesday about the merger. " * 12
+
+    def cached_tokens(key: str) -> int:
+        usage = chat(proxy, f"{key}-board", key, text, max_tokens=1)["usage"]
+        return int((usage["prompt_tokens_details"] or {}).get("cached_tokens", 0))
+
+    assert cached_tokens("alice") == 0
+    assert cached_tokens("alice") > 0
+    assert cached_tokens("bob") == 0
+
+
+def test_a_request_id_of_another_tenant_aborts_nothing_of_it(urls: tuple[str, str]) -> None:
+    _, proxy = urls
+    with ThreadPoolExecutor() as threads:
+        answer = threads.submit(chat, proxy, "long", "alice", None, 400, X_Request_Id="same")
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(
+                f"{proxy}/v1/completions",
+                json={"model": "tiny", "prompt": "x", "max_tokens": 3_000, "ignore_eos": True},
+                headers={"Authorization": "Bearer bob", "X-Request-Id": "same"},
+                timeout=0.5,
+            )
+        assert answer.result()["usage"]["completion_tokens"] == 400
+    assert answer.result()["id"].startswith("chatcmpl-same-")
+
+
+def test_hints_and_events_that_do_not_come_through_the_proxy_do_not_count(urls: tuple[str, str]) -> None:
+    engine, proxy = urls
+    chat(proxy, "marked")
+    chat(engine, prefix_of("alice") + "unmarked")
+    end = {"v": 1, "events": [{"type": "app_end", "app": prefix_of("alice") + "marked"}]}
+    answer = httpx.post(
+        f"{engine}/v1/tokencake/events", json=end, headers={"Authorization": "Bearer alice"}, timeout=60
+    )
+
+    assert [result["outcome"] for result in answer.json()["results"]] == ["invalid"]
+    apps = ask(engine, "state").json()["apps"]
+    assert apps[prefix_of("alice") + "marked"]["ended"] is None
+    assert prefix_of("alice") + "unmarked" not in apps

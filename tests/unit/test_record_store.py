@@ -19,7 +19,8 @@ MARK = "::"
 def call(registry: Registry, name: str, tenant: str = "", *, is_over: bool = True, **hint: object) -> bool:
     """A call `name` with a session of its own."""
     own = f"{tenant}{MARK}" if tenant else ""
-    is_kept = registry.add_call(f"{own}{name}", Hint(session=f"{own}s-{name}", call=f"{own}{name}", **hint), 10, 1.0)
+    said = protocol.scoped(Hint(session=f"s-{name}", call=name, **hint), own)
+    is_kept = registry.add_call(f"{own}{name}", said, 10, 1.0)
     if is_over and is_kept:
         registry.finish_call(f"{own}{name}", 1, is_aborted=False, now=1.0)
     return is_kept
@@ -91,11 +92,11 @@ def test_everything_that_is_kept_stays_within_the_memory_that_is_allowed() -> No
 
 
 def test_a_tenant_that_floods_the_registry_loses_its_own_records_only() -> None:
-    registry = Registry(Limits(kept_mib=8, sessions=200, calls=300), tenant_mark=MARK)
+    registry = Registry(Limits(kept_mib=8, sessions=200, calls=300), has_tenants=True)
     for number in range(20):
-        call(registry, f"quiet-{number}", "alice", app=f"alice{MARK}app-{number}")
+        call(registry, f"quiet-{number}", "alice", app=f"app-{number}")
     for number in range(2_000):
-        call(registry, f"loud-{number}", "bob", app=f"bob{MARK}app-{number}")
+        call(registry, f"loud-{number}", "bob", app=f"app-{number}")
     for number in range(40):
         tools(registry, f"bob{MARK}loud-{1_960 + number}", count=16)
     assert all(f"alice{MARK}quiet-{number}" in registry.calls for number in range(20))
@@ -104,7 +105,7 @@ def test_a_tenant_that_floods_the_registry_loses_its_own_records_only() -> None:
 
 
 def test_one_tenant_of_several_may_take_its_share_of_the_memory() -> None:
-    registry = Registry(Limits(kept_mib=8, tenant_share=0.25), tenant_mark=MARK)
+    registry = Registry(Limits(kept_mib=8, tenant_share=0.25), has_tenants=True)
     for number in range(40):
         call(registry, f"c{number}", "bob")
         tools(registry, f"bob{MARK}c{number}", count=16)
@@ -112,22 +113,23 @@ def test_one_tenant_of_several_may_take_its_share_of_the_memory() -> None:
 
 
 def test_graphs_of_one_tenant_push_out_no_graph_of_another() -> None:
-    registry = Registry(Limits(kept_mib=1), tenant_mark=MARK)
-    registry.apply(protocol.Graph(f"alice{MARK}g", {"a": {}}, (("a", "b"),)), 1.0)
+    registry = Registry(Limits(kept_mib=1), has_tenants=True)
+    registry.apply(protocol.scoped(protocol.Graph("g", {"a": {}}, (("a", "b"),)), f"alice{MARK}"), 1.0)
     for number in range(2_000):
         nodes = {f"node {number} {n}": {} for n in range(20)}
-        assert registry.apply(protocol.Graph(f"bob{MARK}{number}", nodes, ()), 1.0) == "applied"
+        flood = protocol.scoped(protocol.Graph(str(number), nodes, ()), f"bob{MARK}")
+        assert registry.apply(flood, 1.0) == "applied"
     assert f"alice{MARK}g" in registry.graphs
     assert len(registry.graphs) < 200
 
 
 def test_graphs_that_one_tenant_has_not_described_are_asked_of_that_tenant_only() -> None:
-    registry = Registry(tenant_mark=MARK)
-    call(registry, "a", "alice", graph=f"alice{MARK}g")
+    registry = Registry(has_tenants=True)
+    call(registry, "a", "alice", graph="g")
     for number in range(50):
-        call(registry, f"b{number}", "bob", graph=f"bob{MARK}{number}")
-    assert registry.unknown_graphs("alice") == [f"alice{MARK}g"]
-    assert all(graph.startswith("bob") for graph in registry.unknown_graphs("bob"))
+        call(registry, f"b{number}", "bob", graph=str(number))
+    assert registry.unknown_graphs(f"alice{MARK}") == [f"alice{MARK}g"]
+    assert all(graph.startswith("bob") for graph in registry.unknown_graphs(f"bob{MARK}"))
 
 
 def test_calls_in_the_engine_are_never_forgotten_and_beyond_them_hints_are_refused() -> None:

@@ -73,7 +73,7 @@ def run_call(applications: Applications, hint: Hint, tokens: int, at_s: float) -
 
 
 def test_answer_lengths_and_times_of_calls_are_learned_by_agent() -> None:
-    applications = Applications({}.get, tenant_mark=None, answer_quantile=0.8)
+    applications = Applications({}.get, answer_quantile=0.8)
     for number in range(8):
         app = f"app-{number}"
         first = run_call(applications, hint_of("researcher", number, app=app), 900, 0.0)

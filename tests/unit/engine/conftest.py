@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 
+from tests.tenancy import SECRET
 from tests.unit.engine.time_bench import Bench
+from tokencake.tenancy import SECRET_VARIABLE
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
 os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
+os.environ[SECRET_VARIABLE] = SECRET
 
 BLOCK_SIZE = 16
 
@@ -76,11 +79,13 @@ def make_request() -> Callable[..., Any]:
     init_none_hash(sha256)
     hasher = get_request_block_hasher(BLOCK_SIZE, sha256)
 
-    def make(request_id: str, tokens: list[int], hint: Any = None, max_tokens: int = 4) -> Any:
+    def make(
+        request_id: str, tokens: list[int], hint: Any = None, max_tokens: int = 4, cache_salt: str | None = None
+    ) -> Any:
         params = SamplingParams(
             ignore_eos=True, max_tokens=max_tokens, extra_args=None if hint is None else {"tokencake": hint}
         )
-        return Request(request_id, tokens, params, None, arrival_time=0.0, block_hasher=hasher)
+        return Request(request_id, tokens, params, None, arrival_time=0.0, block_hasher=hasher, cache_salt=cache_salt)
 
     return make
 

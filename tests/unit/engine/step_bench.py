@@ -6,13 +6,16 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from tests.tenancy import marked
 from tokencake import protocol
 
 LIMIT = 3_000
 
 
-def hint(app: str, **fields: object) -> str:
-    return protocol.Hint(session=f"{app}/session", app=app, **fields).to_json()
+def hint(app: str, *, tenant: str = "", **fields: object) -> str:
+    """As its client sends it, or as the proxy passes it on for `tenant`."""
+    said = protocol.Hint(session=f"{app}/session", app=app, **fields)
+    return marked(said, tenant) if tenant else said.to_json()
 
 
 def with_settings(create: Callable[..., Any], space: dict[str, Any] | None = None, **scheduler: Any) -> Any:

@@ -16,6 +16,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
 
+from tests.tenancy import marked
 from tokencake import protocol
 from tokencake_vllm.scheduler import create_scheduler
 from tokencake_vllm.space_gate import ADMISSIBLE
@@ -288,9 +289,11 @@ def test_a_tenant_that_lies_gains_nothing_over_one_that_tells_the_truth(
     for number in range(20):
         liar, honest = f"liar{number}", f"honest{number}"
         lies = {"critical": True, "importance": 10.0, "remaining": 0, "app_started_ago_s": 1e6, "depth": 99}
-        requests[liar] = make_request(liar, [number] * 100, hint(f"evil::{number}", **lies), max_tokens=20)
+        evil = marked(protocol.Hint(session=f"s{number}", app=f"evil{number}", **lies), "evil")
+        requests[liar] = make_request(liar, [number] * 100, evil, max_tokens=20)
         truth = {"critical": False, "remaining": 3}
-        requests[honest] = make_request(honest, [50 + number] * 100, hint(f"good::{number}", **truth), max_tokens=20)
+        good = marked(protocol.Hint(session=f"s{number}", app=f"good{number}", **truth), "good")
+        requests[honest] = make_request(honest, [50 + number] * 100, good, max_tokens=20)
         scheduler.add_request(requests[liar])
         scheduler.add_request(requests[honest])
     ended: dict[str, int] = {}

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from vllm.v1.request import Request, RequestStatus
 
+from tests.tenancy import prefix_of
 from tests.unit.engine.step_bench import Steps, hint, with_settings
 from tests.unit.engine.time_bench import Bench, as_json
 from tokencake import protocol
@@ -53,7 +54,8 @@ def clocked(make_scheduler: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..
 
 # --- absurd hints and events ------------------------------------------------------------------------
 
-IDS = st.sampled_from(["a", "b", "t1::c", "t2::d"])
+IDS = st.sampled_from(["a", "b", "c", "d"])
+TENANTS = st.sampled_from(["", "t1", "t2"])
 NODES = st.sampled_from(["n", "m", "end"])
 CALLS = st.sampled_from(["c0", "c1", "c2", "c3"])
 EVENTS = st.one_of(
@@ -87,8 +89,8 @@ FIELDS = st.fixed_dictionaries(
     },
 )
 DEED = st.one_of(
-    st.tuples(st.just("add"), IDS, FIELDS, st.integers(1, 200), st.integers(1, 60)),
-    st.tuples(st.just("tell"), EVENTS),
+    st.tuples(st.just("add"), IDS, TENANTS, FIELDS, st.integers(1, 200), st.integers(1, 60)),
+    st.tuples(st.just("tell"), EVENTS, TENANTS),
     st.tuples(st.just("step"), st.integers(1, 9)),
     st.tuples(st.just("abort"), st.integers(0, 9)),
 )
@@ -107,11 +109,14 @@ def test_every_call_ends_whatever_hints_and_events_say(
     for number, (kind, *what) in enumerate(deeds):
         match kind:
             case "add":
-                app, fields, tokens, answer = what
+                app, tenant, fields, tokens, answer = what
                 wanted[f"r{number}"] = answer
-                steps.add(make_request(f"r{number}", [number % 3] * tokens, hint(app, **fields), max_tokens=answer))
+                said = hint(app, tenant=tenant, **fields)
+                steps.add(make_request(f"r{number}", [number % 3] * tokens, said, max_tokens=answer))
             case "tell":
-                steps.scheduler.tokencake_events([as_json(protocol.to_wire(what[0]))], 0.0)
+                event, tenant = what
+                prefix = prefix_of(tenant) if tenant else ""
+                steps.scheduler.tokencake_events([as_json(protocol.to_wire(event))], 0.0, prefix)
             case "step":
                 for _ in range(what[0]):
                     steps.step()
@@ -134,7 +139,6 @@ SHORT_WAITS = {
     "importance_s": 0.2,
     "critical_s": 2.0,
     "pass_s": 3.0,
-    "tenant_mark": "::",
 }
 BOUND_S = 4.0 + 2.0 + 10 * 0.2 + 2.0
 
@@ -206,15 +210,18 @@ LIES: dict[str, dict[str, Any]] = {
 }
 
 
-def _means(clocked: Any, make_request: Any, lie: dict[str, Any], mark: str | None, names: Callable[[int], str]) -> Any:
+def _means(
+    clocked: Any, make_request: Any, lie: dict[str, Any], names: Callable[[int], str], *, has_tenants: bool
+) -> Any:
     """Mean seconds to the end of either side's calls; both want the same, a call each three steps."""
-    steps = clocked(tenant_quantum_s=0.2, tenant_mark=mark)
+    steps = clocked(tenant_quantum_s=0.2, tenant_mark="::" if has_tenants else None)
     began = {}
     for number in range(30):
-        for side, app, fields in (("liar", names(number), lie), ("honest", f"good::{number}", {})):
+        for side, app, fields in (("liar", names(number), lie), ("honest", f"good{number}", {})):
             name = f"{side}{number}"
             tokens = [100 * number + (side == "liar")] * 100
-            steps.add(make_request(name, tokens, hint(app, **fields), max_tokens=20))
+            said = hint(app, tenant=side if has_tenants else "", **fields)
+            steps.add(make_request(name, tokens, said, max_tokens=20))
             began[name] = steps.now
         for _ in range(3):
             steps.step()
@@ -228,10 +235,10 @@ def test_a_tenant_gains_nothing_by_a_lie_that_it_would_not_have_by_the_truth(
     clocked: Any, make_request: Any, lie: str
 ) -> None:
     def evil(number: int) -> str:
-        return f"evil::{number}"
+        return f"evil{number}"
 
-    truth = _means(clocked, make_request, {}, "::", evil)
-    lying = _means(clocked, make_request, LIES[lie], "::", evil)
+    truth = _means(clocked, make_request, {}, evil, has_tenants=True)
+    lying = _means(clocked, make_request, LIES[lie], evil, has_tenants=True)
 
     assert lying["honest"] <= 1.1 * truth["honest"]
     assert lying["liar"] >= 0.9 * truth["liar"]
@@ -239,8 +246,8 @@ def test_a_tenant_gains_nothing_by_a_lie_that_it_would_not_have_by_the_truth(
 
 
 def test_whoever_calls_himself_many_tenants_is_one_unless_the_proxy_says_so(clocked: Any, make_request: Any) -> None:
-    truth = _means(clocked, make_request, {}, None, lambda number: f"evil{number}")
-    lying = _means(clocked, make_request, {}, None, lambda number: f"tenant{number}::x")
+    truth = _means(clocked, make_request, {}, lambda number: f"evil{number}", has_tenants=False)
+    lying = _means(clocked, make_request, {}, lambda number: f"tenant{number}::x", has_tenants=False)
 
     assert lying == truth
 

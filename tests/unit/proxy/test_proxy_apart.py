@@ -11,12 +11,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.tenancy import SECRET, TENANTS, prefix_of
 from tokencake_proxy.apart import Apart
 from tokencake_proxy.errors import Refusal, UpstreamError
-from tokencake_proxy.tenants import scoped
+from tokencake_proxy.tenants import TenantScope
 from tokencake_proxy.upstream import Call
 
 MEMORY_BYTES = 2**30
+SCOPE = TenantScope(TENANTS)
 DEEP = Call("POST", b"/v1/completions", [], b"[" * 100_000)
 
 
@@ -45,9 +47,9 @@ async def test_the_event_loop_goes_on_meanwhile(apart, tmp_path):
 
 async def test_a_refusal_comes_back_as_it_was_raised(apart):
     with pytest.raises(Refusal) as here:
-        scoped(DEEP, "completions")
+        SCOPE.scoped(DEEP, "completions")
     with pytest.raises(Refusal) as there:
-        await apart.run(scoped, DEEP, "completions")
+        await apart.run(SCOPE.scoped, DEEP, "completions")
 
     assert (there.value.status, there.value.body) == (here.value.status, here.value.body)
 
@@ -103,12 +105,12 @@ def _wait_until_gone(pid):
 
 @pytest.mark.parametrize("size_bytes", [10, 100_000])
 def test_a_body_is_scoped_the_same_wherever_it_is_read(engine, start_proxy, http, size_bytes):
-    proxy = start_proxy(engine.url, has_tenants=True, json_inline_bytes=1_000)
+    proxy = start_proxy(engine.url, tenant_secret=SECRET.encode(), json_inline_bytes=1_000)
     body = {"prompt": "x" * size_bytes, "vllm_xargs": {"tokencake": '{"session": "s"}'}}
 
     http.post(f"{proxy.url}/v1/completions", json=body, headers={"Authorization": "Bearer alice"})
 
     (received,) = engine.calls
     hint = json.loads(json.loads(received.body)["vllm_xargs"]["tokencake"])
-    assert hint["session"].endswith("::s")
+    assert hint["session"] == prefix_of("alice") + "s"
     assert json.loads(received.body)["prompt"] == body["prompt"]

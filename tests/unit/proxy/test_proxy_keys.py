@@ -114,7 +114,7 @@ def test_a_large_body_with_a_valid_key_passes_whole(engine, proxy, http, content
 
 
 def test_no_body_is_parsed_without_a_valid_key(engine, start_proxy, http):
-    proxy = start_proxy(engine.url, has_tenants=True)
+    proxy = start_proxy(engine.url, tenant_secret=b"a secret of the tests")
 
     # Nested so deeply that a parser would answer 400.
     answer = http.post(f"{proxy.url}/v1/completions", content=b"[" * 60_000)

@@ -26,7 +26,7 @@ class Engine:
 
     def __init__(self, *graphs: Graph) -> None:
         named = {graph.graph: graph for graph in graphs}
-        self.applications = Applications(named.get, tenant_mark="::", answer_quantile=0.8)
+        self.applications = Applications(named.get, answer_quantile=0.8)
         self.now = 100.0
         self.made = 0
 
@@ -308,9 +308,7 @@ CALLS = st.fixed_dictionaries(
 
 @given(st.lists(st.tuples(CALLS, st.integers(0, 6), st.floats(0, 1e5), st.booleans()), max_size=40))
 def test_whatever_clients_say_ways_are_finite_slack_is_no_debt_and_somebody_is_critical(trace: list) -> None:
-    applications = Applications(
-        {graph.graph: graph for graph in (DIAMOND, TALK)}.get, tenant_mark="::", answer_quantile=0.8
-    )
+    applications = Applications({graph.graph: graph for graph in (DIAMOND, TALK)}.get, answer_quantile=0.8)
     now = 0.0
     for number, (fields, ended, wait_s, is_aborted) in enumerate(trace):
         now += wait_s

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokencake.applications import Applications, tenant_of
+from tokencake.applications import Applications
 from tokencake.promises import Promise
 from tokencake.protocol import Graph, Hint
 from tokencake.space_policy import Memory
@@ -124,7 +124,7 @@ def test_calls_without_a_hint_keep_their_place_among_themselves(applications, ca
 @given(st.lists(st.tuples(st.floats(0, 1e4), st.floats(0, 1e4)), min_size=1, max_size=20), st.floats(0, 10))
 def test_who_waits_is_passed_only_by_applications_seen_before_a_fixed_moment(apps, importance):
     """The bound of docs/space-scheduler.md."""
-    applications = Applications({}.get, tenant_mark="::", answer_quantile=0.8)
+    applications = Applications({}.get, answer_quantile=0.8)
     for number, (seen_s, had_s) in enumerate(apps):
         hint = Hint(session=f"s{number}", app=f"app{number}", importance=importance if number else None)
         one = applications.add(f"r{number}", hint, prompt_tokens=1, max_tokens=1, now=seen_s)
@@ -226,7 +226,7 @@ def test_answers_teach_the_length_and_outweigh_the_claim(applications):
 
 def test_the_way_to_the_end_is_weighed_with_what_nodes_have_taken():
     graph = Graph("g", {"a": {}, "b": {}, "c": {}}, (("a", "b"), ("a", "c")))
-    applications = Applications({"g": graph}.get, tenant_mark="::", answer_quantile=0.8)
+    applications = Applications({"g": graph}.get, answer_quantile=0.8)
 
     def add(name, node, now):
         hint = Hint(session="s", app="app", graph="g", node=node)
@@ -251,8 +251,3 @@ def test_everything_is_forgotten_in_the_end(applications, call):
         call("late", now=1e6 + number)
 
     assert applications.known_apps == 1
-
-
-@pytest.mark.parametrize(("name", "tenant"), [("acme::run-1", "acme"), ("run-1", ""), ("a::b::c", "a")])
-def test_the_tenant_is_what_stands_before_the_mark(name, tenant):
-    assert tenant_of(name, "::") == tenant
