@@ -18,11 +18,11 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from tokencake_proxy.errors import Refusal
-from tokencake_proxy.headers import without_upgrade
 
 if TYPE_CHECKING:
     import asyncio
 
+    from tokencake_proxy.asgi import HeaderLine
     from tokencake_proxy.refusals import Refusals
     from tokencake_proxy.settings import ProxySettings
 
@@ -61,9 +61,12 @@ class Connection(HttpToolsProtocol):
         self._is_chunked = False
         self._is_parser_used_up = False
         self._is_offer_open = False
+        self._offer: list[HeaderLine] = []
+        """The `Upgrade` lines of a head that is being read again without them."""
         self._is_refused = False
         self._fault: Refusal | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._send_timer: asyncio.TimerHandle | None = None
         self._unheard_bytes = 0
         """Taken in since the parser last came to the end of a head, or to a piece of a body."""
 
@@ -81,7 +84,19 @@ class Connection(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Let go of everything."""
         self._stop_timer()
+        self._stop_send_timer()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """Wait for the client to take what was sent, but not without end."""
+        super().pause_writing()
+        self._stop_send_timer()
+        self._send_timer = self.loop.call_later(self.settings.send_timeout_s, self._give_up_sending)
+
+    def resume_writing(self) -> None:
+        """Send on."""
+        self._stop_send_timer()
+        super().resume_writing()
 
     def data_received(self, data: bytes) -> None:
         """Parse `data`, or throw it away if the connection is refused."""
@@ -121,7 +136,7 @@ class Connection(HttpToolsProtocol):
         version = self.parser.get_http_version().encode()
         self._is_offer_open = False
         self._renew_parser()
-        lines = b"".join(b"%s: %s\r\n" % line for line in without_upgrade(self.headers))
+        lines = b"".join(b"%s: %s\r\n" % line for line in self.headers if line[0] != b"upgrade")
         return b"%s %s HTTP/%s\r\n%s\r\n" % (method, self.url, version, lines)
 
     # --- the parser ---------------------------------------------------------------------------------
@@ -146,7 +161,11 @@ class Connection(HttpToolsProtocol):
             if self.parser.get_method() == b"CONNECT":
                 self._stop(_CONNECT)
             self._is_offer_open = True
+            self._offer = [line for line in self.headers if line[0] == b"upgrade"]
             return
+        if self._offer:
+            self.headers += self._offer
+            self._offer = []
         self._is_head_open = False
         self._stop_timer()
         super().on_headers_complete()
@@ -216,6 +235,15 @@ class Connection(HttpToolsProtocol):
         else:
             self.transport.close()
 
+    def _stop_send_timer(self) -> None:
+        if self._send_timer is not None:
+            self._send_timer.cancel()
+            self._send_timer = None
+
+    def _give_up_sending(self) -> None:
+        self.refusals.note(_unread(self.settings.send_timeout_s), self.client)
+        self.transport.abort()
+
     # --- refusing -----------------------------------------------------------------------------------
 
     def _too_long(self) -> Refusal:
@@ -273,6 +301,14 @@ def _too_slow(upload_timeout_s: float) -> Refusal:
         HTTPStatus.REQUEST_TIMEOUT,
         "upload_timeout",
         f"The request's body did not arrive within {upload_timeout_s:g} s (`upload_timeout_s`). Send it again.",
+    )
+
+
+def _unread(send_timeout_s: float) -> Refusal:
+    return Refusal(
+        HTTPStatus.REQUEST_TIMEOUT,
+        "send_timeout",
+        f"The client took nothing of its answer for {send_timeout_s:g} s (`send_timeout_s`).",
     )
 
 

@@ -36,6 +36,7 @@ RefusalReason: TypeAlias = Literal[
     "not_forwarded",
     "not_found",
     "repeated_header",
+    "send_timeout",
     "shutting_down",
     "too_many_connections",
     "transfer_encoding",

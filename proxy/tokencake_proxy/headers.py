@@ -78,17 +78,6 @@ def tokens(lines: Iterable[HeaderLine], wanted: bytes) -> list[bytes]:
     ]
 
 
-def without_upgrade(lines: Iterable[HeaderLine]) -> list[HeaderLine]:
-    """The lines without the option `upgrade` of `Connection`, which makes an `Upgrade` line an offer to this hop."""
-    kept: list[HeaderLine] = []
-    for name, value in lines:
-        if name != b"connection":
-            kept.append((name, value))
-        elif options := [option for option in tokens([(name, value)], name) if option != b"upgrade"]:
-            kept.append((name, b", ".join(options)))
-    return kept
-
-
 def repeated_line(lines: Iterable[HeaderLine]) -> bytes | None:
     """The name of a line that may come once and came twice: which of them counts, each server decides for itself."""
     names = [name for name, _ in lines]

@@ -59,6 +59,7 @@ class ProxySettings:
     idle_client_s: float = _number(
         75.0, "seconds that an unused connection of a client is kept; clients close theirs sooner (httpx: 5)"
     )
+    send_timeout_s: float = _number(300.0, "seconds that a client may take nothing of its answer, else it is cut off")
 
     max_body_bytes: int = _number(64 * 2**20, "bytes of a body, else 413")
     max_unproven_body_bytes: int = _number(65_536, "bytes of a body that are read before the engine has taken its key")

@@ -186,6 +186,22 @@ def test_an_idle_connection_is_closed_after_its_time(engine, start_proxy, exchan
     assert status_of(exchange_bytes(proxy.port, HEAD + b"Content-Length: 2\r\n\r\n{}")) == 200
 
 
+def test_a_client_that_takes_nothing_of_its_answer_is_cut_off_and_frees_the_engine(engine, start_proxy, dial):
+    proxy = start_proxy(engine.url, send_timeout_s=0.1)
+
+    async def script(line):
+        await line.request()
+        await line.send(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+        while True:
+            await line.send(b"10000\r\n" + b"x" * 65_536 + b"\r\n")
+
+    engine.script = script
+    dial(proxy.port).sendall(WHOLE)
+
+    assert engine.saw_disconnect.wait(10)
+    assert refusals(proxy, "send_timeout") == 1
+
+
 # --- too many ---------------------------------------------------------------------------------------
 
 
@@ -214,7 +230,8 @@ def test_a_connection_over_the_limit_is_refused_and_one_that_ends_makes_room(eng
     [
         OFFER,
         OFFER.replace(b"Connection: Upgrade, HTTP2-Settings", b"Connection: HTTP2-Settings,uPGRADE"),
-        b"Connection: keep-alive\r\nConnection: upgrade\r\nUpgrade: TLS/1.3\r\n",
+        b"Connection: keep-alive\r\nConnection: upgrade\r\nUpgrade: TLS/1.3\r\nUpgrade: h2c\r\n",
+        b"Connection: \tUpgrade \t , x\r\nUpgrade:\r\n",
     ],
 )
 @pytest.mark.parametrize(
