@@ -15,9 +15,9 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from tokencake_proxy.errors import Refusal
+from tokencake_proxy.errors import Refusal, whole_response
 
 if TYPE_CHECKING:
     import asyncio
@@ -65,6 +65,8 @@ class Connection(HttpToolsProtocol):
         """The `Upgrade` lines of a head that is being read again without them."""
         self._is_refused = False
         self._fault: Refusal | None = None
+        self._answered: RequestResponseCycle | None = None
+        """The request that is being answered; `cycle` is the last one that came, `pipeline` has those between."""
         self._timer: asyncio.TimerHandle | None = None
         self._send_timer: asyncio.TimerHandle | None = None
         self._unheard_bytes = 0
@@ -82,9 +84,13 @@ class Connection(HttpToolsProtocol):
             self._start_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Let go of everything."""
+        """Let go of everything, and of all requests that came together. uvicorn tells the last one only."""
         self._stop_timer()
         self._stop_send_timer()
+        self.pipeline.clear()
+        if self._answered is not None and not self._answered.response_complete:
+            self._answered.disconnected = True
+            self._answered.message_event.set()
         super().connection_lost(exc)
 
     def pause_writing(self) -> None:
@@ -169,6 +175,8 @@ class Connection(HttpToolsProtocol):
         self._is_head_open = False
         self._stop_timer()
         super().on_headers_complete()
+        if not self.pipeline:
+            self._answered = self.cycle
         self.headers = []  # for trailers; the request has the other list
 
     def on_chunk_header(self) -> None:
@@ -194,6 +202,8 @@ class Connection(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         """Go on to the next request, or read for a while what is left of one that was answered early."""
+        if self.pipeline:
+            self._answered = self.pipeline[-1][0]
         super().on_response_complete()
         if self.cycle.response_complete and self.cycle.more_body:
             self.cycle.body = bytearray()
@@ -269,7 +279,7 @@ class Connection(HttpToolsProtocol):
             cycle.disconnected = True  # the application hears that the client is gone, and writes nothing
             cycle.message_event.set()
         self.parser = self.headers = None  # type: ignore[assignment]  # as uvicorn does, to free them
-        self.transport.write(_raw(refusal))
+        self.transport.write(whole_response(refusal))
         self.transport.write_eof()
         self._timer = self.loop.call_later(_LINGER_S, self._be_late)
 
@@ -319,15 +329,3 @@ def _too_many(max_connections: int) -> Refusal:
         f"This proxy serves {max_connections} connections at a time (`max_connections`). Try again later.",
         [(b"retry-after", b"1")],
     )
-
-
-def _raw(refusal: Refusal) -> bytes:
-    body = refusal.body
-    lines = (
-        *refusal.lines,
-        (b"content-type", b"application/json"),
-        (b"content-length", b"%d" % len(body)),
-        (b"connection", b"close"),
-    )
-    status = f"HTTP/1.1 {refusal.status:d} {HTTPStatus(refusal.status).phrase}\r\n".encode()
-    return status + b"".join(b"%s: %s\r\n" % line for line in lines) + b"\r\n" + body

@@ -11,6 +11,7 @@ Refusal                 carries status, code and words
 from __future__ import annotations
 
 import json
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
 from tokencake_proxy.asgi import Send, send_whole
@@ -103,6 +104,19 @@ class UpstreamError(Refusal):
 async def send_refusal(send: Send, refusal: Refusal) -> None:
     """Send `refusal` as a whole response."""
     await send_whole(send, refusal.status, b"application/json", refusal.body, refusal.lines)
+
+
+def whole_response(refusal: Refusal) -> bytes:
+    """`refusal` as the bytes of a response after which the connection is closed."""
+    body = refusal.body
+    lines = (
+        *refusal.lines,
+        (b"content-type", b"application/json"),
+        (b"content-length", b"%d" % len(body)),
+        (b"connection", b"close"),
+    )
+    status_line = f"HTTP/1.1 {refusal.status:d} {HTTPStatus(refusal.status).phrase}\r\n".encode()
+    return status_line + b"".join(b"%s: %s\r\n" % line for line in lines) + b"\r\n" + body
 
 
 def error_event(refusal: Refusal) -> bytes:

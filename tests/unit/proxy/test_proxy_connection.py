@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 
 import pytest
 
@@ -110,6 +111,24 @@ def test_many_requests_sent_at_once_are_answered_up_to_a_number_and_then_refused
     ) == answers.count(b"HTTP/1.1 ")
     assert 1 < len(engine.requests) < 50
     assert refusals(proxy, "bad_request") == 1
+
+
+def test_a_client_that_leaves_takes_all_its_requests_with_it(engine, proxy, dial):
+    asked = threading.Event()
+
+    async def script(line):
+        await line.request()
+        asked.set()
+        await engine.until_gone(line)
+
+    engine.script = script
+    sock = dial(proxy.port)
+    sock.sendall((HEAD + b"Content-Length: 2\r\n\r\n{}") * 3)
+    assert asked.wait(10)
+    sock.close()
+
+    assert engine.saw_disconnect.wait(10)
+    assert len(engine.requests) == 1
 
 
 # --- too slow ---------------------------------------------------------------------------------------
