@@ -9,7 +9,7 @@ from tokencake.applications import Applications, LiveCall
 from tokencake.paper_scores import AgentType, request_score
 from tokencake.partition import REFRESH_STEPS, START_RATIO, Pools, next_ratio, reserves
 from tokencake.roles import role_of
-from tokencake.space_policy import Memory, Rank
+from tokencake.space_policy import Memory, Rank, Refusal
 
 
 class Paper:
@@ -69,7 +69,7 @@ class Paper:
         barrier = bisect_left(self._plain, call.number)
         return (barrier, -request_score(call, self._first_app_s or 0.0, self._now), call.number)
 
-    def refusal(self, call: LiveCall, need_blocks: int, memory: Memory) -> str | None:
+    def refusal(self, call: LiveCall, need_blocks: int, memory: Memory) -> Refusal | None:
         """See `SpacePolicy`."""
         kind = kind_of(call)
         held = Counter(self._held)

@@ -12,6 +12,7 @@ from typing import Final, assert_never
 
 from tokencake import protocol
 from tokencake.memory_account import APP_BYTES, SESSION_BYTES, Account, Accounts, text_bytes, tool_bytes
+from tokencake.metric_names import CountKey
 from tokencake.parsing import count, may, number
 from tokencake.protocol import Hint
 from tokencake.records import App, Call, Session
@@ -46,7 +47,7 @@ class RecordStore:
         self.calls: OrderedDict[str, Call] = OrderedDict()
         self.apps: OrderedDict[str, App] = OrderedDict()
         self.graphs: dict[str, protocol.Graph] = {}
-        self.counts: Counter[tuple[str, ...]] = Counter()
+        self.counts: Counter[CountKey] = Counter()
         """Increments since the last `drain`: `(metric, *label values)` -> number."""
         self._has_tenants = has_tenants
         self._accounts = Accounts()

@@ -8,10 +8,12 @@ clock that the caller passes in as `now`.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import Any, Final, assert_never
 
 from tokencake import protocol
 from tokencake.memory_account import Account, call_bytes, graph_bytes
+from tokencake.metric_names import HistogramName
 from tokencake.protocol import Event, Hint, Outcome
 from tokencake.record_store import Limits, RecordStore, kept_tool_bytes
 from tokencake.records import App, Call, Session
@@ -28,9 +30,7 @@ class Registry(RecordStore):
 
     def __init__(self, limits: Limits | None = None, *, has_tenants: bool = False) -> None:
         super().__init__(limits, has_tenants=has_tenants)
-        self._observed: dict[str, list[float]] = {
-            name: [] for name in ("tool_s", "queue_s", "critical_queue_s", "forecast_error_s")
-        }
+        self._observed: defaultdict[HistogramName, list[float]] = defaultdict(list)
         self._requests: dict[str, Call] = {}
 
     # --- the scheduler's side ---------------------------------------------------------------------
@@ -222,7 +222,7 @@ class Registry(RecordStore):
             "live_calls": sum(session.live_requests for session in sessions),
         }
 
-    def observe(self, metric: str, seconds: float) -> None:
+    def observe(self, metric: HistogramName, seconds: float) -> None:
         """Keep one duration for the histogram `metric`."""
         if len(self._observed[metric]) < MAX_OBSERVATIONS:
             self._observed[metric].append(seconds)
@@ -244,7 +244,7 @@ class Registry(RecordStore):
             },
         }
         self.counts.clear()
-        self._observed = {metric: [] for metric in self._observed}
+        self._observed = defaultdict(list)
         return drained
 
 

@@ -4,13 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol, TypeAlias
+from typing import Final, Literal, Protocol, TypeAlias
 
 from tokencake.applications import Applications, LiveCall
 from tokencake.promises import Promise
 
 Rank: TypeAlias = tuple[float, ...]
 """Lowest goes first; the last part is the number of the arrival, so no two are the same."""
+
+Refusal: TypeAlias = Literal[
+    "full", "promised", "delays", "critical", "begun", "order", "kept", "closed", "reserved", "undeclared"
+]
+"""Why a waiting call is passed over. `undeclared` stands for any other value that a policy gives: the call is passed
+over as well, since the policy did not let it in."""
+
+REFUSALS: Final[dict[Refusal, str]] = {
+    "full": "it does not fit beside the calls that run",
+    "promised": "the memory is promised to what the calls that run will yet write",
+    "delays": "it would still hold memory when a call before it could have it",
+    "critical": "a call of an application with a critical path waits for memory",
+    "begun": "its application has not begun, and calls of others that have wait for memory",
+    "order": "a call without a hint that came before it waits for memory",
+    "kept": "what is free was given up for a call of an older application",
+    "closed": "a call before it has been passed for too long",
+    "reserved": "the rest of the memory is reserved for critical agent types",
+    "undeclared": "the policy refused it for a reason that is not declared",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +70,7 @@ class SpacePolicy(Protocol):
     def rank(self, call: LiveCall, *, need_blocks: int, is_sibling: bool) -> Rank:
         """Its place among the calls that wait, and among those that run; valid until the next `begin`."""
 
-    def refusal(self, call: LiveCall, need_blocks: int, memory: Memory) -> str | None:
+    def refusal(self, call: LiveCall, need_blocks: int, memory: Memory) -> Refusal | None:
         """Why a waiting call may not take `need_blocks` now, or None. Whoever is refused is passed over this step."""
 
     def reserve(self) -> dict[str, int]:

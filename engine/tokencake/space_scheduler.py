@@ -6,11 +6,13 @@
 
 from __future__ import annotations
 
+from typing import assert_never
+
 from tokencake.applications import Applications, LiveCall
 from tokencake.paper_policy import Paper
 from tokencake.promises import Promise, delays, peak_blocks
 from tokencake.seniority import Peers, coming_s, level_of, peers_of, seniority_s
-from tokencake.space_policy import Memory, Rank, SpacePolicy
+from tokencake.space_policy import Memory, Rank, Refusal, SpacePolicy
 from tokencake.space_settings import SpaceSettings
 
 
@@ -51,7 +53,7 @@ class Ours:
             call.number,
         )
 
-    def refusal(self, call: LiveCall, need_blocks: int, memory: Memory) -> str | None:
+    def refusal(self, call: LiveCall, need_blocks: int, memory: Memory) -> Refusal | None:
         """See `SpacePolicy`."""
         if not self._settings.guarded:
             return None  # vLLM waits for the first that does not fit, and lets nobody pass
@@ -62,7 +64,7 @@ class Ours:
         # Where nobody was passed over, it may grow beyond what is free: those that it goes before give way.
         return self._refusal_to_pass(call, need_blocks, memory) if memory.passed else None
 
-    def _refusal_to_pass(self, call: LiveCall, need_blocks: int, memory: Memory) -> str | None:
+    def _refusal_to_pass(self, call: LiveCall, need_blocks: int, memory: Memory) -> Refusal | None:
         if memory.has_passed_critical and not call.app.is_critical:
             return "critical"
         if memory.has_passed_plain and call.hint is None:
@@ -92,4 +94,10 @@ class Ours:
 
 def policy_of(settings: SpaceSettings) -> SpacePolicy:
     """The policy that the settings name."""
-    return Paper() if settings.policy == "paper" else Ours(settings)
+    match settings.policy:
+        case "ours":
+            return Ours(settings)
+        case "paper":
+            return Paper()
+        case _:
+            assert_never(settings.policy)

@@ -6,28 +6,17 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from tokencake.decision_log import Decision, DecisionLog
+from tokencake.space_policy import REFUSALS
 
 if TYPE_CHECKING:
     from tokencake.applications import Application, Applications, LiveCall
     from tokencake.decision_log import Kind
     from tokencake.registry import Registry
-    from tokencake.space_policy import Rank, SpacePolicy
+    from tokencake.space_policy import Rank, Refusal, SpacePolicy
     from tokencake.space_settings import SpaceSettings
 
 _EXPLAINED: Final = 16
 """Waiting calls, from the first in line on, whose wait is explained at one ranking."""
-
-_REASONS: Final = {
-    "full": "it does not fit beside the calls that run",
-    "promised": "the memory is promised to what the calls that run will yet write",
-    "delays": "it would still hold memory when a call before it could have it",
-    "critical": "a call of an application with a critical path waits for memory",
-    "begun": "its application has not begun, and calls of others that have wait for memory",
-    "order": "a call without a hint that came before it waits for memory",
-    "kept": "what is free was given up for a call of an older application",
-    "closed": "a call before it has been passed for too long",
-    "reserved": "the rest of the memory is reserved for critical agent types",
-}
 
 
 class SpaceWords:
@@ -95,10 +84,9 @@ class SpaceWords:
         behind = None if call.swapped_for is None else _name(call.swapped_for)
         self._add(now, call, "preempted", str(call.preemptions), behind=behind)
 
-    def note_refused(self, call: LiveCall, reason: str, need_blocks: int, free_blocks: int, now: float) -> None:
+    def note_refused(self, call: LiveCall, reason: Refusal, need_blocks: int, free_blocks: int, now: float) -> None:
         """The gate passed over `call`."""
-        words = _REASONS[reason]
-        self._add(now, call, "refused", reason, words, need_blocks=need_blocks, free_blocks=free_blocks)
+        self._add(now, call, "refused", reason, REFUSALS[reason], need_blocks=need_blocks, free_blocks=free_blocks)
 
     def forget(self, request_id: str) -> None:
         """The call is over."""

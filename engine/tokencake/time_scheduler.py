@@ -9,7 +9,7 @@ seconds; nothing here knows vLLM.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final, Literal, Protocol, TypeAlias
+from typing import Final, Literal, Protocol, TypeAlias, assert_never
 
 from tokencake import parsing
 from tokencake.forecast import Stall
@@ -17,6 +17,30 @@ from tokencake.protocol import Reuse
 from tokencake.rates import Rates
 
 Action: TypeAlias = Literal["keep", "offload", "drop", "leave"]
+PaperReason: TypeAlias = Literal[
+    "no waiting demand",
+    "host is full",
+    "stall too short",
+    "window too short",
+    "low pressure",
+    "important",
+    "score",
+]
+"""Why the published gate rejects a copy."""
+Reason: TypeAlias = (
+    PaperReason
+    | Literal[
+        "final",
+        "over",
+        "short",
+        "on host already",
+        "recompute is cheaper",
+        "reusable",
+        "not eligible",
+        "emergency",
+        "pays",
+    ]
+)
 PolicyName: TypeAlias = Literal["ours", "paper", "lru"]
 
 
@@ -85,7 +109,7 @@ class Decision:
     """`action` and, in a word or two, why."""
 
     action: Action
-    why: str
+    why: Reason
 
 
 class TimePolicy(Protocol):
@@ -191,11 +215,13 @@ class Paper:
         return Decision("offload", "emergency" if is_emergency else "pays") if why is None else Decision("leave", why)
 
     @staticmethod
-    def _rejection(call: Finished, stall_s: float, transfer_s: float, use: float, *, is_emergency: bool) -> str | None:
+    def _rejection(
+        call: Finished, stall_s: float, transfer_s: float, use: float, *, is_emergency: bool
+    ) -> PaperReason | None:
         window_s = stall_s - transfer_s
         has_queue_pressure = call.waiting_blocks > call.free_blocks
         is_shielded = call.importance >= PROTECTED_IMPORTANCE and not is_emergency
-        checks = (
+        checks: tuple[tuple[bool, PaperReason], ...] = (
             (not call.fitting_blocks, "no waiting demand"),
             (call.host_free < call.missing, "host is full"),
             (stall_s <= transfer_s, "stall too short"),
@@ -239,4 +265,10 @@ class Paper:
 
 def policy_of(settings: TimeSettings) -> TimePolicy:
     """The policy by its name in the settings."""
-    return Paper() if settings.policy == "paper" else Ours()
+    match settings.policy:
+        case "ours" | "lru":
+            return Ours()
+        case "paper":
+            return Paper()
+        case _:
+            assert_never(settings.policy)

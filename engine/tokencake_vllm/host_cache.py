@@ -15,7 +15,8 @@ from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_utils import BlockHash, make_block_hash_with_group_id
 
 from tokencake.host_tier import Distance, HostBlock, HostTier
-from tokencake_vllm.transfers import MAX_FAILURES, Count, Transfers
+from tokencake.metric_names import Count, CountKey
+from tokencake_vllm.transfers import MAX_FAILURES, Transfers
 
 if TYPE_CHECKING:
     from vllm.v1.core.block_pool import BlockPool
@@ -28,7 +29,7 @@ logger = init_logger("vllm.tokencake")
 _GROUP: Final = 0
 
 
-def _uncounted(key: tuple[str, ...], by: float) -> None:
+def _uncounted(key: CountKey, by: float) -> None:
     """Until somebody counts."""
 
 
@@ -58,7 +59,7 @@ class HostCache:
         """Blocks of a stalled chain that need not stay on the device, and since when."""
         tier.on_evict = self._count_eviction
 
-    def _count(self, key: tuple[str, ...], by: float) -> None:
+    def _count(self, key: CountKey, by: float) -> None:
         self.count(key, by)  # which is set later
 
     @property

@@ -89,6 +89,8 @@ def register() -> None:
     from vllm.v1.engine.core import EngineCore, EngineCoreProc  # noqa: PLC0415  # heavy, and absent elsewhere
 
     EngineCore.tokencake = call_scheduler  # type: ignore[attr-defined]  # the attribute is new
-    stock = EngineCoreProc._process_input_queue  # noqa: SLF001  # where an idle engine waits; there is no public hook
-    if not hasattr(stock, "__wrapped__"):
-        EngineCoreProc._process_input_queue = _binding(stock)  # noqa: SLF001
+    wait = EngineCoreProc._process_input_queue  # noqa: SLF001  # where an idle engine waits; there is no public hook
+    if not hasattr(wait, "binds_tokencake"):
+        binding: Any = _binding(wait)
+        binding.binds_tokencake = True
+        EngineCoreProc._process_input_queue = binding  # noqa: SLF001  # as above

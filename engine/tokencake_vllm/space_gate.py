@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Final
 
+from vllm.logger import init_logger
 from vllm.v1.request import Request, RequestStatus
 
 from tokencake.promises import Promise
-from tokencake.space_policy import Memory
+from tokencake.space_policy import REFUSALS, Memory
 
 if TYPE_CHECKING:
     from tokencake.applications import Applications, LiveCall
     from tokencake.registry import Registry
-    from tokencake.space_policy import SpacePolicy
+    from tokencake.space_policy import Refusal, SpacePolicy
     from tokencake.space_settings import SpaceSettings
     from tokencake.space_words import SpaceWords
     from tokencake_vllm.block_view import BlockView
+
+logger = init_logger("vllm.tokencake")
 
 ADMISSIBLE: Final = (RequestStatus.WAITING, RequestStatus.PREEMPTED)
 
@@ -32,6 +36,7 @@ class Gate:
         view: BlockView,
         words: SpaceWords,
         registry: Registry,
+        advice: Callable[[], AbstractContextManager[None]],
     ) -> None:
         self.private_blocks: Mapping[str, int] = {}
         """By running request, as of the last ranking."""
@@ -42,6 +47,8 @@ class Gate:
         self._view = view
         self._words = words
         self._registry = registry
+        self._advice = advice
+        self._has_logged_undeclared = False
         self.reset()
 
     def reset(self) -> None:
@@ -64,21 +71,36 @@ class Gate:
         if reason is None:
             self._tried = request, call, need
             return True
-        self._passed.append(need)
-        self._has_passed_critical |= call.app.is_critical
-        self._has_passed_plain |= call.hint is None
-        if len(self._passed) == 1:  # the most senior of those that could not run
-            call.refused_s = now if call.refused_s is None else call.refused_s
-            self._is_closed = now - call.refused_s > self._settings.pass_s
-        self._registry.counts["space_refusals", reason] += 1
-        self._words.note_refused(call, reason, need, self._view.free_blocks, now)
+        with self._advice():  # what goes wrong here does not let it in
+            self._passed.append(need)
+            self._has_passed_critical |= call.app.is_critical
+            self._has_passed_plain |= call.hint is None
+            if len(self._passed) == 1:  # the most senior of those that could not run
+                call.refused_s = now if call.refused_s is None else call.refused_s
+                self._is_closed = now - call.refused_s > self._settings.pass_s
+            self._note(call, self._declared(reason), need, now)
         return False
 
     def note_kept(self, request: Request, call: LiveCall, now: float) -> None:
         """`request` was not asked for: what is free was given up for another call."""
-        need = self._view.needed_blocks(request)
-        self._registry.counts["space_refusals", "kept"] += 1
-        self._words.note_refused(call, "kept", need, self._view.free_blocks, now)
+        with self._advice():
+            self._note(call, "kept", self._view.needed_blocks(request), now)
+
+    def _note(self, call: LiveCall, reason: Refusal, need: int, now: float) -> None:
+        self._registry.counts["space_refusals", reason] += 1
+        self._words.note_refused(call, reason, need, self._view.free_blocks, now)
+
+    def _declared(self, reason: Refusal) -> Refusal:
+        """`reason`, where it is one of `Refusal`: a policy of another author may give anything."""
+        if isinstance(reason, str) and reason in REFUSALS:
+            return reason
+        if not self._has_logged_undeclared:
+            self._has_logged_undeclared = True
+            name = type(self._policy).__name__
+            logger.error(
+                "TokenCake: %s refuses calls with %r, which is no `tokencake.space_policy.Refusal`", name, reason
+            )
+        return "undeclared"
 
     def _settle_tried(self, admitted: Callable[[], list[Request]]) -> None:
         """Whom the gate let through last: if vLLM gave it its blocks, they are promised."""

@@ -56,7 +56,9 @@ class SpaceMixin(_Base):
         self._ranked_at = 0, -1
         self._is_plain = True
         """Whether no call that lives has a hint: then everything is left as it is in stock vLLM."""
-        self._gate = Gate(self.space, self.space_policy, self.applications, self._view, self._words, self.registry)
+        self._gate = Gate(
+            self.space, self.space_policy, self.applications, self._view, self._words, self.registry, self._advice
+        )
         self._swap = Swap(self, self.space, self.applications, self._view, self._gate)
         if self._is_space_on:
             self.waiting = self._line

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 from vllm.v1.request import Request, RequestStatus
 
 from tokencake.host_tier import Distance
+from tokencake.metric_names import CounterName, CountKey
 from tokencake.replacement import distances, least_recent, unbounded
 from tokencake.stall_book import StallBook
 from tokencake.time_scheduler import CHURN_STEPS, MIN_CHANCE, Decision, Finished, TimeSettings, policy_of
@@ -405,10 +406,10 @@ class TimeEngine:
             for chain in self.chains.of_session(session)
         ]
 
-    def count(self, *key: str, by: float = 1) -> None:
-        """Add to a counter: name and labels."""
-        self._add(key, by)
+    def count(self, name: CounterName, /, *labels: str, by: float = 1) -> None:
+        """Add to a counter."""
+        self._add((name, *labels), by)
 
-    def _add(self, key: tuple[str, ...], by: float) -> None:
+    def _add(self, key: CountKey, by: float) -> None:
         if by:
             self._registry.counts[key] += by

@@ -11,11 +11,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final, TypeAlias
+from typing import TYPE_CHECKING, Final
 
 from vllm.logger import init_logger
 
 from tokencake.host_tier import HostBlock, HostTier
+from tokencake.metric_names import Count
 from tokencake_vllm.copies import Job, Kind
 
 if TYPE_CHECKING:
@@ -25,9 +26,6 @@ if TYPE_CHECKING:
     from tokencake.rates import Rates
 
 logger = init_logger("vllm.tokencake")
-
-Count: TypeAlias = Callable[[tuple[str, ...], float], None]
-"""Adds to a counter: name and labels, how much."""
 
 MAX_FAILURES: Final = 8
 """Copies that fail in a row until nothing more is copied: the host memory is not there."""

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from vllm.v1.core.kv_cache_utils import KVCacheBlock
 
+    from tokencake.metric_names import CountByName
     from tokencake.stalls import Chain, Chains
     from tokencake_vllm.free_order import FreeOrder
     from tokencake_vllm.host_cache import HostCache
@@ -53,7 +54,7 @@ class Uploads:
         chains: Chains,
         order: FreeOrder,
         is_worth: Callable[[Chain], bool],
-        count: Callable[..., None],
+        count: CountByName,
     ) -> None:
         self._scheduler, self._cache, self._chains = scheduler, cache, chains
         self._order, self._is_worth, self._count = order, is_worth, count

@@ -10,7 +10,7 @@ pytest.importorskip("vllm", reason="the plug-in's tests need vLLM")
 
 from tests.unit.engine.time_bench import PROMPT, Bench, long_stall
 from tokencake import protocol
-from tokencake_vllm import metrics
+from tokencake.metric_names import COUNTERS
 
 OTHER = [900 + place for place in range(100)]
 
@@ -89,4 +89,4 @@ def test_every_counter_of_a_run_is_known_to_metrics(bench: Callable[..., Bench])
     engine.wipe()
     engine.answer(engine.follow_up(name))
     for (counter, *labels), _ in engine.scheduler.tokencake_metrics()["counts"]:
-        assert len(labels) == len(metrics._COUNTERS[counter][1])
+        assert len(labels) == len(COUNTERS[counter][1])
