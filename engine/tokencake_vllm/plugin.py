@@ -15,6 +15,7 @@ import vllm
 from vllm.logger import init_logger
 
 from tokencake import SUPPORTED_VLLM
+from tokencake_vllm.amx import request_amx
 
 logger = init_logger("vllm.tokencake")
 
@@ -86,6 +87,7 @@ def register() -> None:
             raise RuntimeError(problem)
         logger.warning("TokenCake stays off: %s", problem)
         return
+    request_amx()
     from vllm.v1.engine.core import EngineCore, EngineCoreProc  # noqa: PLC0415  # heavy, and absent elsewhere
 
     EngineCore.tokencake = call_scheduler  # type: ignore[attr-defined]  # the attribute is new

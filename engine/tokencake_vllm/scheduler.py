@@ -7,6 +7,7 @@ goes on as if the hint were absent. `SpaceMixin` orders the calls, `TimeMixin` m
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
 from tokencake import protocol
+from tokencake.front_end import front_end_problem
 from tokencake.record_store import Limits
 from tokencake.registry import Registry
 from tokencake.settings import section
@@ -55,6 +57,8 @@ class TokenCakeMixin(_Base):
         self.registry = Registry(section(config, "registry", Limits), has_tenants=has_tenants)
         self._tenant_secret = TenantSecret() if has_tenants else None
         logger.info("TokenCake: %s watches this engine's calls", type(self).__name__)
+        if (problem := front_end_problem(os.environ)) is not None:
+            logger.warning("TokenCake: %s", problem)
 
     def add_request(self, request: Request) -> None:
         """Stock, then note who calls."""

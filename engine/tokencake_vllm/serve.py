@@ -12,6 +12,8 @@ import sys
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, Final
 
+from tokencake.front_end import front_end_problem
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
@@ -85,7 +87,11 @@ def main(argv: Sequence[str]) -> int:
             file=sys.stderr,
         )
         return 2
+    if (problem := front_end_problem(os.environ)) is not None:
+        print(problem, file=sys.stderr)
+        return 2
     os.environ["VLLM_PLUGINS"] = plugin_allowlist(os.environ)
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # as vLLM's own command does
 
     import vllm  # noqa: PLC0415  # after the environment is set, which vLLM caches
 
@@ -96,17 +102,23 @@ def main(argv: Sequence[str]) -> int:
         return 1
 
     from vllm.entrypoints.cli.serve import ServeSubcommand  # noqa: PLC0415
-    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup  # noqa: PLC0415
+    from vllm.logger import configure_logging_from_args  # noqa: PLC0415
     from vllm.platforms import current_platform  # noqa: PLC0415
     from vllm.utils.argparse_utils import FlexibleArgumentParser  # noqa: PLC0415
 
-    cli_env_setup()  # type: ignore[no-untyped-call]  # vLLM's
     parser = FlexibleArgumentParser(prog="tokencake")  # type: ignore[no-untyped-call]  # vLLM's
     commands = parser.add_subparsers(dest="subparser", required=True)
     serve = ServeSubcommand()
     serve.subparser_init(commands)
     connector = connector_flags(argv, is_cpu=current_platform.is_cpu())
     args = parser.parse_args(["serve", *argv, *connector, "--scheduler-cls", SCHEDULER])
+    if args.grpc:
+        print(
+            "--grpc: that front end speaks no HTTP, by which TokenCake's events come; leave the flag out",
+            file=sys.stderr,
+        )
+        return 2
+    configure_logging_from_args(args)
     serve.validate(args)
     serve.cmd(args)
     return 0

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from tokencake import SUPPORTED_VLLM
+from tokencake.front_end import RUST_FRONT_END, front_end_problem
 from tokencake_proxy.processes import DEFAULT_ENGINE_PORT, DEFAULT_PROXY_PORT, is_port_free
 
 _MARKS: Final = {"ok": "ok  ", "warn": "warn", "fail": "FAIL"}
@@ -84,6 +85,13 @@ def _plugin() -> Finding:
     return Finding("plug-in", "ok", "found by vLLM's entry points")
 
 
+def _front_end() -> Finding:
+    if front_end_problem(os.environ) is None:
+        return Finding("front end", "ok", "vLLM's Python API server")
+    advice = f"unset {RUST_FRONT_END}: the Rust front end loads no plug-in, and `tokencake engine` refuses to start"
+    return Finding("front end", "fail", f"{RUST_FRONT_END}={os.environ[RUST_FRONT_END]}", advice)
+
+
 def _torchvision() -> Finding:
     if importlib.util.find_spec("torchvision") is None:
         return Finding("torchvision", "ok", "absent, as it should be without a use for it")
@@ -140,6 +148,7 @@ CHECKS: Final[tuple[Callable[[], Finding], ...]] = (
     _client,
     _vllm,
     _plugin,
+    _front_end,
     _torchvision,
     _device,
     _memory,

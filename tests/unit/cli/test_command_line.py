@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 import tokencake
+from tokencake.front_end import front_end_problem
 from tokencake_proxy import cli, doctor
 from tokencake_proxy.settings import ProxySettings
 from tokencake_vllm import serve
@@ -131,6 +132,61 @@ def test_the_doctor_fails_where_something_must_be_mended(
 def test_the_scheduler_class_cannot_be_replaced(capsys: pytest.CaptureFixture[str]) -> None:
     assert serve.main(["model", "--scheduler-cls", "my.Scheduler"]) == 2
     assert "--scheduler-cls is taken" in capsys.readouterr().err
+
+
+def test_the_rust_front_end_is_refused_with_the_way_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
+    assert serve.main(["model"]) == 2
+    error = capsys.readouterr().err
+    assert "VLLM_USE_RUST_FRONTEND is '1'" in error
+    assert "unset the variable" in error
+
+
+@pytest.mark.parametrize("value", ["0", "", None])
+def test_the_python_front_end_is_no_problem(value: str | None) -> None:
+    assert front_end_problem({} if value is None else {"VLLM_USE_RUST_FRONTEND": value}) is None
+
+
+def test_the_doctor_fails_under_the_rust_front_end(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
+    monkeypatch.setattr(doctor, "CHECKS", (doctor._front_end,))
+    assert doctor.main() == 1
+    assert "unset VLLM_USE_RUST_FRONTEND" in capsys.readouterr().out
+
+
+class Started(Exception):  # noqa: N818  # vLLM would run now
+    """What `ServeSubcommand.cmd` was given."""
+
+
+def test_what_vllm_s_own_command_would_run_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On every supported version: the parser, the checks and the command are vLLM's own."""
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+
+    def stop(args: object) -> None:
+        raise Started(args)
+
+    monkeypatch.setattr(ServeSubcommand, "cmd", staticmethod(stop))
+    monkeypatch.setenv("VLLM_PLUGINS", "tokencake,tokencake_http")
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    with pytest.raises(Started) as started:
+        serve.main(["some/model", "--max-model-len", "512"])
+    (args,) = started.value.args
+    assert args.model_tag == "some/model"
+    assert args.scheduler_cls == serve.SCHEDULER
+    assert args.max_model_len == 512
+
+
+def test_a_front_end_without_http_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("VLLM_PLUGINS", "tokencake,tokencake_http")
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    assert serve.main(["some/model", "--grpc"]) == 2
+    assert "--grpc" in capsys.readouterr().err
 
 
 def test_other_installed_plug_ins_stay_loaded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from vllm.v1.request import RequestStatus
 
 from tests.unit.engine.step_bench import with_settings
 from tokencake import protocol
+from tokencake_vllm import scheduler as scheduler_module
 from tokencake_vllm.plugin import call_scheduler, version_problem
 from tokencake_vllm.scheduler import TokenCakeAsyncScheduler, TokenCakeScheduler, create_scheduler
 
@@ -60,6 +61,19 @@ def test_every_step_is_that_of_stock_vllm(
     calls = scheduler.tokencake_state(None, None, 100)["calls"]
     assert sum(call["preemptions"] for call in calls) > 0
     assert sum(call["cached_tokens"]["device"] for call in calls) > 0
+
+
+def test_an_engine_behind_the_rust_front_end_says_that_it_hears_no_events(
+    make_scheduler: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(scheduler_module.logger, "warning", lambda text, *values: said.append(text % values))
+    make_scheduler(create_scheduler)
+    assert said == []
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
+    make_scheduler(create_scheduler)
+    assert len(said) == 1
+    assert "VLLM_USE_RUST_FRONTEND" in said[0]
 
 
 def test_a_call_is_followed_from_arrival_to_finish(make_scheduler: Any, make_request: Any, step: Any) -> None:
