@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from tokencake_proxy.errors import Refusal
 
@@ -24,20 +24,18 @@ if TYPE_CHECKING:
 _Arguments = ParamSpec("_Arguments")
 _Answer = TypeVar("_Answer")
 
-_MAX_PROCESSES: Final = 2
-"""Others wait: large bodies shall not take all cores from the rest."""
-
 
 class Apart:
-    """Runs functions one by one in processes that live as long as one call of a function.
+    """Runs functions in processes that live as long as one call of a function.
 
     Args:
         memory_bytes: what one process may have.
+        processes: how many may run at a time.
     """
 
-    def __init__(self, memory_bytes: int) -> None:
+    def __init__(self, memory_bytes: int, processes: int) -> None:
         self._memory_bytes = memory_bytes
-        self._places = asyncio.Semaphore(_MAX_PROCESSES)
+        self._places = asyncio.Semaphore(processes)
 
     async def run(
         self, work: Callable[_Arguments, _Answer], *arguments: _Arguments.args, **named: _Arguments.kwargs

@@ -1,11 +1,13 @@
 """A request's body, taken in whole, because a retry needs it again, and bounded, because memory is.
 
-What a client sends is held up to `max_unproven_body_bytes` before its key is proven; all that are held count against
-`max_bodies_bytes`.
+What a client sends is held up to `max_unproven_body_bytes` before its key is proven. All that are held count against
+`max_bodies_bytes`, shared by dynamic thresholds (Choudhury and Hahne, 1998): a key may hold as much as is still free,
+so that one alone gets half, two get a third each, and there is always room for one more.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from http import HTTPStatus
 from typing import TYPE_CHECKING
 
@@ -36,7 +38,28 @@ class Intake:
     def __init__(self, settings: ProxySettings) -> None:
         self.settings = settings
         self.held_bytes = 0
-        self.apart = Apart(settings.json_memory_bytes)
+        self.apart = Apart(settings.json_memory_bytes, settings.json_processes)
+        self._held_bytes_by_key: Counter[bytes | None] = Counter()
+
+    def hold(self, key: bytes | None, count: int) -> None:
+        """Count `count` bytes more for a `key`, or less where negative.
+
+        Raises:
+            Refusal: there are too many now; they count nevertheless.
+        """
+        self.held_bytes += count
+        of_key = self._held_bytes_by_key
+        of_key[key] += count
+        if count > 0 and of_key[key] > self.settings.max_bodies_bytes - self.held_bytes:
+            raise Refusal(
+                HTTPStatus.SERVICE_UNAVAILABLE,
+                "bodies_full",
+                f"The requests of this key, or all, hold too much of the {self.settings.max_bodies_bytes} bytes that "
+                "this proxy has for bodies (`max_bodies_bytes`). Try again later.",
+                [(b"retry-after", b"1")],
+            )
+        if not of_key[key]:
+            del of_key[key]
 
 
 class Body:
@@ -44,10 +67,12 @@ class Body:
 
     Args:
         intake: what it counts against, from its first byte until `release`.
+        key: the `authorization` of the request.
     """
 
-    def __init__(self, intake: Intake) -> None:
+    def __init__(self, intake: Intake, key: bytes | None) -> None:
         self._intake = intake
+        self._key = key
         self._size_bytes = 0
 
     async def read(self, lines: list[HeaderLine], receive: Receive, prove: Callable[[], Awaitable[None]]) -> bytes:
@@ -90,23 +115,14 @@ class Body:
 
     def release(self) -> None:
         """Count no longer: nothing refers to the body any more."""
-        self._intake.held_bytes -= self._size_bytes
+        self._intake.hold(self._key, -self._size_bytes)
         self._size_bytes = 0
 
     def _add(self, count: int) -> None:
-        settings = self._intake.settings
+        if self._size_bytes + count > self._intake.settings.max_body_bytes:
+            raise _too_long(self._intake.settings.max_body_bytes)
         self._size_bytes += count
-        self._intake.held_bytes += count
-        if self._size_bytes > settings.max_body_bytes:
-            raise _too_long(settings.max_body_bytes)
-        if self._intake.held_bytes > settings.max_bodies_bytes:
-            raise Refusal(
-                HTTPStatus.SERVICE_UNAVAILABLE,
-                "bodies_full",
-                f"The bodies of all requests at this proxy have more than {settings.max_bodies_bytes} bytes "
-                "(`max_bodies_bytes`). Try again later.",
-                [(b"retry-after", b"1")],
-            )
+        self._intake.hold(self._key, count)
 
 
 def _too_long(max_bytes: int) -> Refusal:

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 _LINGER_S: Final = 1.0
 """How long what a client still sends is thrown away after a refusal; to close at once could destroy the answer."""
 _LINGER_BYTES: Final = 2**20
-_MAX_PIPELINED: Final = 16
 
 _UNREADABLE: Final = Refusal(
     HTTPStatus.BAD_REQUEST, "bad_request", "This is not proper HTTP/1.1, so where the request ends is not certain."
@@ -40,7 +39,7 @@ _CONNECT: Final = Refusal(
 _PIPELINED: Final = Refusal(
     HTTPStatus.BAD_REQUEST,
     "bad_request",
-    f"More than {_MAX_PIPELINED} requests, or one behind a chunked one, were sent without waiting for answers.",
+    "Too many requests (`max_pipelined`), or one behind a chunked one, were sent without waiting for answers.",
 )
 
 
@@ -149,7 +148,7 @@ class Connection(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         """Begin a request."""
-        if self._is_parser_used_up or len(self.pipeline) >= _MAX_PIPELINED:
+        if self._is_parser_used_up or len(self.pipeline) >= self.settings.max_pipelined:
             # After a chunked request this parser may still hold a trailer, and would take it for a line of this head.
             self._stop(_PIPELINED)
         self._is_head_open = True

@@ -61,7 +61,7 @@ class Exchange:
         self._send = send
         self._route = route
         self._engine = engine
-        self._body = Body(intake)
+        self._body = Body(intake, first_value(scope["headers"], b"authorization"))
         self._metrics = metrics
         self._refusals = refusals
         self._settings = intake.settings
@@ -183,7 +183,9 @@ class Exchange:
 
 def _is_preflight(method: str, lines: list[HeaderLine]) -> bool:
     """Whether a browser asks what another origin may send; it asks without a key, and vLLM's CORS layer answers."""
-    return method == "OPTIONS" and {b"origin", b"access-control-request-method"} <= {name for name, _ in lines}
+    names = {name for name, _ in lines}
+    has_body = not names.isdisjoint((b"content-length", b"transfer-encoding"))
+    return method == "OPTIONS" and not has_body and {b"origin", b"access-control-request-method"} <= names
 
 
 def _is_event_stream(lines: list[HeaderLine]) -> bool:

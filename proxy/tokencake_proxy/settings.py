@@ -53,6 +53,7 @@ class ProxySettings:
     max_connections: int = _number(4_096, "connections of clients at a time; one more is answered 503 and closed")
     max_head_bytes: int = _number(65_536, "bytes of a request line with its header lines, else 414 or 431")
     max_header_lines: int = _number(256, "header lines of a request, else 431")
+    max_pipelined: int = _number(16, "requests that a client may send behind one that is being answered, else 400")
     head_timeout_s: float = _number(
         10.0, "seconds for a head to arrive, else 408; also how long the rest of a refused body is read"
     )
@@ -63,7 +64,10 @@ class ProxySettings:
 
     max_body_bytes: int = _number(64 * 2**20, "bytes of a body, else 413")
     max_unproven_body_bytes: int = _number(65_536, "bytes of a body that are read before the engine has taken its key")
-    max_bodies_bytes: int = _number(2**30, "bytes of all bodies held at a time, else 503")
+    max_bodies_bytes: int = _number(
+        2 * 2**30,
+        "bytes of all bodies held at a time, else 503; one key may hold as much as is still free, at most half",
+    )
     upload_timeout_s: float = _number(60.0, "seconds for a body to arrive, else 408")
     key_ttl_s: float = _number(60.0, "seconds that a key counts as valid after the engine has taken it")
     key_check_timeout_s: float = _number(10.0, "seconds to wait for the engine's word on a key, else 503")
@@ -72,6 +76,7 @@ class ProxySettings:
         2**20, "bytes of a body up to which --tenants reads JSON in the proxy's own process, else in another"
     )
     json_memory_bytes: int = _number(2 * 2**30, "bytes of memory that this other process may take, else 413")
+    json_processes: int = _number(2, "such processes at a time; other large bodies wait")
 
     connect_timeout_s: float = _number(5.0, "seconds to connect to the engine: name, TCP and TLS together, else 503")
     health_timeout_s: float = _number(5.0, "seconds that /health waits for the engine's own /health")
@@ -86,10 +91,10 @@ class ProxySettings:
         object.__setattr__(self, "upstream", _checked_upstream(self.upstream))
         for setting in NUMBERS:
             setting.check(setting.name, getattr(self, setting.name))
-        if self.max_body_bytes > self.max_bodies_bytes:
+        if 2 * self.max_body_bytes > self.max_bodies_bytes:
             raise SettingsError(
-                f"max_body_bytes is {self.max_body_bytes}, more than max_bodies_bytes, which is "
-                f"{self.max_bodies_bytes}: a body of that size could never be taken. Lower the one or raise the other"
+                f"max_bodies_bytes is {self.max_bodies_bytes}; expected at least twice max_body_bytes, which is "
+                f"{self.max_body_bytes}, because one key may hold half. Raise the one or lower the other"
             )
 
 

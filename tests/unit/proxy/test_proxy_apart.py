@@ -24,7 +24,7 @@ DEEP = Call("POST", b"/v1/completions", [], b"[" * 100_000)
 
 @pytest.fixture
 def apart():
-    return Apart(MEMORY_BYTES)
+    return Apart(MEMORY_BYTES, processes=2)
 
 
 async def test_the_work_is_done_in_another_process(apart):
@@ -66,7 +66,7 @@ async def test_every_kind_of_refusal_passes_between_processes(apart, refusal):
 
 async def test_work_that_takes_more_memory_than_it_may_is_refused():
     with pytest.raises(Refusal) as refused:
-        await Apart(MEMORY_BYTES).run(operator.mul, b"x" * 2**20, 2_000)
+        await Apart(MEMORY_BYTES, processes=2).run(operator.mul, b"x" * 2**20, 2_000)
 
     assert (refused.value.status, refused.value.code) == (413, "body_too_costly")
 

@@ -33,8 +33,8 @@ def code_of(answer):
 
 @pytest.fixture
 def scarce(engine, start_proxy):
-    """A proxy that holds two bodies of 40,000 bytes, and not three."""
-    return start_proxy(engine.url, max_bodies_bytes=100_000, max_body_bytes=100_000)
+    """A proxy that holds two bodies of 40,000 bytes for one key, and not three."""
+    return start_proxy(engine.url, max_bodies_bytes=200_000, max_body_bytes=100_000)
 
 
 def test_bodies_over_the_budget_are_refused_until_there_is_room(engine, scarce, dial, exchange_bytes, world):
@@ -113,12 +113,40 @@ def test_a_body_does_not_count_while_its_answer_streams(engine, scarce, dial, ex
         assert status_of(sock.recv(65_536)) == 200
 
 
-def test_a_body_is_counted_once_and_released_once():
-    intake = Intake(ProxySettings("http://h", max_body_bytes=10, max_bodies_bytes=15))
-    first, second = Body(intake), Body(intake)
+@pytest.fixture
+def intake():
+    return Intake(ProxySettings("http://h", max_body_bytes=10, max_bodies_bytes=120))
+
+
+def fill(intake, key):
+    """Bytes that one key gets."""
+    for count in range(1_000):
+        try:
+            intake.hold(key, 1)
+        except Refusal:
+            intake.hold(key, -1)
+            return count
+    raise AssertionError
+
+
+def test_one_key_gets_half_of_what_is_free_and_leaves_room_for_the_next(intake):
+    assert [fill(intake, key) for key in (b"alice", b"bob", b"carol", None)] == [60, 30, 15, 7]
+
+
+def test_what_a_key_lets_go_is_free_for_all(intake):
+    fill(intake, b"alice")
+    intake.hold(b"alice", -60)
+
+    assert intake.held_bytes == 0
+    assert not intake._held_bytes_by_key
+    assert fill(intake, b"bob") == 60
+
+
+def test_a_body_is_counted_once_and_released_once(intake):
+    first, second = Body(intake, b"alice"), Body(intake, b"alice")
     first._add(8)
     with pytest.raises(Refusal):
-        second._add(8)
+        second._add(60)
     second.release()
     second.release()
     first.release()

@@ -69,6 +69,7 @@ def test_only_a_preflight_of_a_browser_goes_without_a_key(engine, proxy, http):
 
     assert http.options(f"{proxy.url}/tokenize", headers=preflight).status_code == 200
     assert http.options(f"{proxy.url}/tokenize", headers={"Origin": "http://app"}).status_code == 401
+    assert http.request("OPTIONS", f"{proxy.url}/tokenize", headers=preflight, content=b"{}").status_code == 401
     assert http.options(f"{proxy.url}/v1/completions").status_code == 401
     assert not is_guarded("/v1/completions", "OPTIONS")
 

@@ -79,8 +79,10 @@ def test_waits_may_be_zero_and_not_less(name):
 
 
 def test_a_body_that_would_never_fit_the_budget_is_refused():
-    with pytest.raises(SettingsError, match="max_body_bytes is 200, more than max_bodies_bytes, which is 100"):
-        ProxySettings("http://h", max_body_bytes=200, max_bodies_bytes=100)
+    with pytest.raises(
+        SettingsError, match="max_bodies_bytes is 199; expected at least twice max_body_bytes, which is 1"
+    ):
+        ProxySettings("http://h", max_body_bytes=100, max_bodies_bytes=199)
 
 
 @pytest.mark.parametrize("number", NUMBERS, ids=lambda number: number.name)
