@@ -7,16 +7,19 @@ one second. A call without a hint is an application of its own.
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from math import inf
 from typing import Final
 
 from tokencake.branches import Branch, Stalled, slacks_s
+from tokencake.fair_lru import FairLRU
 from tokencake.lengths import AnswerLengths
-from tokencake.lore import Lore, Place, Ways
+from tokencake.lore import Place, Ways
 from tokencake.protocol import Graph, Hint
-from tokencake.roles import role_of
+from tokencake.roles import Role, role_of
+from tokencake.tenant_book import Tenant, TenantBook
 
 _MAX_KEPT: Final = 8_192
 """Applications without a live call that are remembered, so that their next call finds its place."""
@@ -25,25 +28,9 @@ _IDLE_S: Final = 3_600.0
 _UNKNOWN_TOKENS: Final = 512
 """Length of an answer of which nothing is known; limits are often set far above what is written."""
 
-_FIRST_TOKEN_S: Final = 0.02
-"""A token of an answer takes so long as far as is known before the first call has ended."""
-_LEARNING_RATE: Final = 0.1
-
 _LEAST_LIFE_S: Final = 60.0
 """A branch is waited for at least so long; a longer gap than usual says that it is over."""
 _LONG_GAP: Final = 4.0
-
-
-@dataclass(slots=True)
-class Tenant:
-    """All applications whose ids the proxy gave the same prefix. `served_s` is lifted to its peers' on return."""
-
-    id: str
-    """The prefix; empty where tenants are not kept apart."""
-    served_s: float = 0.0
-    live_calls: int = 0
-    longest_wait_s: float = 0.0
-    """Of its calls that have started."""
 
 
 @dataclass(slots=True)
@@ -117,32 +104,15 @@ class Applications:
         self.lengths = AnswerLengths()
         self.version = 0
         """Changes when a call comes or goes, or when one is started or stopped."""
-        self.lore = Lore(graph_named)
+        self.tenants = TenantBook(graph_named)
         self._quantile = answer_quantile
-        self._apps: OrderedDict[str, Application] = OrderedDict()
-        self._tenants: dict[str, Tenant] = {}
+        self._apps: FairLRU[str, Application] = FairLRU(inf)
         self._arrivals = 0
-        self.token_s = _FIRST_TOKEN_S
-        """Seconds that a call takes for each token of its answer, on average of late."""
-
-    @property
-    def call_s(self) -> float:
-        """Seconds that a call takes once it runs, on average of late."""
-        return self.lore.call_s
 
     @property
     def known_apps(self) -> int:
         """Applications remembered."""
         return len(self._apps)
-
-    def active_tenants(self) -> list[Tenant]:
-        """Those with a live call."""
-        return [tenant for tenant in self._tenants.values() if tenant.live_calls]
-
-    def longest_wait_s(self, tenant: str) -> float:
-        """Of the calls of this tenant that have started, as far as it is remembered."""
-        known = self._tenants.get(tenant)
-        return 0.0 if known is None else known.longest_wait_s
 
     # --- the life of a call -----------------------------------------------------------------------
 
@@ -172,7 +142,7 @@ class Applications:
             max_tokens,
             branch,
             service_s,
-            expected_tokens=self._expected_tokens(hint, max_tokens),
+            expected_tokens=self._expected_tokens(role_of(hint, tenant), hint, max_tokens),
         )
         app.is_critical |= hint is not None and hint.critical is True
         self.calls[request_id] = app.live[request_id] = call
@@ -221,13 +191,14 @@ class Applications:
     # --- what is learned --------------------------------------------------------------------------
 
     def _learn(self, call: LiveCall, took_s: float, output_tokens: int) -> None:
-        self.lengths.learn(role_of(call.hint), output_tokens)
-        self.token_s += _LEARNING_RATE * (took_s / max(1, output_tokens) - self.token_s)
-        place = ("", "") if call.branch is None else call.branch.place
-        self.lore.learn_call(place, took_s, call.app.visits[place])
+        tenant = call.app.tenant
+        self.lengths.learn(role_of(call.hint, tenant.id), output_tokens)
+        tenant.learn_call(took_s, output_tokens)
+        place = (f"\0{tenant.id}", "") if call.branch is None else call.branch.place
+        tenant.lore.learn_call(place, took_s, call.app.visits[place])
 
-    def _expected_tokens(self, hint: Hint | None, max_tokens: int) -> int:
-        learned = self.lengths.quantile(role_of(hint), self._quantile)
+    def _expected_tokens(self, role: Role, hint: Hint | None, max_tokens: int) -> int:
+        learned = self.lengths.quantile(role, self._quantile)
         told = hint.expected_output_tokens if hint is not None else None
         # What was measured outweighs what is claimed, and no answer outgrows its limit.
         known = learned if learned is not None else told
@@ -240,24 +211,24 @@ class Applications:
         if not app.visits:
             app.root = hint.agent or ""
         place = _place(app, hint)
-        node = place[1]
-        ways = self.lore.ways(place[0])
+        node, lore = place[1], app.tenant.lore
+        ways = lore.ways(place[0])
         if app.answers[name] == 1:
             app.visits[place] += 1
             cause, is_sure = app.stalled.arrive(hint.session, place, hint.join, hint.parent_call, ways)
             if cause is not None:
-                self.lore.learn_follower(cause.place, place, now - cause.at_s if is_sure else None)
+                lore.learn_follower(cause.place, place, now - cause.at_s if is_sure else None)
         branch = Branch(name, hint.session, place, hint.join, hint.parent_call, now, 0.0)
         if ways is None or node not in ways.remaining_s or (hint.remaining is not None and not ways.is_described):
-            told_s = (hint.remaining or 0) * self.call_s
+            told_s = (hint.remaining or 0) * lore.call_s
             return replace(branch, remaining_s=told_s), told_s
         # Of the rounds of a loop that are expected, those that the application has had are over.
         rounds = {other: app.visits[place[0], other] - (other == node) for other in ways.loop(node)}
         service_s, gaps_s = ways.service_s[node], ways.remaining_s[node] - ways.service_s[node]
         for other, count in rounds.items():
-            service_s -= count * self.lore.service_s((place[0], other))
-            gaps_s -= count * self.lore.gap_s((place[0], other))
-        service_s, gaps_s = max(service_s, self.lore.service_s(place)), max(gaps_s, 0.0)
+            service_s -= count * lore.service_s((place[0], other))
+            gaps_s -= count * lore.gap_s((place[0], other))
+        service_s, gaps_s = max(service_s, lore.service_s(place)), max(gaps_s, 0.0)
         rest_s = self._after_parent(app, branch, ways)
         return replace(branch, remaining_s=service_s + gaps_s + rest_s), service_s + rest_s
 
@@ -275,9 +246,10 @@ class Applications:
         branch, hint = call.branch, call.hint
         if branch is None or hint is None or call.app.answers[branch.call]:
             return
-        gap_s = self.lore.gap_s(branch.place)
+        lore = call.app.tenant.lore
+        gap_s = lore.gap_s(branch.place)
         is_over = hint.reuse == "final" and hint.join is None
-        left_s = max(gap_s, branch.remaining_s - self.lore.service_s(branch.place))
+        left_s = max(gap_s, branch.remaining_s - lore.service_s(branch.place))
         until_s = now if is_over else now + max(_LEAST_LIFE_S, _LONG_GAP * gap_s)
         call.app.stalled.leave(replace(branch, at_s=now, remaining_s=left_s, until_s=until_s))
 
@@ -302,48 +274,35 @@ class Applications:
         parents = {branch.parent for _, branch in live}
         stalled = [branch for branch in app.stalled.living(now) if branch.call not in parents]
         branches = [branch for _, branch in live]
-        for (call, _), slack_s in zip(live, slacks_s([*branches, *stalled], self.lore.ways, now), strict=False):
+        for (call, _), slack_s in zip(live, slacks_s([*branches, *stalled], app.tenant.lore.ways, now), strict=False):
             call.slack_s = slack_s
 
     # --- who belongs together ---------------------------------------------------------------------
 
     def _application(self, request_id: str, hint: Hint | None, tenant: str, now: float) -> Application:
+        owner = self.tenants.arrive(tenant)
         if hint is None:
-            return Application(f"request {request_id}", self._tenant(tenant), now, now)
+            return Application(f"request {request_id}", owner, now, now)
         name = hint.app or hint.session
-        owner = self._tenant(tenant)
-        app = self._apps.get(name)
-        if app is None:
-            app = self._apps[name] = Application(name, owner, now, now)
+        app = self._apps.get(name) or Application(name, owner, now, now)
         app.touched_s = now
-        self._apps.move_to_end(name)
+        self._apps.put(name, app, tenant)
         return app
 
-    def _tenant(self, name: str) -> Tenant:
-        tenant = self._tenants.get(name)
-        if tenant is None:
-            tenant = self._tenants[name] = Tenant(name)
-        if not tenant.live_calls:
-            # Time spent idle is no credit: who comes back stands where the least served of the others stands.
-            others = [other.served_s for other in self._tenants.values() if other.live_calls]
-            tenant.served_s = max(tenant.served_s, min(others, default=0.0))
-        return tenant
-
     def _bound(self, now: float) -> None:
+        """Forget what is idle for too long; where there are too many, of the tenant that has most."""
         for _ in range(4):
-            app = next(iter(self._apps.values()), None)
-            if app is None or not (len(self._apps) > _MAX_KEPT + len(self.calls) or now - app.touched_s > _IDLE_S):
+            is_crowded = len(self._apps) > _MAX_KEPT + len(self.calls)
+            name = self._apps.oldest_of_most() if is_crowded else next(iter(self._apps), None)
+            app = None if name is None else self._apps.get(name)
+            if app is None or not (is_crowded or now - app.touched_s > _IDLE_S):
                 return
             if app.live:
-                self._apps.move_to_end(app.id)
                 app.touched_s = now
+                self._apps.put(app.id, app, app.tenant.id)
                 continue
-            del self._apps[app.id]
-            self._forget_tenant(app.tenant)
-
-    def _forget_tenant(self, tenant: Tenant) -> None:
-        if len(self._tenants) > _MAX_KEPT and not tenant.live_calls:
-            self._tenants.pop(tenant.id, None)
+            self._apps.pop(app.id)
+            self.tenants.forget(app.tenant)
 
 
 def _place(app: Application, hint: Hint) -> Place:

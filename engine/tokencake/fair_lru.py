@@ -17,10 +17,10 @@ class FairLRU(Generic[_Key, _Value]):
     """At most `limit` entries. Reading one does not make it younger; putting it again does.
 
     Args:
-        limit: entries of all owners together.
+        limit: entries of all owners together; infinite where the caller takes out what is too much.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: float) -> None:
         self._limit = limit
         self._values: OrderedDict[_Key, _Value] = OrderedDict()
         self._owners: dict[_Key, str] = {}
@@ -48,6 +48,14 @@ class FairLRU(Generic[_Key, _Value]):
         """The keys of one owner, oldest first."""
         yield from self._keys.get(owner, ())
 
+    def owner_of(self, key: _Key) -> str:
+        """Who owns `key`; empty for one that is not there."""
+        return self._owners.get(key, "")
+
+    def oldest_of_most(self) -> _Key | None:
+        """The oldest entry of the owner of most; None where there is none."""
+        return next(iter(max(self._keys.values(), key=len, default=())), None)
+
     def count(self, owner: str) -> int:
         """Entries of one owner."""
         return len(self._keys.get(owner, ()))
@@ -59,9 +67,7 @@ class FairLRU(Generic[_Key, _Value]):
         self._owners[key] = owner
         self._keys.setdefault(owner, OrderedDict())[key] = None
         gone: list[tuple[_Key, _Value]] = []
-        while len(self._values) > self._limit:
-            largest = max(self._keys.values(), key=len)
-            oldest = next(iter(largest))
+        while len(self._values) > self._limit and (oldest := self.oldest_of_most()) is not None:
             gone.append((oldest, self._values[oldest]))
             self.pop(oldest)
         return gone

@@ -8,13 +8,13 @@ expected for 1 s and runs for 5 s is not expected back in -4 s.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from math import erf, exp, inf, log, sqrt
 from typing import Any, Final
 
+from tokencake.fair_lru import FairLRU
 from tokencake.roles import Role
 
 SHORTEST_S: Final = 0.001
@@ -140,19 +140,17 @@ class _History:
 
 
 class Forecast:
-    """Durations of the stalls of every (role, tool). At most `MAX_KEYS` keys, the longest unused are forgotten."""
+    """Durations of the stalls of every (role, tool). At most `MAX_KEYS` keys, shared fairly between tenants."""
 
     def __init__(self) -> None:
-        self._histories: OrderedDict[tuple[Role, str], _History] = OrderedDict()
+        self._histories: FairLRU[tuple[Role, str], _History] = FairLRU(MAX_KEYS)
 
     def learn(self, role: Role, tool: str | None, seconds: float) -> None:
         """A stall of this kind lasted `seconds`."""
         key = (role, tool or "")
-        history = self._histories.pop(key, None) or _History()
+        history = self._histories.get(key) or _History()
         history.add(seconds)
-        self._histories[key] = history
-        if len(self._histories) > MAX_KEYS:
-            self._histories.popitem(last=False)
+        self._histories.put(key, history, role.tenant)
 
     def stall(self, role: Role, tool: str | None, estimate_s: float | None = None) -> Stall:
         """The whole duration of a stall that begins now, as far as it can be known."""
@@ -195,11 +193,12 @@ class Forecast:
         for entry in dumped:
             if not isinstance(entry, list | tuple) or len(entry) != _DUMPED or not isinstance(entry[-1], Mapping):
                 continue
-            *role, tool, weights = entry
+            *parts, tool, weights = entry
+            role = Role(*map(str, parts))
             history = _History()
             for index, weight in weights.items():
                 if str(index).isdigit() and int(index) < BINS and isinstance(weight, int | float) and 0 < weight < inf:
                     history.weights[int(index)] = float(weight)
             history.total = sum(history.weights.values())
             if history.total and len(self._histories) < MAX_KEYS:
-                self._histories[Role(*map(str, role)), str(tool)] = history
+                self._histories.put((role, str(tool)), history, role.tenant)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import deque
 from typing import TYPE_CHECKING, Final
+
+from tokencake.fair_lru import FairLRU
 
 if TYPE_CHECKING:
     from tokencake.roles import Role
@@ -17,18 +19,16 @@ _ENOUGH: Final = 4
 
 
 class AnswerLengths:
-    """Recent lengths, in tokens, of the answers in each role; bounded, the role unseen for longest is forgotten."""
+    """Recent lengths, in tokens, of the answers in each role; bounded, and shared fairly between tenants."""
 
     def __init__(self) -> None:
-        self._recent: OrderedDict[Role, deque[int]] = OrderedDict()
+        self._recent: FairLRU[Role, deque[int]] = FairLRU(_ROLES)
 
     def learn(self, role: Role, tokens: int) -> None:
         """Note a complete answer."""
-        recent = self._recent.setdefault(role, deque(maxlen=_KEPT))
+        recent = self._recent.get(role) or deque[int](maxlen=_KEPT)
         recent.append(tokens)
-        self._recent.move_to_end(role)
-        if len(self._recent) > _ROLES:
-            self._recent.popitem(last=False)
+        self._recent.put(role, recent, role.tenant)
 
     def quantile(self, role: Role, share: float) -> int | None:
         """The length that `share` of the answers in this role did not exceed; None while too few are known."""

@@ -6,11 +6,12 @@ that began the application, and its nodes by their agents and names.
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, TypeAlias
 
+from tokencake.fair_lru import FairLRU
 from tokencake.paths import Shape, remaining_s, shape_of
 from tokencake.protocol import Graph
 
@@ -75,54 +76,66 @@ class _Measured:
     at: int
 
 
-class Lore:
-    """Everything learned, bounded; what was not seen for longest is forgotten."""
+@dataclass(slots=True)
+class LoreMemory:
+    """What all tenants' lore takes, bounded and shared fairly; what was not seen for longest is forgotten."""
 
-    def __init__(self, graph_named: Callable[[str], Graph | None]) -> None:
+    nodes: FairLRU[Place, _Node] = field(default_factory=lambda: FairLRU(_MAX_PLACES))
+    calls: FairLRU[str, Counter[str]] = field(default_factory=lambda: FairLRU(_MAX_PLACES))
+    """Of each graph: calls that ended, by node."""
+    counts: Counter[str] = field(default_factory=Counter)
+    """All calls of each of these graphs."""
+    edges: dict[str, Counter[tuple[str, str]]] = field(default_factory=dict)
+    measured: FairLRU[str, _Measured] = field(default_factory=lambda: FairLRU(_MAX_SHAPES))
+
+
+class Lore:
+    """Everything learned of the graphs of one tenant, whose names no other tenant's have.
+
+    Args:
+        graph_named: the description of a graph, where there is one.
+        memory: where it is kept, beside other tenants'.
+        tenant: whose it is.
+    """
+
+    def __init__(
+        self, graph_named: Callable[[str], Graph | None], memory: LoreMemory | None = None, tenant: str = ""
+    ) -> None:
         self.call_s = _FIRST_CALL_S
         """Mean seconds of a call from its first slot to its end."""
         self._graph_named = graph_named
-        self._nodes: OrderedDict[Place, _Node] = OrderedDict()
-        self._calls: OrderedDict[str, Counter[str]] = OrderedDict()
-        """Of each graph: calls that ended, by node."""
-        self._counts: Counter[str] = Counter()
-        """All calls of each of these graphs."""
-        self._edges: dict[str, Counter[tuple[str, str]]] = {}
-        self._measured: OrderedDict[str, _Measured] = OrderedDict()
+        self._memory = memory or LoreMemory()
+        self._tenant = tenant
 
     # --- learning -----------------------------------------------------------------------------------
 
     def learn_call(self, place: Place, took_s: float, visits: int) -> None:
         """A call of this place took so long, and was its application's so many-th."""
         self.call_s += _RATE * (took_s - self.call_s)
-        node = self._nodes.get(place)
-        if node is None:
-            node = self._nodes[place] = _Node(took_s)
+        memory = self._memory
+        node = memory.nodes.get(place) or _Node(took_s)
         node.call_s += _RATE * (took_s - node.call_s)
         node.calls += 1
         node.apps += visits == 1
         if node.apps > _RECENT:
             node.calls, node.apps = node.calls / 2, node.apps / 2
-        self._nodes.move_to_end(place)
-        if len(self._nodes) > _MAX_PLACES:
-            self._nodes.popitem(last=False)
+        memory.nodes.put(place, node, self._tenant)
         graph, name = place
-        self._calls.setdefault(graph, Counter())[name] += 1
-        self._counts[graph] += 1
-        self._calls.move_to_end(graph)
-        if len(self._calls) > _MAX_PLACES:
-            forgotten, _ = self._calls.popitem(last=False)
-            self._edges.pop(forgotten, None)
-            del self._counts[forgotten]
+        calls = memory.calls.get(graph) or Counter[str]()
+        calls[name] += 1
+        memory.counts[graph] += 1
+        for forgotten, _ in memory.calls.put(graph, calls, self._tenant):
+            memory.edges.pop(forgotten, None)
+            del memory.counts[forgotten]
 
     def learn_follower(self, before: Place, behind: Place, gap_s: float | None) -> None:
         """A call came, so many seconds after the one that it had waited for had ended; None where that is a guess."""
-        node = self._nodes.get(before)
+        node = self._memory.nodes.get(before)
         if node is not None and gap_s is not None:
             node.gap_s += _RATE * (gap_s - node.gap_s)
         graph = before[0]
-        if graph == behind[0] and graph in self._calls and self._graph_named(graph) is None:
-            edges = self._edges.setdefault(graph, Counter())
+        if graph == behind[0] and graph in self._memory.calls and self._graph_named(graph) is None:
+            edges = self._memory.edges.setdefault(graph, Counter())
             edge = before[1], behind[1]
             if edge in edges or len(edges) < _MAX_EDGES:
                 edges[edge] += 1
@@ -131,20 +144,21 @@ class Lore:
 
     def gap_s(self, place: Place) -> float:
         """Seconds between the end of a call of this place and what follows it."""
-        node = self._nodes.get(place)
+        node = self._memory.nodes.get(place)
         return 0.0 if node is None else node.gap_s
 
     def service_s(self, place: Place) -> float:
         """Seconds of one call of this place."""
-        node = self._nodes.get(place)
+        node = self._memory.nodes.get(place)
         return self.call_s if node is None else node.call_s
 
     def ways(self, graph: str) -> Ways | None:
         """The graph as last measured; None while it is neither described nor learned."""
         described = self._graph_named(graph)
-        calls = self._calls.get(graph)
-        count = self._counts[graph]
-        known = self._measured.get(graph)
+        memory = self._memory
+        calls = memory.calls.get(graph)
+        count = memory.counts[graph]
+        known = memory.measured.get(graph)
         if known is None or known.graph is not described or count >= min(2 * known.at + 1, known.at + _STALE):
             ways = None
             if described is not None:
@@ -153,26 +167,27 @@ class Lore:
                 ways = self._measure(graph, shape, is_described=True)
             elif calls is not None and count >= _ENOUGH:
                 often = [
-                    edge for edge, times in self._edges.get(graph, Counter()).items() if times >= _RARE * calls[edge[0]]
+                    edge
+                    for edge, times in memory.edges.get(graph, Counter()).items()
+                    if times >= _RARE * calls[edge[0]]
                 ]
                 ways = self._measure(graph, shape_of(calls, often), is_described=False)
-            known = self._measured[graph] = _Measured(ways, described, count)
-            if len(self._measured) > _MAX_SHAPES:
-                self._measured.popitem(last=False)
+            known = _Measured(ways, described, count)
+            memory.measured.put(graph, known, self._tenant)
         return known.ways
 
     def _measure(self, graph: str, shape: Shape, *, is_described: bool) -> Ways:
-        calls = self._calls.get(graph, Counter[str]())
-        is_known = self._counts[graph] >= _ENOUGH and any(name in calls for name in shape.loop_of)
+        nodes, calls = self._memory.nodes, self._memory.calls.get(graph) or Counter[str]()
+        is_known = self._memory.counts[graph] >= _ENOUGH and any(name in calls for name in shape.loop_of)
 
         def service_s(name: str) -> float:
-            node = self._nodes.get((graph, name))
+            node = nodes.get((graph, name))
             if node is None:  # no call comes from here: code, or a branch that nobody takes
                 return 0.0 if is_known else self.call_s
             return node.call_s * node.visits
 
         def cost_s(name: str) -> float:
-            node = self._nodes.get((graph, name))
+            node = nodes.get((graph, name))
             return service_s(name) + (0.0 if node is None else node.gap_s * node.visits)
 
         return Ways(shape, remaining_s(shape, cost_s), remaining_s(shape, service_s), is_described)

@@ -46,7 +46,7 @@ class Paper:
             if self._refreshed_step is not None:
                 self.ratio = next_ratio(self.ratio, 1 - memory.free_blocks / memory.total_blocks)
             self._refreshed_step = memory.step
-            scores = {kind: summary.score(applications.call_s) for kind, summary in kinds.items()}
+            scores = {kind: summary.score() for kind, summary in kinds.items()}
             annotated = {kind: held for kind, held in self._held.items() if kind}
             self.reserved = reserves(scores, annotated, int(self.ratio * memory.total_blocks))
 
@@ -88,6 +88,6 @@ class Paper:
 
 
 def kind_of(call: LiveCall) -> str:
-    """The agent type that the call's blocks are charged to; "" without a hint."""
+    """The agent type of its tenant that the call's blocks are charged to; "" without a hint."""
     role = role_of(call.hint)
-    return "" if call.hint is None else role.agent or role.node or call.hint.session
+    return "" if call.hint is None else role.tenant + (role.agent or role.node or call.hint.session)

@@ -71,10 +71,12 @@ class AgentType:
     waiting: int = 0
     refusals: int = 0
     preemptions: int = 0
+    call_s: float = 0.0
+    """Mean length of the calls of its tenant."""
 
-    def score(self, call_s: float) -> float:
-        """2 x importance + urgency + 0.5 x cost of computing again + place in the graph; `call_s`: a call's length."""
-        count = max(1, self.calls)
+    def score(self) -> float:
+        """2 x importance + urgency + 0.5 x cost of computing again + place in the graph."""
+        count, call_s = max(1, self.calls), self.call_s
         tokens = self.tokens / count
         urgency = (
             log1p(self.waited_s / max(1, self.waiting))
@@ -98,6 +100,7 @@ class AgentType:
         if hint is None:
             return
         self.calls += 1
+        self.call_s = call.app.tenant.lore.call_s
         self.importance += (hint.depth or 0) if hint.importance is None else hint.importance
         self.depth += hint.depth or 0
         self.out_degree += hint.out_degree or 0

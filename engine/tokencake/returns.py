@@ -6,10 +6,10 @@ So it is counted for each role how often the next call has come.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
+from tokencake.fair_lru import FairLRU
 from tokencake.roles import Role, role_of
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ MAX_KEYS: Final = 4_096
 class Returns:
     """How often calls were extended, by role. In bounded memory."""
 
-    _seen: OrderedDict[Role, tuple[float, float]] = field(default_factory=OrderedDict)
+    _seen: FairLRU[Role, tuple[float, float]] = field(default_factory=lambda: FairLRU(MAX_KEYS))
     """Weight of all observations, and of those in which the next call came."""
 
     def learn(self, hint: Hint | None, *, came: bool) -> None:
@@ -37,13 +37,11 @@ class Returns:
         if hint is None:
             return
         key = role_of(hint)
-        seen, returned = self._seen.pop(key, (0.0, 0.0))
-        self._seen[key] = (seen * FADE + 1.0, returned * FADE + came)
-        if len(self._seen) > MAX_KEYS:
-            self._seen.popitem(last=False)
+        seen, returned = self._seen.get(key) or (0.0, 0.0)
+        self._seen.put(key, (seen * FADE + 1.0, returned * FADE + came), key.tenant)
 
     def chance(self, hint: Hint | None) -> float:
         """With this probability the call will be extended."""
         prior = SAID if hint is not None and hint.reuse == "extends" else UNSAID
-        seen, returned = self._seen.get(role_of(hint), (0.0, 0.0)) if hint is not None else (0.0, 0.0)
+        seen, returned = (self._seen.get(role_of(hint)) if hint is not None else None) or (0.0, 0.0)
         return (returned + prior * PRIOR_WEIGHT) / (seen + PRIOR_WEIGHT)

@@ -12,11 +12,15 @@ if TYPE_CHECKING:
 
 
 class Role(NamedTuple):
-    """Agent, and where in its graph it calls; "" for what the hint does not say."""
+    """Agent, and where in its graph it calls; "" for what the hint does not say.
+
+    The prefix of its tenant is a part of it: no tenant learns of another's calls.
+    """
 
     agent: str = ""
     graph: str = ""
     node: str = ""
+    tenant: str = ""
 
     @property
     def of_agent(self) -> Role:
@@ -29,6 +33,8 @@ class Role(NamedTuple):
         return f"{self.agent}/{self.node}" if self.node and self.node != self.agent else self.agent
 
 
-def role_of(hint: Hint | None) -> Role:
-    """The role of the call with this hint; the empty role without a hint."""
-    return Role() if hint is None else Role(hint.agent or "", hint.graph or "", hint.node or "")
+def role_of(hint: Hint | None, tenant: str = "") -> Role:
+    """The role of the call with this hint; of one without a hint, the empty role of its `tenant`."""
+    if hint is None:
+        return Role(tenant=tenant)
+    return Role(hint.agent or "", hint.graph or "", hint.node or "", hint.tenant)

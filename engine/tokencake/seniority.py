@@ -16,14 +16,16 @@ Calls without a hint stay in the order of their arrival: they have one level, th
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from tokencake.applications import Application, LiveCall, Tenant
+    from tokencake.applications import Application, LiveCall
     from tokencake.space_settings import SpaceSettings
+    from tokencake.tenant_book import Tenant
 
 DEFAULT_IMPORTANCE = 5.0
 """Of a call whose user has said nothing; the middle of the range."""
@@ -37,27 +39,25 @@ class Peers:
     """Of each active tenant: by how many quanta it has had more than the least served one."""
     claims_s: dict[str, float]
     """Mean claim of each tenant's live calls."""
-    token_s: float
-    """Seconds a call takes for each token of its answer."""
-    plain_level: int = 0
-    """Of all calls without a hint."""
+    plain_levels: dict[str, int]
+    """Of each tenant's calls without a hint."""
 
 
-def peers_of(
-    calls: Iterable[LiveCall], tenants: list[Tenant], settings: SpaceSettings, token_s: float, total_tokens: int
-) -> Peers:
+def peers_of(calls: Iterable[LiveCall], tenants: list[Tenant], settings: SpaceSettings, total_tokens: int) -> Peers:
     """`Peers` of the live `calls`, whose tenants are `tenants`, on a device that holds `total_tokens`."""
     least = min((tenant.served_s for tenant in tenants), default=0.0)
     levels = {tenant.id: int((tenant.served_s - least) / settings.tenant_quantum_s) for tenant in tenants}
-    totals: dict[str, float] = {}
-    plain, plain_s = 0, 0.0
+    claims_s, plain_s = defaultdict[str, float](float), defaultdict[str, float](float)
+    plain = Counter[str]()
     for call in calls:
+        tenant = call.app.tenant
         if call.hint is None:
-            plain += 1
-            plain_s += call.prompt_tokens / total_tokens * call.expected_tokens * token_s
-        totals[call.app.tenant.id] = totals.get(call.app.tenant.id, 0.0) + claim_s(call, settings)
-    means = {tenant.id: totals.get(tenant.id, 0.0) / max(1, tenant.live_calls) for tenant in tenants}
-    return Peers(levels, means, token_s, plain_level=int(plain_s > settings.short_s * plain))
+            plain[tenant.id] += 1
+            plain_s[tenant.id] += call.prompt_tokens / total_tokens * call.expected_tokens * tenant.token_s
+        claims_s[tenant.id] += claim_s(call, settings)
+    means = {tenant.id: claims_s[tenant.id] / max(1, tenant.live_calls) for tenant in tenants}
+    plain_levels = {name: int(plain_s[name] > settings.short_s * count) for name, count in plain.items()}
+    return Peers(levels, means, plain_levels)
 
 
 def claim_s(call: LiveCall, settings: SpaceSettings) -> float:
@@ -77,9 +77,9 @@ def level_of(app: Application, coming_s: float, settings: SpaceSettings) -> int:
     return 1 + int(app.served_s / settings.long_s)
 
 
-def coming_s(call: LiveCall, peers: Peers, share: float) -> float:
+def coming_s(call: LiveCall, share: float) -> float:
     """Device-seconds that are known to come of its application; the call needs this `share` of the blocks."""
-    return share * max(call.expected_tokens * peers.token_s, call.service_s)
+    return share * max(call.expected_tokens * call.app.tenant.token_s, call.service_s)
 
 
 def seniority_s(call: LiveCall, settings: SpaceSettings, peers: Peers, *, share: float, is_sibling: bool) -> float:
@@ -94,9 +94,9 @@ def seniority_s(call: LiveCall, settings: SpaceSettings, peers: Peers, *, share:
     """
     app = call.app
     if call.hint is None:
-        level, is_sibling = peers.plain_level, False
+        level, is_sibling = peers.plain_levels.get(app.tenant.id, 0), False
     else:
-        level = level_of(app, coming_s(call, peers, share), settings)
+        level = level_of(app, coming_s(call, share), settings)
     return (
         app.first_seen_s
         + settings.head_start_s * level

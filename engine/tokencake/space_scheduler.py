@@ -28,7 +28,7 @@ class Ours:
 
     def __init__(self, settings: SpaceSettings) -> None:
         self._settings = settings
-        self._peers = Peers({}, {}, 1.0)
+        self._peers = Peers({}, {}, {})
         self._total_blocks = 1
 
     def begin(self, applications: Applications, memory: Memory, now: float) -> None:
@@ -37,9 +37,8 @@ class Ours:
         self._total_blocks = memory.total_blocks
         self._peers = peers_of(
             applications.calls.values(),
-            applications.active_tenants(),
+            applications.tenants.active(),
             self._settings,
-            applications.token_s,
             memory.total_blocks * memory.block_tokens,
         )
 
@@ -85,7 +84,7 @@ class Ours:
         """
         if call.hint is None or call.app.served_s:
             return False
-        return level_of(call.app, coming_s(call, self._peers, need_blocks / self._total_blocks), self._settings) > 0
+        return level_of(call.app, coming_s(call, need_blocks / self._total_blocks), self._settings) > 0
 
     def reserve(self) -> dict[str, int]:
         """See `SpacePolicy`. Order does here what a reserve does there."""

@@ -109,7 +109,7 @@ class SpaceWords:
         tenant: str | None = None,
     ) -> dict[str, Any]:
         """The newest decisions about one call, app or tenant or all, as JSON; times in seconds since the epoch."""
-        longest_s = self._longest_wait_s if tenant is None else self._applications.longest_wait_s(tenant)
+        longest_s = self._longest_wait_s if tenant is None else self._applications.tenants.longest_wait_s(tenant)
         return {
             "longest_wait_s": round(max(longest_s, self.longest_wait_s(now, tenant)), 6),
             "decisions": self._log.view(epoch_offset_s, call=call, app=app, tenant=tenant, limit=limit),

@@ -30,9 +30,11 @@ class StallBook:
 
     # --- the life of a call -----------------------------------------------------------------------------
 
-    def arrive(self, request_id: str, keys: Sequence[bytes], hint: Hint | None, now: float) -> Chain | None:
+    def arrive(
+        self, request_id: str, keys: Sequence[bytes], hint: Hint | None, now: float, tenant: str = ""
+    ) -> Chain | None:
         """A call came; returns the stalled chain that it extends, and learns from its return."""
-        parent = self.chains.arrive(request_id, keys, hint, now)
+        parent = self.chains.arrive(request_id, keys, hint, now, tenant)
         if parent is not None:
             self.returns.learn(parent.hint, came=True)
             self._learn_return(parent, now)

@@ -8,7 +8,7 @@ whichever is first. A block that no chain wants is dead.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal, TypeAlias
@@ -39,6 +39,8 @@ class Chain:
     hint: Hint | None
     phase: Phase
     since_s: float
+    tenant: str = ""
+    """Prefix of its tenant; empty where none is known."""
     heirs_left: int | None = None
     """Calls that will extend it and have not come; None until the first of them says how many there are."""
     give_up_s: float | None = None
@@ -52,11 +54,6 @@ class Chain:
     """What was decided for the stall, for the answer and the state."""
     is_uploaded: bool = False
     """Its upload is complete or was given up: there is only one for each stall."""
-
-    @property
-    def tenant(self) -> str:
-        """Prefix of its tenant; empty where none is known."""
-        return self.hint.tenant if self.hint is not None else ""
 
     def rest_s(self, now_s: float) -> float:
         """Until the agent is back, in the middle of the forecast. Once overdue, it lasts about as long again."""
@@ -79,11 +76,17 @@ class Chains:
     def __iter__(self) -> Iterator[Chain]:
         return iter(self.by_id.values())
 
-    def arrive(self, request_id: str, keys: Sequence[bytes], hint: Hint | None, now_s: float) -> Chain | None:
-        """A call came with a prompt of the full blocks `keys`; returns the stalled chain that it extends."""
-        parent = self._parent(keys) or self._kin(keys, hint)
+    def arrive(
+        self, request_id: str, keys: Sequence[bytes], hint: Hint | None, now_s: float, tenant: str = ""
+    ) -> Chain | None:
+        """A call came with a prompt of the full blocks `keys`; returns the stalled chain that it extends.
+
+        Of its own tenant: where cached prefixes are shared, another's may have the same blocks.
+        """
+        tenant = hint.tenant if hint is not None else tenant
+        parent = self._parent(keys, tenant) or self._kin(keys, hint)
         self.remove(request_id)
-        self._add(Chain(request_id, keys, hint, "waiting", now_s))
+        self._add(Chain(request_id, keys, hint, "waiting", now_s, tenant))
         if parent is not None:
             if parent.heirs_left is None:
                 parent.heirs_left = (hint.fan_out if hint else None) or 1
@@ -108,7 +111,7 @@ class Chains:
         chain = self.remove(request_id)
         if chain is None or not keys:
             return None
-        stalled = Chain(request_id, keys, chain.hint, "stalled", now_s)
+        stalled = Chain(request_id, keys, chain.hint, "stalled", now_s, chain.tenant)
         self._add(stalled)
         return stalled
 
@@ -167,11 +170,16 @@ class Chains:
         return [key for key in reversed(chain.keys) if key not in self.wanted]
 
     def overflow(self) -> Iterable[Chain]:
-        """Stalled chains beyond the bound, oldest first; the caller removes them."""
+        """Stalled chains beyond the bound, the oldest of the tenant with most; the caller removes them."""
         surplus = len(self.by_id) - MAX_CHAINS
         if surplus <= 0:
             return []
-        return [chain for chain in self if chain.phase == "stalled"][:surplus]
+        stalled: dict[str, deque[Chain]] = {}
+        for chain in self:
+            if chain.phase == "stalled":
+                stalled.setdefault(chain.tenant, deque()).append(chain)
+        most = (max(stalled.values(), key=len, default=()) for _ in range(surplus))
+        return [chains.popleft() for chains in most if chains]
 
     def _add(self, chain: Chain) -> None:
         self.by_id[chain.id] = chain
@@ -184,12 +192,13 @@ class Chains:
             if chain.hint.parent_call is not None:
                 self._hired.setdefault(chain.hint.parent_call, set()).add(chain.id)
 
-    def _parent(self, keys: Sequence[bytes]) -> Chain | None:
+    def _parent(self, keys: Sequence[bytes], tenant: str) -> Chain | None:
         if not self._stalled_at:
             return None
         for key in reversed(keys):
-            if found := self._stalled_at.get(key):
-                return found[0]
+            for chain in self._stalled_at.get(key, ()):
+                if chain.tenant == tenant:
+                    return chain
         return None
 
     def _kin(self, keys: Sequence[bytes], hint: Hint | None) -> Chain | None:

@@ -73,7 +73,8 @@ class TimeEngine:
     def arrive(self, request: Request, now: float) -> None:
         """See whose stall this call ends."""
         hint = self._registry.hint_of(request.request_id)
-        parent = self.book.arrive(request.request_id, list(request.block_hashes), hint, now)
+        tenant = self._scheduler.tenant_of(request)
+        parent = self.book.arrive(request.request_id, list(request.block_hashes), hint, now, tenant)
         if hint is not None and hint.reuse == "final" and hint.parent_call is not None:
             # The last call of a sub-agent: whoever waits for it is back soon.
             for employer in self.book.stalled_at(hint.parent_call):

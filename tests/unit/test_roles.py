@@ -80,7 +80,8 @@ def test_answer_lengths_and_times_of_calls_are_learned_by_agent() -> None:
         second = run_call(applications, hint_of("writer", number, app=app), 30, 1_000.0)
     assert applications.lengths.quantile(role_of(hint_of("researcher")), 0.5) == 900
     assert applications.lengths.quantile(role_of(hint_of("writer")), 0.5) == 30
-    assert applications.lore.service_s(first) > 10 * applications.lore.service_s(second)
+    lore = applications.tenants.get("").lore
+    assert lore.service_s(first) > 10 * lore.service_s(second)
 
 
 def test_nodes_of_one_agent_are_told_apart() -> None:

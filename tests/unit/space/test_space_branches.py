@@ -171,7 +171,7 @@ def test_kinds_of_applications_that_begin_with_other_agents_are_learned_apart() 
 def test_without_a_graph_what_the_client_says_remains_counts() -> None:
     engine = Engine()
 
-    assert engine.begin("a", remaining=3).remaining_s == 3 * engine.applications.call_s
+    assert engine.begin("a", remaining=3).remaining_s == 3 * engine.applications.tenants.get("").lore.call_s
     assert engine.begin("b").remaining_s == 0.0
 
 
@@ -322,4 +322,4 @@ def test_whatever_clients_say_ways_are_finite_slack_is_no_debt_and_somebody_is_c
             applications.end(name, 1, is_aborted=is_aborted, now=now)
     for name in list(applications.calls):
         applications.end(name, 1, is_aborted=False, now=now)
-    assert all(not app.answers for app in applications._apps.values())
+    assert all(not app.answers for _, app in applications._apps.items())
