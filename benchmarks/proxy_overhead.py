@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from multiprocessing.context import SpawnProcess
 
 _CONCURRENCIES: Final = (1, 16, 64)
-_ROUNDS: Final = 6
+_ROUNDS: Final = 30
 _HOST: Final = "127.0.0.1"
 _THIS: Final = Path(__file__).resolve().parents[1]
 _START_TIMEOUT_S: Final = 30
@@ -255,7 +255,7 @@ def measure(requests: int, against: Path | None) -> list[Row]:
 def main() -> None:
     """Measure and report."""
     parser = argparse.ArgumentParser(description="What does the proxy add to a call?")
-    parser.add_argument("--requests", type=int, default=3_000, metavar="N", help="calls per line and side (3000)")
+    parser.add_argument("--requests", type=int, default=6_000, metavar="N", help="calls per line and side (6000)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="a folder with another revision")
     args = parser.parse_args()
