@@ -16,6 +16,7 @@ from tokencake.tenancy import Tenants
 from tokencake_proxy.asgi import Receive, Scope, Send, send_whole
 from tokencake_proxy.body import Intake
 from tokencake_proxy.errors import Refusal, send_refusal
+from tokencake_proxy.event_budget import EventBudget
 from tokencake_proxy.exchange import Exchange
 from tokencake_proxy.headers import first_value, repeated_line, tokens
 from tokencake_proxy.metrics import CONTENT_TYPE, ProxyMetrics
@@ -63,7 +64,11 @@ class Proxy:
         self._tenant_scope = (
             None
             if settings.tenant_secret is None
-            else TenantScope(Tenants(settings.tenant_secret), shares_prefixes=settings.shares_prefixes)
+            else TenantScope(
+                Tenants(settings.tenant_secret),
+                shares_prefixes=settings.shares_prefixes,
+                events=EventBudget(settings.tenant_events_per_s),
+            )
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

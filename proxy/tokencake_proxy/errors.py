@@ -40,6 +40,7 @@ RefusalReason: TypeAlias = Literal[
     "send_timeout",
     "shutting_down",
     "too_many_connections",
+    "too_many_events",
     "transfer_encoding",
     "upload_timeout",
     "websocket",

@@ -78,6 +78,10 @@ class ProxySettings:
     json_memory_bytes: int = _number(2 * 2**30, "bytes of memory that this other process may take, else 413")
     json_processes: int = _number(2, "such processes at a time; other large bodies wait")
 
+    tenant_events_per_s: float = _number(
+        1_000.0, "events that one tenant may report in a second, with --tenants; ten seconds' worth at once, else 429"
+    )
+
     connect_timeout_s: float = _number(5.0, "seconds to connect to the engine: name, TCP and TLS together, else 503")
     health_timeout_s: float = _number(5.0, "seconds that /health waits for the engine's own /health")
     idle_connection_s: float = _number(

@@ -13,6 +13,7 @@ import re
 import secrets
 from dataclasses import replace
 from http import HTTPStatus
+from math import ceil
 from typing import TYPE_CHECKING, Final
 from urllib.parse import parse_qsl, unquote, urlencode
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
     from tokencake.tenancy import Tenants
     from tokencake_proxy.asgi import HeaderLine
+    from tokencake_proxy.event_budget import EventBudget
     from tokencake_proxy.json_members import Member, Members
     from tokencake_proxy.upstream import Call
 
@@ -54,11 +56,13 @@ class TenantScope:
     Args:
         tenants: what the secret makes.
         shares_prefixes: whether calls of different tenants may share cached prefixes.
+        events: how many each tenant may report; None: any number.
     """
 
-    def __init__(self, tenants: Tenants, *, shares_prefixes: bool = False) -> None:
+    def __init__(self, tenants: Tenants, *, shares_prefixes: bool = False, events: EventBudget | None = None) -> None:
         self._tenants = tenants
         self._shares_prefixes = shares_prefixes
+        self._event_budget = events
 
     def prefix_of(self, lines: Iterable[HeaderLine]) -> str:
         """The prefix of the tenant that sent these header lines."""
@@ -129,6 +133,9 @@ class TenantScope:
         events = elements_of(members.get("events")) if members is not None else None
         if events is None:
             return body
+        wait_s = 0.0 if self._event_budget is None else self._event_budget.take(prefix, len(events))
+        if wait_s:
+            raise _too_many_events(wait_s)
         return joined({**(members or {}), "events": [_scoped_event(event, prefix) for event in events]})
 
     def _body(self, call: Call, route: str, prefix: str) -> bytes:
@@ -215,6 +222,15 @@ def _scoped_members(members: Members, prefix: str) -> Members:
         elif (keyed := inner_of(members[name])) is not None:
             scoped[name] = written({prefix + key: value for key, value in keyed.items()})
     return scoped
+
+
+def _too_many_events(wait_s: float) -> Refusal:
+    return Refusal(
+        HTTPStatus.TOO_MANY_REQUESTS,
+        "too_many_events",
+        f"More events than one tenant may report (`tenant_events_per_s`). Send these again in {wait_s:.1f} s.",
+        [(b"retry-after", str(ceil(wait_s)).encode())],
+    )
 
 
 def _no_response(name: str) -> Refusal:

@@ -6,6 +6,8 @@ The proxy's own `TenantScope` writes what clients send; the engine is vLLM's sch
 from __future__ import annotations
 
 import asyncio
+import importlib
+import io
 import json
 from argparse import Namespace
 from collections.abc import Callable
@@ -202,6 +204,65 @@ def test_a_secret_that_comes_later_counts_from_then_on(
     here.call("alice", tokens(3), {"session": "s"})
 
     assert here.hints() == {"unmarked": 2, "accepted": 1}
+
+
+def vllm_request(route: str, sent: dict[str, Any]) -> Any:
+    """The request, and its sampling parameters, that vLLM itself makes of a body that the proxy has passed on."""
+    module, name = VLLM_REQUESTS[route]
+    request = getattr(importlib.import_module(f"vllm.entrypoints.{module}.protocol"), name).model_validate(sent)
+    if route == "generate":
+        return request, request.sampling_params
+    if route == "messages":
+        from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
+
+        request = AnthropicServingMessages._build_base_request(request, [{"role": "user", "content": "x"}])
+    return request, request.to_sampling_params(16, {})
+
+
+VLLM_REQUESTS = {
+    "chat_completions": ("openai.chat_completion", "ChatCompletionRequest"),
+    "completions": ("openai.completion", "CompletionRequest"),
+    "responses": ("openai.responses", "ResponsesRequest"),
+    "messages": ("anthropic", "AnthropicMessagesRequest"),
+    "generate": ("scale_out.token_in_token_out", "GenerateRequest"),
+}
+MESSAGES = [{"role": "user", "content": "x"}]
+PROMPTS: dict[str, dict[str, Any]] = {
+    "chat_completions": {"messages": MESSAGES},
+    "completions": {"prompt": "x"},
+    "responses": {"input": "x"},
+    "messages": {"model": "m", "max_tokens": 4, "messages": MESSAGES},
+    "generate": {"token_ids": [1]},
+}
+
+
+@pytest.mark.parametrize("route", VLLM_REQUESTS)
+def test_vllm_takes_what_the_proxy_writes_and_hands_it_to_the_engine(world: Any, route: str) -> None:
+    arguments = {"tokencake": '{"session": "s"}'}
+    carrier = {"sampling_params": {"extra_args": arguments}} if route == "generate" else {"vllm_xargs": arguments}
+    sent = json.loads(world()._scoped("alice", route, "/v1/x", {**PROMPTS[route], **carrier}).body)
+
+    request, params = vllm_request(route, sent)
+
+    assert TENANTS.salted(request.cache_salt) == prefix_of("alice")
+    assert protocol.parse_hint(params.extra_args["tokencake"], TENANTS).session == prefix_of("alice") + "s"
+
+
+def test_a_hint_in_a_form_reaches_the_engine_and_does_not_count(world: Any) -> None:
+    """As in `/v1/audio/transcriptions`, whose body the proxy passes on as it is."""
+    from fastapi import UploadFile
+    from vllm.entrypoints.speech_to_text.transcription.protocol import TranscriptionRequest
+
+    hint = json.dumps({"session": prefix_of("alice") + "s"})
+    form = TranscriptionRequest(
+        file=UploadFile(io.BytesIO(b"RIFF"), filename="a.wav"), model="w", vllm_xargs=json.dumps({"tokencake": hint})
+    )
+    text = (form.to_sampling_params(16, {}).extra_args or {})["tokencake"]
+    here = world()
+    here.direct(tokens(1), text)
+
+    assert text == hint
+    assert here.hints() == {"unmarked": 1}
 
 
 # --- what a tenant sees ---------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from tokencake import protocol
 from tokencake.protocol import parse_events, parse_hint
 from tokencake.tenancy import Tenants
 from tokencake_proxy.errors import Refusal
+from tokencake_proxy.event_budget import EventBudget
 from tokencake_proxy.tenants import TenantScope
 from tokencake_proxy.upstream import Call
 
@@ -292,6 +293,43 @@ def test_a_body_nested_too_deeply_is_refused(engine, start_proxy, http, nested):
 
     assert answer.status_code == 400
     assert engine.calls == []
+
+
+# --- floods -------------------------------------------------------------------------------------------
+
+
+def test_a_tenant_that_floods_the_engine_with_events_is_slowed_down_and_no_other(engine, start_proxy, http):
+    proxy = start_proxy(engine.url, tenant_secret=SECRET.encode(), tenant_events_per_s=0.001)
+    events = {"v": 1, "events": [{"type": "session_end", "session": "s"}] * 600}
+
+    def report(lines):
+        return http.post(f"{proxy.url}/v1/tokencake/events", json=events, headers=dict_of(lines))
+
+    first, second, other = report(ALICE), report(ALICE), report(BOB)
+
+    assert (first.status_code, second.status_code, other.status_code) == (200, 429, 200)
+    assert second.json()["error"]["code"] == "too_many_events"
+    assert int(second.headers["retry-after"]) >= 199_000
+
+
+def test_a_budget_of_events_fills_up_again_and_always_takes_one_whole_body():
+    now = [0.0]
+    budget = EventBudget(10.0, lambda: now[0])
+
+    assert budget.take("a", protocol.MAX_EVENTS) == 0.0
+    assert budget.take("a", 50) == pytest.approx(5.0)
+    assert budget.take("b", 1) == 0.0
+    now[0] = 5.0
+    assert budget.take("a", 50) == 0.0
+    now[0] = 1e6
+    assert [budget.take("a", protocol.MAX_EVENTS), budget.take("a", 1)] == [0.0, pytest.approx(0.1)]
+
+
+def test_strangers_take_no_memory_for_ever():
+    budget = EventBudget(10.0, lambda: 0.0)
+    for number in range(10_000):
+        budget.take(str(number), 1)
+    assert len(budget._left) < 5_000
 
 
 # --- cached prefixes ----------------------------------------------------------------------------------
