@@ -129,7 +129,8 @@ class Exchange:
         return Call(scope["method"], target, request_lines(lines), body)
 
     async def _scoped(self, call: Call, tenant_scope: TenantScope) -> Call:
-        if len(call.body) <= self._settings.json_inline_bytes:
+        # The contract bounds a body of events; and the scope keeps account of them, which another process could not.
+        if self._route == EVENTS_ROUTE or len(call.body) <= self._settings.json_inline_bytes:
             return tenant_scope.scoped(call, self._route)
         return await self._apart.run(tenant_scope.scoped, call, self._route)
 
