@@ -290,6 +290,11 @@ class TokenCakeConnector(KVConnectorBase_V1, SupportsHMA):
         self._copier = make_copier(kv_caches, self._kv_cache_config.num_blocks, slots, checks=checks)
         return 0 if isinstance(self._copier, NoCopier) else slots
 
+    def unregister_kv_caches(self) -> None:
+        """Sleep takes the device's memory now (from vLLM 0.33 on): no copy may be under way. It comes back in place."""
+        with self._contained():
+            self._copier.drain()
+
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         """A step begins."""
         super().bind_connector_metadata(connector_metadata)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Final, Literal, Protocol, TypeAlias
 
 import torch
 from vllm.logger import init_logger
@@ -44,6 +44,10 @@ class Done:
     ok: bool
 
 
+DRAIN_S: Final = 10.0
+"""So long `drain` and `close` wait at most: hundreds of gigabytes on a GPU."""
+
+
 class Copier(Protocol):
     """Carries jobs out in the background. Its methods do not raise."""
 
@@ -55,6 +59,9 @@ class Copier(Protocol):
 
     def finished(self) -> list[Done]:
         """Jobs that ended since the last call."""
+
+    def drain(self) -> None:
+        """Return when no copy is under way: the device's memory is about to be taken away."""
 
     def close(self) -> None:
         """Begin nothing more, and let what is being written right now be written."""
@@ -77,6 +84,9 @@ class NoCopier:
         """Everything, failed."""
         failed, self._failed = self._failed, []
         return failed
+
+    def drain(self) -> None:
+        """Nothing to do."""
 
     def close(self) -> None:
         """Nothing to do."""

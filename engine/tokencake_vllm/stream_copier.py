@@ -27,7 +27,7 @@ import torch
 from vllm.logger import init_logger
 
 from tokencake_vllm.block_memory import Checksums, new_rows, parts_of
-from tokencake_vllm.copies import Done, Job
+from tokencake_vllm.copies import DRAIN_S, Done, Job
 from tokencake_vllm.slot_transfers import slot_transfers
 
 logger = init_logger("vllm.tokencake")
@@ -120,7 +120,7 @@ class _Lane:
         """Queue it."""
         with self._changed:
             self._tasks.append(task)
-            self._changed.notify()
+            self._changed.notify_all()
 
     def expedite(self, jobs: Collection[int]) -> None:
         """Requests wait for these by now."""
@@ -129,11 +129,18 @@ class _Lane:
                 if task.job.id in jobs:
                     task.order = _URGENT
 
+    def drain(self) -> None:
+        """Wait until everything is submitted and has ended."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._is_closed or not self._tasks, timeout=DRAIN_S)
+        for half in self.halves:
+            half.stream.synchronize()
+
     def close(self) -> None:
         """Submit nothing more."""
         with self._changed:
             self._is_closed = True
-            self._changed.notify()
+            self._changed.notify_all()
 
     def work(self) -> None:
         """Submit pieces until the lane is closed: the body of the lane's thread."""
@@ -164,6 +171,7 @@ class _Lane:
         if task.is_submitted:
             with self._changed:
                 self._tasks.remove(task)
+                self._changed.notify_all()
         return True
 
     def _submit(self, task: _Task, half: _Half) -> None:
@@ -282,13 +290,18 @@ class StreamCopier:
         """From the first piece's begin to the last one's end, without the time in the queue."""
         return max((task.begin.elapsed_time(end) / 1e3 for end in task.ends.values()), default=0.0)
 
+    def drain(self) -> None:
+        """Wait for the events behind the last pieces."""
+        for lane in self._lanes.values():
+            lane.drain()
+
     def close(self) -> None:
         """Submit nothing more, and wait for what is under way."""
         for lane in self._lanes.values():
             lane.close()
         for thread in self._threads:
             if thread is not None:
-                thread.join(timeout=10.0)
+                thread.join(timeout=DRAIN_S)
         for lane in self._lanes.values():
             for half in lane.halves:
                 half.stream.synchronize()

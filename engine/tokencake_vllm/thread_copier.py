@@ -20,7 +20,7 @@ import torch
 from vllm.logger import init_logger
 
 from tokencake_vllm.block_memory import Checksums, parts_of
-from tokencake_vllm.copies import Done, Job
+from tokencake_vllm.copies import DRAIN_S, Done, Job
 
 logger = init_logger("vllm.tokencake")
 
@@ -71,7 +71,7 @@ class ThreadCopier:
         order = _URGENT if is_urgent else _STORE if job.kind == "store" else _UPLOAD
         with self._changed:
             self._tasks.append(_Task(job, order))
-            self._changed.notify()
+            self._changed.notify_all()
 
     def pace(self, *, is_computing: bool, urgent: Collection[int]) -> None:
         """A step begins."""
@@ -80,7 +80,7 @@ class ThreadCopier:
             for task in self._tasks:
                 if task.job.id in urgent:
                     task.order = _URGENT
-            self._changed.notify()
+            self._changed.notify_all()
 
     def finished(self) -> list[Done]:
         """What the thread has done."""
@@ -89,12 +89,19 @@ class ThreadCopier:
             done.append(self._done.get())
         return done
 
+    def drain(self) -> None:
+        """Wait until the thread has nothing left to do; it does not rest meanwhile."""
+        with self._changed:
+            self._is_computing = False
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._is_closed or not self._tasks, timeout=DRAIN_S)
+
     def close(self) -> None:
         """Let the thread end."""
         with self._changed:
             self._is_closed = True
-            self._changed.notify()
-        self._thread.join(timeout=10.0)
+            self._changed.notify_all()
+        self._thread.join(timeout=DRAIN_S)
 
     # --- the thread -----------------------------------------------------------------------------------
 
@@ -113,7 +120,8 @@ class ThreadCopier:
             if is_over:
                 with self._changed:
                     self._tasks.remove(task)
-                self._done.put(Done(task.job, task.seconds, ok))
+                    self._done.put(Done(task.job, task.seconds, ok))
+                    self._changed.notify_all()
 
     def _next(self) -> _Task | None:
         """What to copy a piece of now; waits for it. None at the end."""

@@ -171,6 +171,18 @@ def test_a_copier_that_is_closed_leaves_the_rest_undone() -> None:
     assert copier.finished() == []
 
 
+def test_a_copier_that_is_drained_has_nothing_under_way() -> None:
+    copier = big_copier(200)
+    copier.pace(is_computing=True, urgent=())
+    copier.start(Job(1, "store", tuple(range(200)), tuple(range(200))))
+    copier.start(Job(2, "load", (0,), (0,)))
+    copier.drain()
+    assert {done.job.id for done in copier.finished()} == {1, 2}
+    copier.drain()  # twice is once
+    copier.close()
+    copier.drain()
+
+
 def test_without_host_memory_every_job_fails_and_nothing_raises() -> None:
     def refuse(*_: Any) -> Any:
         raise MemoryError("no")
@@ -178,6 +190,7 @@ def test_without_host_memory_every_job_fails_and_nothing_raises() -> None:
     copier = make_copier(separate_layers(), BLOCKS, 4, checks=False, allocate=refuse)
     assert isinstance(copier, NoCopier)
     copier.start(Job(1, "store", (1,), (2,)))
+    copier.drain()
     assert [done.ok for done in copier.finished()] == [False]
     copier.close()
 

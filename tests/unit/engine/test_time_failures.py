@@ -132,7 +132,7 @@ def test_an_upload_that_fails_on_one_of_two_ranks_is_no_hit(bench: Callable[...,
 class BrokenCopier:
     """Fails in everything it is asked."""
 
-    start = pace = finished = close = broken
+    start = pace = finished = drain = close = broken
 
 
 def worker(tiny_model: Path, **options: Any) -> TokenCakeConnector:
@@ -161,6 +161,25 @@ def test_every_hook_of_the_worker_survives_a_broken_copier(tiny_model: Path) -> 
     connector = worker(tiny_model)
     connector._copier = BrokenCopier()
     assert one_step(connector, *JOBS) == ({"r"}, {"r"}, {1: False, 2: False, 3: False})
+    connector.unregister_kv_caches()
+    connector.shutdown()
+
+
+def test_sleep_waits_for_the_copies_and_calls_find_the_same_memory_after_it(tiny_model: Path) -> None:
+    connector = worker(tiny_model)
+    caches = torch.arange(64.0).reshape(64, 1, 1, 1).repeat(1, 1, 16, 128)
+    connector.register_kv_caches({"layer": caches})
+    connector.bind_connector_metadata(Jobs([Job(1, "store", (1,), (0,))]))
+    connector.wait_for_save()
+    connector.unregister_kv_caches()
+    connector.get_transfer_results(set())
+    assert connector.build_connector_worker_meta().done[1][2]
+    getattr(connector, "restore_kv_caches", lambda: None)()  # vLLM's own, from 0.33 on
+    connector.clear_connector_metadata()
+    connector.bind_connector_metadata(Jobs([Job(2, "load", (5,), (0,))]))
+    connector.start_load_kv(SimpleNamespace())
+    connector.unregister_kv_caches()
+    assert torch.equal(caches[5], caches[1])
     connector.shutdown()
 
 

@@ -243,6 +243,27 @@ def test_a_failed_copy_is_told_only_when_what_it_began_is_over() -> None:
     assert [done.ok for done in bench.run()] == [True]
 
 
+def test_before_the_device_s_memory_goes_every_copy_has_ended() -> None:
+    bench = Bench()
+    bench.compute(1, 10.0)
+    bench.start(Job(1, "store", (1,), (0,)))
+    bench.start(Job(2, "load", (2,), (3,)))
+    bench.copier.drain()
+    assert not any(stream.todo for stream in bench.device.sides)
+    assert [(done.job.id, done.ok) for done in bench.copier.finished()] == [(1, True), (2, True)]
+    bench.copier.drain()  # twice is once
+
+
+def test_what_is_queued_is_submitted_before_the_device_s_memory_goes() -> None:
+    views = block_views({"layer": torch.zeros(BLOCKS, 2, 4, 8)}, BLOCKS)
+    copier = StreamCopier(views, new_rows(views, SLOTS, "cpu").zero_(), checks=False, cuda=Immediate())
+    for number in range(50):
+        copier.start(Job(number, "load", (0, 1, 2, 3), (0, 1, 2, 3)))
+    copier.drain()
+    assert len(copier.finished()) == 50
+    copier.close()
+
+
 def test_a_dead_device_fails_every_copy_and_nothing_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = Bench()
 
