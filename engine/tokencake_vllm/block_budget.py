@@ -16,6 +16,8 @@ from vllm.v1.request import RequestStatus
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_utils import KVCacheBlock
 
+    from tokencake_vllm.scheduler import TokenCakeMixin
+
 STATES: Final = ("running", "loading", "leaving", "pinned", "uploading", "storing", "cached", "empty")
 """In words:
 
@@ -33,7 +35,7 @@ OWN_STATES: Final = ("running", "loading", "leaving", "pinned")
 """What belongs to one tenant; blocks in the other states are nobody's any more."""
 
 
-def own_blocks(scheduler: Any, pinned: Iterable[Iterable[KVCacheBlock]], tenant: str) -> dict[str, int]:
+def own_blocks(scheduler: TokenCakeMixin, pinned: Iterable[Iterable[KVCacheBlock]], tenant: str) -> dict[str, int]:
     """Blocks of the calls of `tenant`, and of its `pinned` chains, by state: what it may know of the device."""
     state_of = {block.block_id: "pinned" for block in chain.from_iterable(pinned)}
     for manager in scheduler.kv_cache_manager.coordinator.single_type_managers:
@@ -45,7 +47,7 @@ def own_blocks(scheduler: Any, pinned: Iterable[Iterable[KVCacheBlock]], tenant:
     return {state: counts[state] for state in OWN_STATES}
 
 
-def block_budget(scheduler: Any, pinned: Mapping[str, Iterable[KVCacheBlock]]) -> dict[str, int]:
+def block_budget(scheduler: TokenCakeMixin, pinned: Mapping[str, Iterable[KVCacheBlock]]) -> dict[str, int]:
     """Blocks by state; the null block is nobody's. It looks at every block: for a scrape, not for a step.
 
     Args:

@@ -7,7 +7,7 @@ upload takes such as are worth less than what it brings.
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from vllm.v1.core.kv_cache_utils import BlockHash, make_block_hash_with_group_id
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from tokencake.stalls import Chain, Chains
     from tokencake_vllm.host_cache import HostCache
+    from tokencake_vllm.scheduler import TokenCakeMixin
 
 _PATIENCE: Final = 8
 """With async scheduling the blocks of a call are set free a step after its end: so often a dead block is asked for."""
@@ -39,7 +40,7 @@ def key_of(full_hash: bytes) -> bytes:
 class FreeOrder:
     """The free queue of one block pool."""
 
-    def __init__(self, scheduler: Any, cache: HostCache, chains: Chains) -> None:
+    def __init__(self, scheduler: TokenCakeMixin, cache: HostCache, chains: Chains) -> None:
         self._cache, self._chains = cache, chains
         self._pool = scheduler.kv_cache_manager.block_pool
         self._is_late = bool(scheduler.defer_block_free)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from vllm.logger import init_logger
+from vllm.plugins.endpoint_plugins.interface import EndpointPlugin
 
 from tokencake import protocol
 from tokencake.settings import section
@@ -62,7 +63,7 @@ class SchedulerCalls:
         return [result for result in results if result is not None]
 
 
-class TokenCakeEndpoints:
+class TokenCakeEndpoints(EndpointPlugin):
     """The `vllm.endpoint_plugins` contract."""
 
     name = "tokencake_http"

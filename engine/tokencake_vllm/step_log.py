@@ -32,7 +32,7 @@ class Step:
     """0 while the step is under way."""
 
 
-def begun_step(scheduler: Any, output: SchedulerOutput) -> Step:
+def begun_step(scheduler: TokenCakeMixin, output: SchedulerOutput) -> Step:
     """What the step that `scheduler` has just scheduled computes: next tokens of answers, or what comes before them."""
     step = Step(0, 0, 0, 0.0)
     for name, tokens in output.num_scheduled_tokens.items():

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from tokencake.forecast import Stall
     from tokencake.stalls import Chain
     from tokencake_vllm.host_cache import HostCache
+    from tokencake_vllm.scheduler import TokenCakeMixin
 
 _ENDED_WELL: Final = (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
 _PAPER_BACKOFF_STEPS: Final = 8
@@ -45,7 +46,7 @@ AHEAD: Final = 4
 class TimeEngine:
     """The Time Scheduler of one vLLM scheduler. Lives on the engine loop."""
 
-    def __init__(self, scheduler: Any, cache: HostCache, settings: TimeSettings) -> None:
+    def __init__(self, scheduler: TokenCakeMixin, cache: HostCache, settings: TimeSettings) -> None:
         self.cache = cache
         self.settings = settings
         self.book = StallBook(scheduler.registry)
@@ -413,4 +414,4 @@ class TimeEngine:
 
     def _add(self, key: CountKey, by: float) -> None:
         if by:
-            self._registry.counts[key] += by
+            self._registry.counts[key] += by  # type: ignore[assignment]  # seconds and bytes are counted, too

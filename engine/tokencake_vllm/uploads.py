@@ -9,7 +9,7 @@ forecast costs one copy.
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from tokencake.stalls import Chain, Chains
     from tokencake_vllm.free_order import FreeOrder
     from tokencake_vllm.host_cache import HostCache
+    from tokencake_vllm.scheduler import TokenCakeMixin
 
 PER_STEP: Final = 4
 RETRY_STEPS: Final = 4
@@ -32,7 +33,7 @@ GROWTH_BLOCKS: Final = 2
 """Left free for each running call."""
 
 
-def demand(scheduler: Any) -> tuple[int, int, int]:
+def demand(scheduler: TokenCakeMixin) -> tuple[int, int, int]:
     """Calls that wait, the blocks that those at the head need, and how many of these could be had now."""
     blocks, fitting = 0, 0
     free = scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
@@ -49,7 +50,7 @@ class Uploads:
 
     def __init__(
         self,
-        scheduler: Any,
+        scheduler: TokenCakeMixin,
         cache: HostCache,
         chains: Chains,
         order: FreeOrder,
