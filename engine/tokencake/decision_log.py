@@ -6,11 +6,13 @@ of its own calls only, and neither an id nor a number of another's.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 from tokencake.fair_lru import FairLRU
+from tokencake.timeline import TICK_S, after, page_of
 
 Kind: TypeAlias = Literal["started", "waits", "refused", "preempted"]
 
@@ -76,8 +78,9 @@ class DecisionLog:
     """
 
     def __init__(self, size: int) -> None:
-        self._kept: FairLRU[int, Decision] = FairLRU(size)
-        self._count = 0
+        self._kept: FairLRU[float, Decision] = FairLRU(size)
+        """By a time of its own for each, which grows."""
+        self._last_order_s = 0.0
         self._last: dict[str, tuple[str, str]] = {}
 
     def add(self, decision: Decision, topic: str) -> bool:
@@ -85,8 +88,8 @@ class DecisionLog:
         if self._last.get(decision.request_id) == (decision.kind, topic):
             return False
         self._last[decision.request_id] = decision.kind, topic
-        self._count += 1
-        self._kept.put(self._count, decision, decision.tenant)
+        self._last_order_s = after(decision.at_s, self._last_order_s)
+        self._kept.put(self._last_order_s, decision, decision.tenant)
         return True
 
     def forget(self, request_id: str) -> None:
@@ -94,9 +97,16 @@ class DecisionLog:
         self._last.pop(request_id, None)
 
     def view(
-        self, epoch_offset_s: float, *, call: str | None, app: str | None, limit: int, tenant: str | None = None
-    ) -> list[dict[str, Any]]:
-        """The newest `limit` decisions, oldest first, as JSON in seconds since the epoch.
+        self,
+        epoch_offset_s: float,
+        *,
+        call: str | None,
+        app: str | None,
+        limit: int,
+        tenant: str | None = None,
+        before: float | None = None,
+    ) -> dict[str, Any]:
+        """One page of decisions, the newest ones, as JSON in seconds since the epoch. See `page_of`.
 
         Args:
             epoch_offset_s: added to every time.
@@ -104,26 +114,35 @@ class DecisionLog:
             app: only about calls of this application.
             limit: at most so many.
             tenant: only about this tenant's calls, and in its words; None is the operator, who sees everything.
-        """
-        chosen: list[dict[str, Any]] = []
-        for entry in self._newest_first(tenant):
-            if len(chosen) >= limit:
-                break
-            if call in (None, entry.call) and app in (None, entry.app):
-                chosen.append(
-                    {
-                        "at": round(entry.at_s + epoch_offset_s, 6),
-                        "call": entry.call,
-                        "app": entry.app,
-                        "agent": entry.agent,
-                        "kind": entry.kind,
-                        "behind": entry.shown_behind(shows_others=tenant is None),
-                        "words": entry.words(shows_others=tenant is None),
-                    }
-                )
-        chosen.reverse()
-        return chosen
+            before: the `next` of the page before this one.
 
-    def _newest_first(self, tenant: str | None) -> Iterable[Decision]:
-        kept = self._kept if tenant is None else self._kept.keys_of(tenant)
-        return (entry for number in reversed(list(kept)) if (entry := self._kept.get(number)) is not None)
+        Returns:
+            `decisions`, oldest first; `order`, a time for each; and `next`, None on the last page.
+        """
+        page = page_of(
+            self._newest_first(tenant, None if before is None else before - epoch_offset_s),
+            limit,
+            is_wanted=lambda entry: call in (None, entry.call) and app in (None, entry.app),
+        )
+        newest_last = page.entries[::-1]
+        return {
+            "decisions": [
+                {
+                    "at": round(entry.at_s + epoch_offset_s, 6),
+                    "call": entry.call,
+                    "app": entry.app,
+                    "agent": entry.agent,
+                    "kind": entry.kind,
+                    "behind": entry.shown_behind(shows_others=tenant is None),
+                    "words": entry.words(shows_others=tenant is None),
+                }
+                for _, entry in newest_last
+            ],
+            "order": [round(order_s + epoch_offset_s, 6) for order_s, _ in newest_last],
+            "next": None if page.next_s is None else round(page.next_s + epoch_offset_s, 6),
+        }
+
+    def _newest_first(self, tenant: str | None, before_s: float | None) -> Iterable[tuple[float, Decision | None]]:
+        times_s = list(self._kept if tenant is None else self._kept.keys_of(tenant))
+        end = len(times_s) if before_s is None else bisect_left(times_s, before_s - TICK_S / 4)
+        return ((times_s[place], self._kept.get(times_s[place])) for place in range(end - 1, -1, -1))

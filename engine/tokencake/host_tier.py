@@ -8,6 +8,7 @@ a block that a copy reads or writes stays until the copy is over. Nothing is cop
 from __future__ import annotations
 
 import heapq
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import inf
@@ -37,6 +38,11 @@ Distance: TypeAlias = Callable[[HostBlock], float]
 """How far off the next use of the end of a chain is; `inf` where none is expected. The farthest goes first."""
 
 
+def leading(keys: Sequence[bytes], is_here: Callable[[bytes], bool]) -> int:
+    """How many leading keys of a chain are here, by bisection: for where a chain is shortened at its end only."""
+    return bisect_left(keys, True, key=lambda key: not is_here(key))
+
+
 class HostTier:
     """The index of `capacity` slots. Not thread-safe: it lives on the engine loop."""
 
@@ -60,14 +66,11 @@ class HostTier:
 
     def known(self, keys: Sequence[bytes]) -> int:
         """How many leading blocks of the chain `keys` are here or on their way here."""
-        low, high = 0, len(keys)
-        while low < high:
-            middle = (low + high) // 2
-            if keys[middle] in self._blocks:
-                low = middle + 1
-            else:
-                high = middle
-        return low
+        return leading(keys, self._blocks.__contains__)
+
+    def loadable(self, keys: Sequence[bytes]) -> int:
+        """How many leading blocks of the chain `keys` can be loaded now: they are stored in order."""
+        return leading(keys, lambda key: (block := self._blocks.get(key)) is not None and block.is_ready)
 
     def ready(self, keys: Sequence[bytes]) -> list[HostBlock]:
         """The leading blocks of `keys`, any part of a chain, that can be loaded now."""

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, fields
 from typing import Final, Literal, TypeAlias
 
 from tokencake.protocol import Graph, Hint, Stage
+from tokencake.records import Call
+from tokencake.timeline import Timeline
 
 RecordKind: TypeAlias = Literal["session", "app", "graph"]
 
@@ -65,6 +67,7 @@ class Account:
 
     records: OrderedDict[tuple[RecordKind, str], int] = field(default_factory=OrderedDict)
     total_bytes: int = 0
+    calls: Timeline[Call] = field(default_factory=Timeline)
     unknown_graphs: OrderedDict[str, None] = field(default_factory=OrderedDict)
     """Graph hashes that hints named and no event has described."""
 
@@ -94,6 +97,11 @@ class Accounts:
         """The records of `tenant`, the least recently used first."""
         account = self._by_tenant.get(tenant)
         return [] if account is None else list(account.records)
+
+    def calls_of(self, tenant: str) -> Timeline[Call]:
+        """The calls of `tenant` in order of arrival."""
+        account = self._by_tenant.get(tenant)
+        return Timeline() if account is None else account.calls
 
     def add(self, tenant: str, kind: RecordKind, name: str, size: int) -> None:
         """The record takes `size` bytes more; a new one is the most recently used."""

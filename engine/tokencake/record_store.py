@@ -7,7 +7,9 @@ share, a tenant loses its own. A call that is in the engine is never forgotten.
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass
+from math import inf
 from typing import Final, assert_never
 
 from tokencake import protocol
@@ -16,6 +18,7 @@ from tokencake.metric_names import CountKey
 from tokencake.parsing import count, may, number
 from tokencake.protocol import Hint
 from tokencake.records import App, Call, Session
+from tokencake.timeline import TICK_S, Timeline, after
 
 _STEPS: Final = 8
 """Records looked at for each one that is added, when some have to go."""
@@ -52,6 +55,8 @@ class RecordStore:
         self._has_tenants = has_tenants
         self._accounts = Accounts()
         self._stalled_calls: set[str] = set()
+        self._timeline: Timeline[Call] = Timeline()
+        self._last_order_s = 0.0
 
     def _touch_session(self, hint: Hint, now: float) -> Session:
         session = self.sessions.get(hint.session)
@@ -165,12 +170,41 @@ class RecordStore:
         else:
             self._stalled_calls.discard(call.id)
 
+    def _keep_call(self, call: Call) -> None:
+        """Keep a new call, of a session that is known."""
+        call.order_s = self._last_order_s = after(call.arrived_s, self._last_order_s)
+        self.calls[call.id] = call
+        self.sessions[call.hint.session].calls[call.id] = call
+        for timeline in (self._timeline, self._accounts.of(call.hint.tenant).calls):
+            timeline.add(call.order_s, call)
+
     def _forget_call(self, call_id: str) -> None:
         call = self.calls.pop(call_id, None)
         self._stalled_calls.discard(call_id)
-        if call is not None and (session := self.sessions.get(call.hint.session)):
-            session.calls.pop(call_id, None)
+        if call is not None:
+            for timeline in (self._timeline, self._accounts.of(call.hint.tenant).calls):
+                timeline.remove(call.order_s)
+            self.sessions[call.hint.session].calls.pop(call_id, None)
             self._charge(call, -call.kept_bytes)
+
+    def newest_calls(
+        self, tenant: str | None = None, session: str | None = None, before_s: float | None = None
+    ) -> Iterable[tuple[float, Call | None]]:
+        """Calls of one session, of one tenant or (None) of all, each with its `order_s`; None stands for a gap."""
+        if session is None:
+            calls = self._timeline if tenant is None else self._accounts.calls_of(tenant)
+            return calls.newest_first(before_s)
+        found = self.sessions.get(session)
+        if found is None or tenant not in (None, found.tenant):
+            return ()
+        end_s = inf if before_s is None else before_s - TICK_S / 4
+        return ((call.order_s, call) for call in reversed(found.calls.values()) if call.order_s < end_s)
+
+    def is_stalled(self, session: Session) -> bool:
+        """Whether its agent waits for a tool or for something else, as far as is known."""
+        return any(wait.ended_s is None for wait in session.waits.values()) or not self._stalled_calls.isdisjoint(
+            session.calls
+        )
 
 
 def kept_tool_bytes(call: Call, tool_call: str) -> int:

@@ -51,6 +51,8 @@ class Call:
     is_completed: bool = False
     """Whether one of its requests came to its end."""
     tools: dict[str, ToolCall] = field(default_factory=dict)
+    order_s: float = 0.0
+    """Its place in the order of arrival: `arrived_s`, or a tick behind the call before it."""
     kept_bytes: int = 0
     """What it and its tool calls take, by estimate."""
 

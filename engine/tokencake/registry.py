@@ -58,8 +58,7 @@ class Registry(RecordStore):
             tools = call.tools if call else {}
             self._forget_call(call_id)
             call = Call(call_id, hint, now, prompt_tokens, tools=tools)
-            self.calls[call_id] = call
-            session.calls[call_id] = call
+            self._keep_call(call)
             self._charge(call, call_bytes(hint) + sum(kept_tool_bytes(call, name) for name in tools))
             self._note_stall(call)
             if len(session.calls) > self.limits.calls_per_session:

@@ -107,12 +107,13 @@ class SpaceWords:
         app: str | None,
         limit: int,
         tenant: str | None = None,
+        before: float | None = None,
     ) -> dict[str, Any]:
-        """The newest decisions about one call, app or tenant or all, as JSON; times in seconds since the epoch."""
+        """A page of decisions about one call, app or tenant or all, as JSON; times in seconds since the epoch."""
         longest_s = self._longest_wait_s if tenant is None else self._applications.tenants.longest_wait_s(tenant)
         return {
             "longest_wait_s": round(max(longest_s, self.longest_wait_s(now, tenant)), 6),
-            "decisions": self._log.view(epoch_offset_s, call=call, app=app, tenant=tenant, limit=limit),
+            **self._log.view(epoch_offset_s, call=call, app=app, tenant=tenant, limit=limit, before=before),
         }
 
     def _add(

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from tokencake import protocol
+from tokencake.timeline import page_of
 
 if TYPE_CHECKING:
     from tokencake.records import Call, Session
@@ -22,9 +23,10 @@ def state_view(
     session: str | None = None,
     app: str | None = None,
     tenant: str | None = None,
-    limit: int = 1_000,
+    limit: int = 200,
+    before: float | None = None,
 ) -> dict[str, Any]:
-    """The newest `limit` calls, their sessions and apps.
+    """One page of calls, the newest ones, with their sessions and apps. See `page_of` for what it costs at most.
 
     Args:
         registry: what is known.
@@ -33,15 +35,19 @@ def state_view(
         app: only calls of this application.
         tenant: only this tenant's calls and their number; None is the operator, who sees everything.
         limit: at most so many calls.
+        before: the `next` of the page before this one.
+
+    Returns:
+        The page as JSON. `next` is None on the last page. `order` has a time for each call, by which pages of several
+        engines are put together.
     """
-    chosen: list[Call] = []
-    for call in reversed(registry.calls.values()):
-        if len(chosen) >= limit:
-            break
-        is_own = tenant in (None, call.hint.tenant)
-        if is_own and session in (None, call.hint.session) and app in (None, call.hint.app):
-            chosen.append(call)
-    chosen.reverse()
+    page = page_of(
+        registry.newest_calls(tenant, session, None if before is None else before - epoch_offset_s),
+        limit,
+        is_wanted=lambda call: app in (None, call.hint.app),
+        weight=lambda call: 1 + len(call.tools),
+    )
+    chosen = [call for _, call in reversed(page.entries)]
     names = dict.fromkeys(call.hint.session for call in chosen)
     apps = dict.fromkeys(call.hint.app for call in chosen if call.hint.app)
 
@@ -56,15 +62,19 @@ def state_view(
             for name in apps
             if name in registry.apps
         },
-        "sessions": {name: session_view(registry.sessions[name], when) for name in names if name in registry.sessions},
+        "sessions": {
+            name: session_view(known, when, is_stalled=registry.is_stalled(known))
+            for name in names
+            if (known := registry.sessions.get(name)) is not None
+        },
         "calls": [call_view(call, when) for call in chosen],
+        "order": [when(call.order_s) for call in chosen],
+        "next": when(page.next_s),
     }
 
 
-def session_view(session: Session, when: Clock) -> dict[str, Any]:
+def session_view(session: Session, when: Clock, *, is_stalled: bool) -> dict[str, Any]:
     """A session as JSON."""
-    open_waits = [kind for kind, wait in session.waits.items() if wait.ended_s is None]
-    is_stalled = open_waits or any(tool.is_open for call in session.calls.values() for tool in call.tools.values())
     return {
         "agent": session.agent,
         "app": session.app,

@@ -59,7 +59,7 @@ RECORDED: Final = """\
 ## Your own run as a workload
 
 `tokencake sim record SOURCE OUT.json` turns what an engine knows of its past calls into a workload; `SOURCE` is the URL
-of an engine or a proxy, or a file with the answer to `GET /v1/tokencake/state?limit=10000`.
+of an engine or a proxy, or a file with the answer to `GET /v1/tokencake/state`, or with a list of its pages.
 
 - A call builds on the one before it in its session if its prompt is no shorter. What the prompt has more than that
   context counts as new text, results of tools included: the state does not tell them apart.

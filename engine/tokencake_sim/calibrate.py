@@ -17,7 +17,7 @@ import numpy as np
 from tokencake_sim.cost import StepLoad
 from tokencake_sim.errors import SimulationError
 from tokencake_sim.profiles import PROFILES
-from tokencake_sim.source import read_text
+from tokencake_sim.source import read_pages
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from tokencake_sim.profiles import Profile
 
 MIN_STEPS: Final = 20
+PAGE_STEPS: Final = 1_000
+MAX_STEPS: Final = 100_000
 STEPS_PATH: Final = "/v1/tokencake/steps"
 
 
@@ -48,7 +50,7 @@ def read_steps(source: str, api_key: str | None = None) -> list[MeasuredStep]:
         CalibrationError: it holds no steps.
     """
     try:
-        entries = json.loads(read_text(source, STEPS_PATH, api_key))["steps"]
+        entries = read_pages(source, STEPS_PATH, "steps", PAGE_STEPS, MAX_STEPS, api_key)["steps"]
         steps = []
         for entry in entries:
             load = StepLoad(int(entry["prefill_tokens"]), int(entry["decode_seqs"]), int(entry["kv_tokens_read"]))

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Any, Final
 
 from tokencake.protocol import MAX_ID_CHARS, STATE_PATH
 from tokencake_sim.errors import WorkloadError
 from tokencake_sim.fields import Fields
-from tokencake_sim.source import read_text
+from tokencake_sim.source import read_pages
 
+PAGE_CALLS: Final = 200
 MAX_CALLS: Final = 10_000
 _LAST_S: Final = 1e12
 _STATUSES: Final = ("waiting", "running", "finished", "aborted")
@@ -68,7 +68,7 @@ def read_past(source: str, api_key: str | None = None) -> PastRun:
         WorkloadError: it cannot be read, is no state, or a call in it makes no sense.
     """
     try:
-        raw = json.loads(read_text(source, f"{STATE_PATH}?limit={MAX_CALLS}", api_key))
+        raw = read_pages(source, STATE_PATH, "calls", PAGE_CALLS, MAX_CALLS, api_key)
     except ValueError as error:
         raise WorkloadError(source, "the state", f"is not JSON: {error}") from None
     return _parse(source, raw)

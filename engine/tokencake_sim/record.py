@@ -167,7 +167,10 @@ def main(argv: Sequence[str]) -> int:
         epilog="Calls without a hint (ordinary traffic) are not in the state and so not in the workload.",
     )
     add = parser.add_argument
-    add("source", help="the answer to GET /v1/tokencake/state?limit=10000 in a file, or the URL of an engine or proxy")
+    add(
+        "source",
+        help="the URL of an engine or proxy, or a file with its answer to GET /v1/tokencake/state or a list of pages",
+    )
     add("out", type=Path, help="write the workload there")
     add("--api-key", default=os.environ.get("OPENAI_API_KEY"), help="of the engine; default: $OPENAI_API_KEY")
     arguments = parser.parse_args(argv)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import urllib.error
 import urllib.request
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from tokencake_sim.errors import SourceError
 
@@ -26,6 +27,42 @@ def read_text(source: str, path: str, api_key: str | None = None) -> str:
         raise SourceError(f"{source} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise SourceError(f"{source} is not UTF-8: {error}") from None
+
+
+def read_pages(source: str, path: str, items: str, limit: int, most: int, api_key: str | None = None) -> Any:
+    """The JSON object in the file `source`, or the answer of the server at the URL `source`, all its pages as one.
+
+    Args:
+        source: a file, with one answer or a list of answers, the newest first; or a URL.
+        path: what to GET there.
+        items: the list in an answer that has pages, each the newest last.
+        limit: items of a page.
+        most: items from which on no more pages are asked for.
+        api_key: for the server.
+
+    Raises:
+        SourceError: it cannot be read.
+        ValueError: it is not JSON.
+    """
+    if not source.startswith(("http://", "https://")):
+        answers = json.loads(read_text(source, path))
+        return _joined(answers, items) if isinstance(answers, list) and answers else answers
+    pages: list[Any] = []
+    query = f"?limit={limit}"
+    while True:
+        page = json.loads(_fetch(source, path + query, api_key))
+        pages.append(page)
+        before = page.get("next") if isinstance(page, dict) else None
+        if before is None or len(pages) * limit >= most:
+            return _joined(pages, items)
+        query = f"?limit={limit}&before={before}"
+
+
+def _joined(pages: list[Any], items: str) -> Any:
+    """The newest page with the items of all; anything that is no such page goes to who reads it as it is."""
+    if not all(isinstance(page, dict) and isinstance(page.get(items), list) for page in pages):
+        return pages[0]
+    return {**pages[0], items: [item for page in reversed(pages) for item in page[items]]}
 
 
 def _fetch(source: str, path: str, api_key: str | None) -> str:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_utils import BlockHash, make_block_hash_with_group_id
 
-from tokencake.host_tier import Distance, HostBlock, HostTier
+from tokencake.host_tier import Distance, HostBlock, HostTier, leading
 from tokencake.metric_names import Count, CountKey
 from tokencake_vllm.transfers import MAX_FAILURES, Transfers
 
@@ -204,6 +204,11 @@ class HostCache:
                 break
             found.append(block)
         return found
+
+    def count_on_device(self, keys: Sequence[bytes]) -> int:
+        """About how many leading blocks of the chain are in the device's prefix cache; vLLM evicts its end first."""
+        find = self.pool.cached_block_hash_to_block.get_one_block
+        return leading(keys, lambda key: find(make_block_hash_with_group_id(BlockHash(key), _GROUP)) is not None)
 
     def hold(self, chain_id: str, blocks: Sequence[KVCacheBlock]) -> None:
         """Pin device blocks for a chain."""

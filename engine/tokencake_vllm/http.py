@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from math import nan
 from typing import TYPE_CHECKING, Any, Final
 
 from fastapi import FastAPI, Request
@@ -19,6 +20,7 @@ from vllm.logger import init_logger
 from vllm.plugins.endpoint_plugins.interface import EndpointPlugin
 
 from tokencake import protocol
+from tokencake.parsing import shown
 from tokencake.settings import section
 from tokencake.space_settings import SpaceSettings
 from tokencake_vllm.metrics import ScrapeMiddleware, count_event, register_metrics
@@ -33,7 +35,10 @@ if TYPE_CHECKING:
 logger = init_logger("vllm.tokencake")
 
 STEPS_PATH: Final = "/v1/tokencake/steps"
-MAX_STATE_CALLS: Final = 10_000
+MAX_PAGE: Final = 200
+"""Calls or decisions in one answer: what the engine's loop makes of them takes it a few milliseconds."""
+MAX_STEPS: Final = 1_000
+_LAST_S: Final = 1e11
 ANSWER_S: Final = 30.0
 """An engine core that takes longer is stuck or dead; vLLM itself would wait for its answer for ever."""
 
@@ -178,18 +183,18 @@ async def _get_state(
     session: str | None = None,
     app: str | None = None,
     tenant: str | None = None,
-    limit: int = 1_000,
+    limit: str = "100",
+    before: str | None = None,
 ) -> Response:
-    if not 1 <= limit <= MAX_STATE_CALLS:
-        return _error(400, f"limit is {limit}; expected a number from 1 to {MAX_STATE_CALLS}")
     try:
-        asking = _asking(request, tenant)
+        asking, calls, end = _asking(request, tenant), _limit(limit, MAX_PAGE), _before(before)
     except _RefusedError as error:
         return _error(error.status, str(error))
-    answers = await _ask(request, "tokencake_state", session, app, limit, asking)
+    answers = await _ask(request, "tokencake_state", session, app, calls, asking, end)
     if isinstance(answers, Response):
         return answers
-    return JSONResponse(_unscoped(answers[0] if len(answers) == 1 else _merged(answers, limit), asking))
+    page = _page(answers, "calls", calls)
+    return JSONResponse(_unscoped({**_merged(answers), **page}, asking))
 
 
 async def _get_decisions(
@@ -197,21 +202,75 @@ async def _get_decisions(
     call: str | None = None,
     app: str | None = None,
     tenant: str | None = None,
-    limit: int = 100,
+    limit: str = "100",
+    before: str | None = None,
 ) -> Response:
-    if not 1 <= limit <= MAX_STATE_CALLS:
-        return _error(400, f"limit is {limit}; expected a number from 1 to {MAX_STATE_CALLS}")
     try:
-        asking = _asking(request, tenant)
+        asking, entries, end = _asking(request, tenant), _limit(limit, MAX_PAGE), _before(before)
     except _RefusedError as error:
         return _error(error.status, str(error))
-    answers = await _ask(request, "tokencake_decisions", call, app, limit, asking)
+    answers = await _ask(request, "tokencake_decisions", call, app, entries, asking, end)
     if isinstance(answers, Response):
         return answers
-    decisions = sorted((entry for answer in answers for entry in answer["decisions"]), key=lambda entry: entry["at"])
     longest_s = max(answer["longest_wait_s"] for answer in answers)
-    view = {"v": protocol.VERSION, "longest_wait_s": longest_s, "decisions": decisions[-limit:]}
+    view = {"v": protocol.VERSION, "longest_wait_s": longest_s, **_page(answers, "decisions", entries)}
     return JSONResponse(_unscoped(view, asking))
+
+
+async def _get_steps(request: Request, limit: str = "1000", before: str | None = None) -> Response:
+    try:
+        steps, end = _limit(limit, MAX_STEPS), _before(before)
+    except _RefusedError as error:
+        return _error(error.status, str(error))
+    answers = await _ask(request, "tokencake_steps", steps, end)
+    if isinstance(answers, Response):
+        return answers
+    return JSONResponse({"v": protocol.VERSION, **_page(answers, "steps", steps)})
+
+
+def _limit(text: str, most: int) -> int:
+    """The parameter `limit`.
+
+    Raises:
+        _RefusedError: it is no number from 1 to `most`.
+    """
+    if text.isascii() and text.isdecimal() and len(text) <= len(str(most)) and 1 <= int(text) <= most:
+        return int(text)
+    raise _RefusedError(
+        400, f"limit is {shown(text)}; expected a number from 1 to {most}, and `before={{next}}` for what is older"
+    )
+
+
+def _before(text: str | None) -> float | None:
+    """The parameter `before`.
+
+    Raises:
+        _RefusedError: it is no time.
+    """
+    if text is None:
+        return None
+    try:
+        end = float(text)
+    except ValueError:
+        end = nan
+    if 0 <= end < _LAST_S:
+        return end
+    raise _RefusedError(
+        400, f"before is {shown(text)}; expected the `next` of an earlier answer: seconds since the epoch"
+    )
+
+
+def _page(answers: list[dict[str, Any]], name: str, limit: int) -> dict[str, Any]:
+    """The newest page of what several engines answered, oldest first, and where the next page begins."""
+    next_s = max((answer["next"] for answer in answers if answer["next"] is not None), default=None)
+    entries = [entry for answer in answers for entry in zip(answer["order"], answer[name], strict=True)]
+    entries.sort(key=lambda entry: entry[0])
+    if next_s is not None:  # an engine that has shown more than the others shows it again on the next page
+        entries = [entry for entry in entries if entry[0] >= next_s]
+    if len(entries) > limit:
+        entries = entries[-limit:]
+        next_s = entries[0][0]
+    return {name: [entry for _, entry in entries], "next": next_s}
 
 
 def _unscoped(value: Any, tenant: str | None) -> Any:
@@ -228,15 +287,8 @@ def _unscoped(value: Any, tenant: str | None) -> Any:
     return value
 
 
-async def _get_steps(request: Request) -> Response:
-    answers = await _ask(request, "tokencake_steps")
-    if isinstance(answers, Response):
-        return answers
-    return JSONResponse({"v": protocol.VERSION, "steps": [step for answer in answers for step in answer]})
-
-
-def _merged(answers: list[dict[str, Any]], limit: int) -> dict[str, Any]:
-    """One state of several engines, each of which saw some calls of a session."""
+def _merged(answers: list[dict[str, Any]]) -> dict[str, Any]:
+    """One state of several engines, each of which saw some calls of a session; without the calls."""
     apps: dict[str, Any] = {}
     sessions: dict[str, Any] = {}
     for answer in answers:
@@ -248,12 +300,12 @@ def _merged(answers: list[dict[str, Any]], limit: int) -> dict[str, Any]:
                 other["touched"],
             ):
                 sessions[name] = view
-    calls = sorted((call for answer in answers for call in answer["calls"]), key=lambda call: call["arrived"])
     sums = {
         part: {name: sum(answer[part][name] for answer in answers) for name in answers[0][part]}
         for part in ("totals", "kv_blocks")
     }
-    return {**answers[0], **sums, "apps": apps, "sessions": sessions, "calls": calls[-limit:]}
+    rest = {part: value for part, value in answers[0].items() if part != "order"}
+    return {**rest, **sums, "apps": apps, "sessions": sessions}
 
 
 async def _ask(request: Request, method: str, *args: Any) -> list[Any] | Response:

@@ -10,7 +10,7 @@ import contextlib
 import os
 import time
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -40,6 +40,10 @@ else:
 logger = init_logger("vllm.tokencake")
 
 
+_CLOCK_SET_S: Final = 1.0
+"""A jump of the system's clock by more is taken over; smaller ones would shift the pages of a view in the reading."""
+
+
 class TokenCakeMixin(_Base):
     """Keeps a `Registry` of hinted calls beside a vLLM scheduler."""
 
@@ -55,6 +59,7 @@ class TokenCakeMixin(_Base):
         self.space = section(config, "space", SpaceSettings)
         has_tenants = self.space.tenant_mark is not None
         self.registry = Registry(section(config, "registry", Limits), has_tenants=has_tenants)
+        self._epoch_offset_s = time.time() - time.monotonic()
         self._tenant_secret = TenantSecret() if has_tenants else None
         logger.info("TokenCake: %s watches this engine's calls", type(self).__name__)
         if (problem := front_end_problem(os.environ)) is not None:
@@ -156,12 +161,31 @@ class TokenCakeMixin(_Base):
         outcomes = [self.registry.apply(event, now - waited_s) for event in scoped]
         return {"outcomes": outcomes, "need": self.registry.unknown_graphs(tenant)}
 
+    def epoch_offset_s(self) -> float:
+        """From the engine's clock to seconds since the epoch: the same each time, until the system's clock is set."""
+        offset_s = time.time() - time.monotonic()
+        if abs(offset_s - self._epoch_offset_s) > _CLOCK_SET_S:
+            self._epoch_offset_s = offset_s
+        return self._epoch_offset_s
+
     def tokencake_state(
-        self, session: str | None, app: str | None, limit: int, tenant: str | None = None
+        self,
+        session: str | None,
+        app: str | None,
+        limit: int,
+        tenant: str | None = None,
+        before: float | None = None,
     ) -> dict[str, Any]:
         """`state_view` in seconds since the epoch."""
-        offset_s = time.time() - time.monotonic()
-        state = state_view(self.registry, offset_s, session=session, app=app, tenant=tenant, limit=limit)
+        state = state_view(
+            self.registry,
+            self.epoch_offset_s(),
+            session=session,
+            app=app,
+            tenant=tenant,
+            limit=limit,
+            before=before,
+        )
         return {**state, "kv_blocks": self.block_budget() if tenant is None else self.own_blocks(tenant)}
 
     def tokencake_metrics(self) -> dict[str, Any]:

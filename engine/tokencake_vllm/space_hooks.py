@@ -220,11 +220,18 @@ class SpaceMixin(_Base):
         return self._view.blocks_of(request.num_computed_tokens) / self._view.total_blocks
 
     def tokencake_decisions(
-        self, call: str | None, app: str | None, limit: int, tenant: str | None = None
+        self, call: str | None, app: str | None, limit: int, tenant: str | None = None, before: float | None = None
     ) -> dict[str, Any]:
-        """The newest decisions, for `GET /v1/tokencake/decisions`."""
-        offset_s = time.time() - time.monotonic()
-        return self._words.view(offset_s, time.monotonic(), call=call, app=app, tenant=tenant, limit=limit)
+        """A page of decisions, for `GET /v1/tokencake/decisions`."""
+        return self._words.view(
+            self.epoch_offset_s(),
+            time.monotonic(),
+            call=call,
+            app=app,
+            tenant=tenant,
+            limit=limit,
+            before=before,
+        )
 
     def tokencake_metrics(self) -> dict[str, Any]:
         """With what is promised and reserved, and who waits longest."""

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import time
+from bisect import bisect_left
 from collections import deque
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from tokencake.settings import MeasureSettings, section
+from tokencake.timeline import TICK_S, after, page_of
 from tokencake_vllm.step_clock import StepClock
 
 if TYPE_CHECKING:
@@ -30,6 +33,8 @@ class Step:
     """Context lengths of the decoding calls added up."""
     seconds: float
     """0 while the step is under way."""
+    order_s: float = 0.0
+    """When it ended, or a tick after the step before it."""
 
 
 def begun_step(scheduler: TokenCakeMixin, output: SchedulerOutput) -> Step:
@@ -52,6 +57,7 @@ class StepMixin(_Base):
         super().__init__(*args, **kwargs)
         kept = section(self.vllm_config.additional_config, "measure", MeasureSettings).steps
         self._measured_steps: deque[Step] = deque(maxlen=kept)
+        self._last_order_s = 0.0
         self._steps_under_way: deque[Step] = deque()
         self._step_clock = StepClock()
 
@@ -72,9 +78,22 @@ class StepMixin(_Base):
                 step = self._steps_under_way.popleft()
                 step.seconds = self._step_clock.complete(time.monotonic())
                 if step.prefill_tokens or step.decode_seqs:
+                    step.order_s = self._last_order_s = after(time.monotonic(), self._last_order_s)
                     self._measured_steps.append(step)
         return super().update_from_output(scheduler_output, *args, **kwargs)
 
-    def tokencake_steps(self) -> list[dict[str, Any]]:
-        """The newest steps, oldest first, for `GET /v1/tokencake/steps`."""
-        return [asdict(step) for step in self._measured_steps]
+    def tokencake_steps(self, limit: int, before: float | None = None) -> dict[str, Any]:
+        """A page of steps, the newest ones, for `GET /v1/tokencake/steps`; see `DecisionLog.view` for its parts."""
+        offset_s = self.epoch_offset_s()
+        end = len(self._measured_steps)
+        if before is not None:
+            before_s = before - offset_s - TICK_S / 4
+            end = bisect_left(self._measured_steps, before_s, key=lambda step: step.order_s)
+        newest_first = islice(reversed(self._measured_steps), len(self._measured_steps) - end, None)
+        page = page_of(((step.order_s, step) for step in newest_first), limit)
+        steps = [asdict(step) for _, step in reversed(page.entries)]
+        return {
+            "order": [round(step.pop("order_s") + offset_s, 6) for step in steps],
+            "steps": steps,
+            "next": None if page.next_s is None else round(page.next_s + offset_s, 6),
+        }

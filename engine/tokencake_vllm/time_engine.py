@@ -39,6 +39,8 @@ _PREFILL_STEP_TOKENS: Final = 256
 LOOK_AGAIN_S: Final = 0.5
 """After so long at the earliest, where an upload was not worth its copy yet."""
 IDLE_STEPS: Final = 16
+SHOWN_CHAINS: Final = 4
+"""Of a session, in the state."""
 AHEAD: Final = 4
 """So often, and at so many stalled agents, is looked while the device has room."""
 
@@ -394,18 +396,18 @@ class TimeEngine:
         return [list(blocks) for chain, blocks in chains if chain is not None and chain.tenant == tenant]
 
     def residency(self, session: str) -> list[dict[str, Any]]:
-        """Where the KV of a session's calls is, in blocks."""
+        """Where the KV of a session's newest calls is, in blocks."""
         return [
             {
                 "call": (chain.hint.call if chain.hint else None) or chain.id,
                 "phase": chain.phase,
                 "decision": chain.outcome,
                 "blocks": len(chain.keys),
-                "on_device": len(self.cache.on_device(chain.keys)),
-                "on_host": len(self.cache.tier.ready(chain.keys)),
+                "on_device": self.cache.count_on_device(chain.keys),
+                "on_host": self.cache.tier.loadable(chain.keys),
                 "pinned": len(self.cache.held.get(chain.id, ())),
             }
-            for chain in self.chains.of_session(session)
+            for chain in heapq.nlargest(SHOWN_CHAINS, self.chains.of_session(session), key=lambda chain: chain.since_s)
         ]
 
     def count(self, name: CounterName, /, *labels: str, by: float = 1) -> None:

@@ -144,10 +144,15 @@ class TimeMixin(_Base):
         return answer
 
     def tokencake_state(
-        self, session: str | None, app: str | None, limit: int, tenant: str | None = None
+        self,
+        session: str | None,
+        app: str | None,
+        limit: int,
+        tenant: str | None = None,
+        before: float | None = None,
     ) -> dict[str, Any]:
         """The registry's state, with where each session's KV is, and why the Time Scheduler is off if it is."""
-        state = super().tokencake_state(session, app, limit, tenant)
+        state = super().tokencake_state(session, app, limit, tenant, before)
         state["time"] = {"off": self._off_reason(), "host_blocks": self.time.cache.tier.capacity if self.time else 0}
         if self.time is not None:
             for name, view in state["sessions"].items():

@@ -161,9 +161,21 @@ async def _run(engine: str, proxy: str, kind: Kind, tasks: int, console: Console
 
 
 async def _state(client: httpx.AsyncClient) -> dict[str, Any]:
-    answer = await client.get("/v1/tokencake/state", params={"limit": 1_000})
-    answer.raise_for_status()
-    state: dict[str, Any] = answer.json()
+    """Of the newest calls: five pages of 200."""
+    pages: list[dict[str, Any]] = []
+    params: dict[str, Any] = {"limit": 200}
+    for _ in range(5):
+        answer = await client.get("/v1/tokencake/state", params=params)
+        answer.raise_for_status()
+        pages.append(answer.json())
+        params["before"] = pages[-1]["next"]
+        if params["before"] is None:
+            break
+    state: dict[str, Any] = {"calls": [], "apps": {}, "sessions": {}}
+    for page in reversed(pages):
+        state["calls"] += page["calls"]
+        state["apps"] |= page["apps"]
+        state["sessions"] |= page["sessions"]
     return state
 
 

@@ -47,11 +47,20 @@ class Server:
         return ChatTokencake(**{**options, "max_retries": 0, **kwargs})
 
     def state(self, **query: object) -> dict:
-        """The engine's state, once every event sent so far has arrived."""
+        """The engine's state, all its pages in one, once every event sent so far has arrived."""
         assert tokencake_langgraph.flush(10.0)
-        answer = httpx.get(f"{self.engine}/v1/tokencake/state", params=query, headers=self.auth, timeout=30)
-        answer.raise_for_status()
-        return answer.json()
+        pages: list[dict] = []
+        while not pages or pages[-1]["next"] is not None:
+            before = {"before": pages[-1]["next"]} if pages else {}
+            params = {**query, "limit": 200, **before}
+            answer = httpx.get(f"{self.engine}/v1/tokencake/state", params=params, headers=self.auth, timeout=30)
+            answer.raise_for_status()
+            pages.append(answer.json())
+        whole = pages[-1]
+        for page in reversed(pages[:-1]):
+            parts = {part: {**whole[part], **page[part]} for part in ("apps", "sessions")}
+            whole = {**page, **parts, "calls": whole["calls"] + page["calls"]}
+        return whole
 
     def metric(self, line: str) -> float:
         """The value of one line of /metrics, 0 where it is not there yet."""

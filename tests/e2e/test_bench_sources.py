@@ -25,7 +25,7 @@ def past(server: Server) -> list[dict[str, Any]]:
     plain.add_node("speaker", lambda state: {"messages": [server.chat(max_tokens=20).invoke(state["messages"])]})
     plain.add_edge(START, "speaker")
     plain.compile().invoke({"messages": [HumanMessage("speak")]}, thread())
-    return [call for call in server.state(limit=10_000)["calls"] if call["status"] == "finished"]
+    return [call for call in server.state()["calls"] if call["status"] == "finished"]
 
 
 @pytest.mark.parametrize("through", ["engine", "proxy"])

@@ -50,7 +50,7 @@ def thread() -> dict[str, Any]:
 def calls_of(server: Server, config: dict[str, Any]) -> list[dict[str, Any]]:
     """The calls of one thread, in order of arrival."""
     thread_id = config["configurable"]["thread_id"]
-    return [call for call in server.state(limit=1_000)["calls"] if call["session"].startswith(thread_id)]
+    return [call for call in server.state()["calls"] if call["session"].startswith(thread_id)]
 
 
 def assert_true_to(waits: Waits, calls: list[dict[str, Any]]) -> None:

@@ -102,7 +102,7 @@ class World:
     def state(self, key: str | None, query: str = "") -> dict[str, Any]:
         return dict(self.see(key, protocol.STATE_PATH, query).json())
 
-    def decisions(self, key: str | None, query: str = "?limit=1000") -> dict[str, Any]:
+    def decisions(self, key: str | None, query: str = "?limit=200") -> dict[str, Any]:
         return dict(self.see(key, protocol.DECISIONS_PATH, query).json())
 
     def outcomes(self, key: str, *events: dict[str, Any]) -> list[str]:

@@ -226,7 +226,7 @@ class _Engine(BaseHTTPRequestHandler):
     def do_GET(self):
         is_known = self.headers["Authorization"] == "Bearer secret"
         body = json.dumps({"calls": [call("a", 0.0, 1.0, 100)]}).encode() if is_known else b"{}"
-        self.send_response(200 if is_known and self.path == "/v1/tokencake/state?limit=10000" else 401)
+        self.send_response(200 if is_known and self.path == "/v1/tokencake/state?limit=200" else 401)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
@@ -247,6 +247,37 @@ def engine():
 
 def test_a_running_engine_is_asked_with_the_key(engine):
     assert [past.id for past in read_past(engine, "secret").calls] == ["a"]
+
+
+def test_all_pages_of_a_state_are_read(monkeypatch, tmp_path):
+    calls = [call(f"c{number}", float(number), number + 0.5, 100) for number in range(5)]
+    pages = {
+        "?limit=200": {"calls": calls[3:], "totals": {"calls": 5}, "next": 1764.25},
+        "?limit=200&before=1764.25": {"calls": [], "next": 1763.5},
+        "?limit=200&before=1763.5": {"calls": calls[:3], "next": None},
+    }
+    monkeypatch.setattr(
+        "tokencake_sim.source._fetch",
+        lambda url, path, key: json.dumps(pages[path.removeprefix("/v1/tokencake/state")]),
+    )
+    past = read_past("http://engine")
+    assert [one.id for one in past.calls] == ["c0", "c1", "c2", "c3", "c4"]
+    assert past.hidden_calls == 0
+
+    saved = tmp_path / "pages.json"
+    saved.write_text(json.dumps(list(pages.values())))
+    assert [one.id for one in read_past(str(saved)).calls] == ["c0", "c1", "c2", "c3", "c4"]
+
+
+def test_an_engine_whose_pages_never_end_is_read_up_to_a_bound(monkeypatch):
+    asked = []
+
+    def fetch(url, path, key):
+        asked.append(path)
+        return json.dumps({"calls": [call(f"c{len(asked)}", 0.0, 1.0, 100)], "next": 1.0})
+
+    monkeypatch.setattr("tokencake_sim.source._fetch", fetch)
+    assert len(read_past("http://engine").calls) == len(asked) == 50
 
 
 def test_an_engine_that_wants_a_key_is_named_with_the_way_out(engine):

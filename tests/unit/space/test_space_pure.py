@@ -67,10 +67,10 @@ def test_the_log_keeps_the_same_words_about_a_call_once_and_is_bounded():
         return log.add(Decision(at, request, request, "app", None, "", "refused", reason), reason)
 
     assert [add("a", "x", 1.0), add("a", "x", 2.0), add("a", "y", 3.0), add("b", "x", 4.0)] == [True, False, True, True]
-    words = [entry["words"] for entry in log.view(100.0, call=None, app=None, limit=10)]
+    words = [entry["words"] for entry in log.view(100.0, call=None, app=None, limit=10)["decisions"]]
     assert [sentence.partition(";")[0] for sentence in words] == ["passed over: y", "passed over: x"]
-    assert [entry["at"] for entry in log.view(100.0, call="b", app=None, limit=10)] == [104.0]
-    assert log.view(0.0, call=None, app="other", limit=10) == []
+    assert [entry["at"] for entry in log.view(100.0, call="b", app=None, limit=10)["decisions"]] == [104.0]
+    assert log.view(0.0, call=None, app="other", limit=10)["decisions"] == []
 
 
 def test_settings_refuse_what_they_do_not_know():
