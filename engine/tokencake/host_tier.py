@@ -52,7 +52,10 @@ class HostTier:
         self._blocks: dict[bytes, HostBlock] = {}
         self._ends: dict[bytes, HostBlock] = {}
         """Blocks without a child: where chains may be shortened."""
-        self._free = list(range(capacity - 1, -1, -1))
+        self._free: list[int] = []
+        """Slots that were used before."""
+        self._fresh = 0
+        """The first slot that was never used: a large capacity costs nothing until it is."""
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -60,7 +63,7 @@ class HostTier:
     @property
     def free_slots(self) -> int:
         """Slots that hold nothing and that no copy uses."""
-        return len(self._free)
+        return len(self._free) + self.capacity - self._fresh
 
     # --- look ---------------------------------------------------------------------------------------
 
@@ -99,12 +102,12 @@ class HostTier:
         anchor = self._blocks[keys[first - 1]] if first else None
         if anchor is not None:
             anchor.pins += 1  # it may be an end, and must not be evicted to make room for its own child
-        if len(missing) > len(self._free):
-            self._evict(len(missing) - len(self._free), distance, own_distance)
+        if len(missing) > self.free_slots:
+            self._evict(len(missing) - self.free_slots, distance, own_distance)
         taken: list[HostBlock] = []
         parent = anchor
-        for key in missing[: len(self._free)]:
-            block = HostBlock(key, self._free.pop(), parent, now_s, pins=1)
+        for key in missing[: self.free_slots]:
+            block = HostBlock(key, self._take_slot(), parent, now_s, pins=1)
             if parent is not None:
                 parent.children += 1
                 self._ends.pop(parent.key, None)
@@ -114,6 +117,12 @@ class HostTier:
         if anchor is not None:
             self.unpin([anchor])
         return taken
+
+    def _take_slot(self) -> int:
+        if self._free:
+            return self._free.pop()
+        self._fresh += 1
+        return self._fresh - 1
 
     def settle(self, blocks: Iterable[HostBlock], *, ok: bool) -> None:
         """The copies into `blocks` are over. Failed ones are forgotten, with everything that hangs on them."""
@@ -206,7 +215,7 @@ class HostTier:
         slots = [block.slot for block in self._blocks.values()] + self._free
         rules = {
             "a slot has two owners": len(slots) == len(set(slots)),
-            "there are more slots than memory": len(slots) <= self.capacity,
+            "there are more slots than memory": len(slots) <= self._fresh <= self.capacity,
             "a block is here without the one before it": all(
                 block.parent is None or self._blocks.get(block.parent.key) is block.parent
                 for block in self._blocks.values()

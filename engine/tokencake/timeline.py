@@ -12,7 +12,7 @@ _Item = TypeVar("_Item")
 TICK_S: Final = 1e-5
 """Between the times of two records, at least: a page ends at a time, and no record is in two pages or in none. As wide
 as seconds since the epoch in a float need it."""
-MAX_VISITED: Final = 4_000
+MAX_VISITED: Final = 2_000
 """Records looked at for one page."""
 MAX_WEIGHT: Final = 2_000
 """Of the records of one page together; a single one may weigh more."""

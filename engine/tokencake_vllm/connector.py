@@ -31,6 +31,7 @@ from tokencake.settings import section
 from tokencake.time_scheduler import TimeSettings
 from tokencake_vllm.copies import Copier, Done, Job, NoCopier, make_copier
 from tokencake_vllm.host_cache import HostCache
+from tokencake_vllm.host_memory import shortage
 
 if TYPE_CHECKING:
     import torch
@@ -252,7 +253,7 @@ class TokenCakeConnector(KVConnectorBase_V1, SupportsHMA):
         if self.cache is not None and isinstance(reports, Reports):
             if reports.slots is not None:
                 with self._contained():
-                    self.cache.compare_slots(*reports.slots)
+                    self.cache.compare_slots(*reports.slots, host_kv_gib=self.settings.host_kv_gib)
             for job_id, (ranks, seconds, ok) in reports.done.items():
                 with self._contained():
                     self.cache.transfers.report(job_id, ranks, seconds, ok=ok)
@@ -286,6 +287,17 @@ class TokenCakeConnector(KVConnectorBase_V1, SupportsHMA):
         if self._unfit() is not None:
             return 0
         slots = host_slots(self._vllm_config, self._kv_cache_config, self.settings)
+        parallel = self._vllm_config.parallel_config
+        engine_bytes = slots * block_bytes_of(self._vllm_config, self._kv_cache_config)
+        problem = shortage(engine_bytes // parallel.world_size, engine_bytes // parallel.nnodes_within_dp)
+        if problem is not None:
+            gib = self.settings.host_kv_gib
+            logger.error(
+                "TokenCake: no host memory: %s. `time.host_kv_gib` is %g; give it less, or the machine more",
+                problem,
+                gib,
+            )
+            return 0
         checks = self.settings.debug_checksums
         self._copier = make_copier(kv_caches, self._kv_cache_config.num_blocks, slots, checks=checks)
         return 0 if isinstance(self._copier, NoCopier) else slots
@@ -332,8 +344,9 @@ class TokenCakeConnector(KVConnectorBase_V1, SupportsHMA):
         )
         if not is_in_range:
             logger.error(
-                "TokenCake: a %s of blocks %s and slots %s is refused; there are %d blocks and %d slots",
-                *(job.kind, job.blocks, job.slots, blocks, self._slots),
+                "TokenCake: a %s of %d blocks (%d to %d) and %d slots is refused; there are %d blocks and %d slots",
+                *(job.kind, len(job.blocks), min(job.blocks, default=0), max(job.blocks, default=0)),
+                *(len(job.slots), blocks, self._slots),
             )
         return is_in_range
 

@@ -79,7 +79,7 @@ class HostCache:
         """Whether nothing is copied any more."""
         return self._mismatch is not None or self.transfers.is_broken
 
-    def compare_slots(self, fewest: int, most: int) -> None:
+    def compare_slots(self, fewest: int, most: int, host_kv_gib: float) -> None:
         """The workers tell how many slots of host memory they have: the tier's number, or nothing is copied."""
         capacity = self.tier.capacity
         if fewest == most == capacity:
@@ -88,8 +88,8 @@ class HostCache:
         self._mismatch = f"the workers have host memory for {have} KV blocks, the scheduler counts on {capacity}"
         if not fewest:
             self._mismatch = (
-                f"a worker has no host memory for {capacity} KV blocks; its log says why. "
-                "A smaller `time.host_kv_gib` may do"
+                f"a worker has no host memory for {capacity} KV blocks, and its log says why; "
+                f"`time.host_kv_gib` is {host_kv_gib:g}, less may do"
             )
         logger.error("TokenCake: the Time Scheduler is off: %s", self._mismatch)
 

@@ -201,6 +201,30 @@ def test_a_bad_page_is_refused_with_its_name_and_value(scheduler: Any, path: str
     assert len(message) < 200
 
 
+@pytest.mark.parametrize(("num_blocks", "counts"), [(200, 4), (10_000, 1)])
+def test_the_blocks_of_a_large_device_are_counted_once_a_second(
+    make_scheduler: Any, monkeypatch: pytest.MonkeyPatch, num_blocks: int, counts: int
+) -> None:
+    scheduler = make_scheduler(create_scheduler, num_blocks=num_blocks)
+    now = [100.0]
+    monkeypatch.setattr("tokencake_vllm.scheduler.time.monotonic", lambda: now[0])
+    counted: list[float] = []
+    budget = scheduler.block_budget
+
+    def counting() -> Any:
+        counted.append(now[0])
+        return budget()
+
+    monkeypatch.setattr(scheduler, "block_budget", counting)
+    for _ in range(2):
+        assert sum(scheduler.tokencake_state(None, None, 10)["kv_blocks"].values()) == num_blocks - 1
+        assert sum(scheduler.tokencake_metrics()["labelled"]["kv_blocks"].values()) == num_blocks - 1
+    assert len(counted) == counts
+    now[0] += 1.0
+    scheduler.tokencake_metrics()
+    assert counted[-1] == now[0]
+
+
 def test_times_stay_the_same_from_page_to_page_until_the_clock_is_set(
     scheduler: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,9 +17,10 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 
 from tests.unit.engine.time_bench import PROMPT, Bench
 from tokencake import protocol
-from tokencake_vllm.block_memory import host_rows
+from tokencake_vllm import host_memory
 from tokencake_vllm.connector import Jobs, Reports, TokenCakeConnector, block_bytes_of, host_slots, unfit
 from tokencake_vllm.copies import Job, NoCopier
+from tokencake_vllm.host_memory import Memory
 
 
 def stalled_elsewhere(engine: Bench) -> str:
@@ -220,14 +221,14 @@ def test_reports_of_ranks_name_the_fewest_and_the_most_slots() -> None:
     assert Reports({}).aggregate(Reports({})).slots is None
 
 
-@pytest.mark.parametrize(("fewest", "most", "words"), [(0, 200, "no host memory"), (100, 200, "100 to 200")])
+@pytest.mark.parametrize(("fewest", "most", "words"), [(0, 200, "`time.host_kv_gib` is 64"), (100, 200, "100 to 200")])
 def test_the_time_scheduler_is_off_where_the_workers_count_other_slots(
     bench: Callable[..., Bench], caplog: pytest.LogCaptureFixture, fewest: int, most: int, words: str
 ) -> None:
     engine = bench()
     name = stalled_elsewhere(engine)
     with caplog.at_level(logging.ERROR, "vllm.tokencake"):
-        engine.cache.compare_slots(fewest, most)
+        engine.cache.compare_slots(fewest, most, host_kv_gib=64.0)
     assert words in caplog.text
     assert words in engine.scheduler.tokencake_state(None, None, 10)["time"]["off"]
     follow_up = engine.answer(engine.follow_up(name), expects_tools={"build": 60.0})
@@ -238,7 +239,7 @@ def test_the_time_scheduler_is_off_where_the_workers_count_other_slots(
 
 def test_as_many_slots_on_every_side_leave_the_time_scheduler_on(bench: Callable[..., Bench]) -> None:
     engine = bench()
-    engine.cache.compare_slots(200, 200)
+    engine.cache.compare_slots(200, 200, host_kv_gib=4.0)
     assert engine.scheduler.tokencake_state(None, None, 10)["time"] == {"off": None, "host_blocks": 200}
 
 
@@ -265,10 +266,38 @@ def test_a_job_with_a_block_that_does_not_exist_never_reaches_the_device(tiny_mo
     connector.shutdown()
 
 
-def test_more_host_memory_than_the_machine_has_is_refused_before_it_is_promised() -> None:
-    views = [torch.empty(4, 1 << 20, dtype=torch.int64)]
-    with pytest.raises(RuntimeError, match="the machine has"):
-        host_rows(views, 1 << 30)
+@pytest.mark.parametrize(
+    ("memory", "words"),
+    [
+        (Memory(1_000, 1_000), "on a machine or container of 0.0 GiB"),
+        (Memory(2**40, 1_000), "asked for by this rank, and 0.0 GiB are available"),
+    ],
+)
+def test_more_host_memory_than_there_is_is_refused_before_it_is_promised(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, memory: Memory, words: str
+) -> None:
+    connector = worker(tiny_model)
+    monkeypatch.setattr("tokencake_vllm.host_memory.host_memory", lambda: memory)
+    monkeypatch.setattr("tokencake_vllm.connector.make_copier", broken)  # it is not asked
+    with caplog.at_level(logging.ERROR, "vllm.tokencake"):
+        connector.register_kv_caches({"layer": torch.zeros(64, 1, 16, 128)})
+    assert slots_told(connector) == (0, 0)
+    (line,) = [record.message for record in caplog.records if record.levelno == logging.ERROR]
+    assert words in line
+    assert "`time.host_kv_gib` is 4; give it less" in line
+
+
+def test_the_memory_of_a_container_counts_without_files_that_it_has_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [tmp_path / name for name in ("max", "current", "stat")]
+    monkeypatch.setattr(host_memory, "_CGROUPS", (tuple(map(str, files)),))
+    machine = host_memory.host_memory()
+    for path, text in zip(files, ("4096\n", "3000\n", "anon 100\nfile 2500\nshmem 500\n"), strict=True):
+        path.write_text(text)
+    assert host_memory.host_memory() == Memory(4096, 4096 - 3000 + 2000)
+    files[0].write_text("max\n")
+    assert host_memory.host_memory().total == machine.total
 
 
 @pytest.mark.parametrize("change", ["is_gone", "is_ready"])

@@ -141,3 +141,13 @@ def test_the_rules_hold_whatever_happens(trace: list[tuple[str, int, int, float]
     for blocks in pinned:
         tier.unpin(blocks)
     assert len(tier) + tier.free_slots == capacity
+
+
+def test_a_capacity_that_is_not_used_costs_nothing() -> None:
+    tier = HostTier(10**15)
+    assert stored(tier, chain("a", 3)) == 3
+    assert tier.free_slots == 10**15 - 3
+    tier.forget(tier.ready(chain("a", 1)))
+    assert tier.free_slots == 10**15
+    assert {block.slot for block in tier.reserve(chain("b", 4), 0.0, far)} == {0, 1, 2, 3}
+    assert not tier.broken_rules()
