@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import Final, Literal, TypeAlias
 
@@ -44,6 +45,11 @@ def tool_bytes(tool_call: str, tool: str | None, stages: tuple[Stage, ...] | Non
     """A tool call with its stages."""
     stages = stages or ()
     return TOOL_BYTES + text_bytes(tool_call, tool, *(stage.name for stage in stages)) + len(stages) * STAGE_BYTES
+
+
+def waits_bytes(kinds: Iterable[str]) -> int:
+    """A session's stalls outside tools."""
+    return sum(WAIT_BYTES + text_bytes(kind) for kind in kinds)
 
 
 def graph_bytes(graph: Graph) -> int:

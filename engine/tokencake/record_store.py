@@ -210,4 +210,4 @@ class RecordStore:
 def kept_tool_bytes(call: Call, tool_call: str) -> int:
     """What a tool call of `call` takes; 0 where it is not known."""
     tool = call.tools.get(tool_call)
-    return 0 if tool is None else tool_bytes(tool_call, tool.tool, tool.stages)
+    return 0 if tool is None else tool_bytes(tool_call, tool.tool, tool.stages) + text_bytes(tool.stage)

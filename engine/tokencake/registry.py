@@ -12,7 +12,7 @@ from collections import defaultdict
 from typing import Any, Final, assert_never
 
 from tokencake import protocol
-from tokencake.memory_account import Account, call_bytes, graph_bytes
+from tokencake.memory_account import Account, call_bytes, graph_bytes, waits_bytes
 from tokencake.metric_names import HistogramName
 from tokencake.protocol import Event, Hint, Outcome
 from tokencake.record_store import Limits, RecordStore, kept_tool_bytes
@@ -155,7 +155,12 @@ class Registry(RecordStore):
         session = self.sessions.get(event.session)
         if session is None:
             return "unknown"
-        return note_wait(session, event, now, self.limits.waits_per_session)
+        if not self._has_room(session.tenant, but=session.id) and event.kind not in session.waits:
+            return "invalid"
+        before = waits_bytes(session.waits)
+        outcome = note_wait(session, event, now, self.limits.waits_per_session)
+        self._accounts.add(session.tenant, "session", session.id, waits_bytes(session.waits) - before)
+        return outcome
 
     def _end_stalls(self, session: Session, now: float, but: str | None = None) -> None:
         """Presume that everything `session` waited for is over, but for the tools of the call `but`.

@@ -66,7 +66,25 @@ def many_graphs(registry: Registry) -> None:
         registry.apply(protocol.Graph(f"graph {number}", nodes, edges, {f"join {number}": (f"a {number}",)}), 1.0)
 
 
-@pytest.mark.parametrize("fill", [many_calls, many_tools, many_small_tools, many_expected_tools, many_graphs])
+def many_waits(registry: Registry) -> None:
+    for number in range(100):
+        call(registry, f"call {number}")
+        for kind in range(16):
+            registry.apply(protocol.StallStart(f"s-call {number}", f"kind {number} {kind}".ljust(200), 2.5), 2.0)
+
+
+def many_stages(registry: Registry) -> None:
+    many_small_tools(registry)
+    for number in range(20):
+        for tool in range(100):
+            text = f"stage {number} {tool}".ljust(protocol.MAX_ID_CHARS)
+            registry.apply(protocol.ToolProgress(f"call {number}", f"{number}-{tool}", stage=text), 3.0)
+
+
+FILLINGS = [many_calls, many_tools, many_small_tools, many_expected_tools, many_graphs, many_waits, many_stages]
+
+
+@pytest.mark.parametrize("fill", FILLINGS)
 def test_the_estimate_is_near_what_the_interpreter_allocates(fill: Callable[[Registry], None]) -> None:
     registry = Registry(Limits(kept_mib=10_000))
     gc.collect()
@@ -175,3 +193,15 @@ def test_when_all_is_forgotten_nothing_is_accounted() -> None:
     alone = Registry()
     alone.add_call("last", Hint(session="last", call="last"), 10, 1_000.0)
     assert registry.drain()["gauges"]["registry_bytes"] == alone.drain()["gauges"]["registry_bytes"]
+
+
+def test_waits_count_against_the_memory_and_those_beyond_it_are_refused() -> None:
+    registry = Registry(Limits(kept_mib=1, waits_per_session=1_000))
+    call(registry, "c", is_over=False)
+    outcomes = [
+        registry.apply(protocol.StallStart("s-c", f"{number}".ljust(protocol.MAX_ID_CHARS, "\U0001f382")), 2.0)
+        for number in range(1_000)
+    ]
+    assert (outcomes[0], outcomes[-1]) == ("applied", "invalid")
+    assert registry.apply(protocol.StallEnd("s-c", next(iter(registry.sessions["s-c"].waits))), 3.0) == "applied"
+    assert registry.drain()["gauges"]["registry_bytes"] < 1.01 * 2**20
