@@ -38,6 +38,8 @@ STEPS_PATH: Final = "/v1/tokencake/steps"
 MAX_PAGE: Final = 200
 """Calls or decisions in one answer: what the engine's loop makes of them takes it a few milliseconds."""
 MAX_STEPS: Final = 1_000
+MAX_LIMIT: Final = 10_000
+"""What may be asked for; a page holds less, and `next` leads on."""
 _LAST_S: Final = 1e11
 ANSWER_S: Final = 30.0
 """An engine core that takes longer is stuck or dead; vLLM itself would wait for its answer for ever."""
@@ -228,16 +230,18 @@ async def _get_steps(request: Request, limit: str = "1000", before: str | None =
     return JSONResponse({"v": protocol.VERSION, **_page(answers, "steps", steps)})
 
 
-def _limit(text: str, most: int) -> int:
-    """The parameter `limit`.
+def _limit(text: str, page: int) -> int:
+    """The parameter `limit`, or what a `page` holds if that is less.
 
     Raises:
-        _RefusedError: it is no number from 1 to `most`.
+        _RefusedError: it is no number from 1 to `MAX_LIMIT`.
     """
-    if text.isascii() and text.isdecimal() and len(text) <= len(str(most)) and 1 <= int(text) <= most:
-        return int(text)
+    if text.isascii() and text.isdecimal() and len(text) <= len(str(MAX_LIMIT)) and 1 <= int(text) <= MAX_LIMIT:
+        return min(int(text), page)
     raise _RefusedError(
-        400, f"limit is {shown(text)}; expected a number from 1 to {most}, and `before={{next}}` for what is older"
+        400,
+        f"limit is {shown(text)}; expected a number from 1 to {MAX_LIMIT}. One answer has {page} at most; "
+        "`before={next}` asks for what is older",
     )
 
 

@@ -117,7 +117,7 @@ def test_an_unusable_body_is_refused_with_the_reason(server: Server, body: bytes
 def test_the_state_refuses_an_absurd_limit(server: Server) -> None:
     answer = httpx.get(f"{server.engine}/v1/tokencake/state", params={"limit": 0}, headers=server.auth)
     assert answer.status_code == 400
-    assert "limit is '0'; expected a number from 1 to 200" in answer.text
+    assert "limit is '0'; expected a number from 1 to 10000" in answer.text
 
 
 @pytest.mark.parametrize(("method", "path"), [("POST", "/v1/tokencake/events"), ("GET", "/v1/tokencake/state")])
