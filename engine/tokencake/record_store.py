@@ -17,7 +17,7 @@ from tokencake.memory_account import APP_BYTES, SESSION_BYTES, Account, Accounts
 from tokencake.metric_names import CountKey
 from tokencake.parsing import count, may, number
 from tokencake.protocol import Hint
-from tokencake.records import App, Call, Session
+from tokencake.records import App, Call, Session, lifetime_of
 from tokencake.timeline import TICK_S, Timeline, after
 
 _STEPS: Final = 8
@@ -65,6 +65,8 @@ class RecordStore:
             self._accounts.add(hint.tenant, "session", session.id, SESSION_BYTES + text_bytes(session.id))
         account = self._accounts.of(session.tenant)
         session.touched_s = now
+        if hint.app and session.app != hint.app and (former := self.apps.get(session.app or "")):
+            former.own_sessions.discard(session.id)
         session.agent, session.app = hint.agent or session.agent, hint.app or session.app
         self.sessions.move_to_end(hint.session)
         account.touch("session", session.id)
@@ -76,7 +78,7 @@ class RecordStore:
             app.touched_s = now
             self.apps.move_to_end(hint.app)
             account.touch("app", hint.app)
-            if session.id.startswith(hint.app):
+            if lifetime_of(hint) == hint.app:
                 app.own_sessions.add(session.id)
         return session
 

@@ -91,5 +91,15 @@ class App:
     touched_s: float
     tenant: str = ""
     own_sessions: set[str] = field(default_factory=set)
-    """Sessions that cannot outlive it: their ids begin with its own."""
+    """Sessions that end with it (`lifetime_of`)."""
     ended: ToolStatus | None = None
+
+
+def lifetime_of(hint: Hint) -> str:
+    """What ends the session of a call for good: the application if the session is its own, else only the session's end.
+
+    An application's own sessions are those whose id is the application's, or begins with it and a slash. Another
+    session, as one named after a thread, is extended by later applications.
+    """
+    is_own = hint.app is not None and f"{hint.session}/".startswith(f"{hint.app}/")
+    return hint.app if is_own and hint.app is not None else hint.session

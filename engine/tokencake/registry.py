@@ -48,6 +48,8 @@ class Registry(RecordStore):
             return False
         session = self._touch_session(hint, now)
         session.ended = None
+        if app := self.apps.get(hint.app or ""):
+            app.ended = None
         session.arrived_s = now
         call_id = hint.call or request_id
         call = self.calls.get(call_id)
@@ -123,12 +125,11 @@ class Registry(RecordStore):
             case protocol.StallStart() | protocol.StallEnd():
                 outcome = self._hear_wait(event, now)
             case protocol.SessionEnd():
-                session = self.sessions.get(event.session)
-                outcome = _end(session, event.status)
-                if session is not None:
-                    self._end_stalls(session, now)
+                outcome = _end(self.sessions.get(event.session), event.status)
+                self._end_sessions(event, now)
             case protocol.AppEnd():
-                outcome = self._end_app(event, now)
+                outcome = _end(self.apps.get(event.app), event.status)
+                self._end_sessions(event, now)
             case protocol.Graph():
                 outcome = self._learn_graph(event)
             case _:
@@ -178,15 +179,22 @@ class Registry(RecordStore):
                         tool.ended_s = now
                 self._note_stall(call)
 
-    def _end_app(self, event: protocol.AppEnd, now: float) -> Outcome:
-        app = self.apps.get(event.app)
-        outcome = _end(app, event.status)
-        if app is not None and outcome == "applied":
-            for name in app.own_sessions:
-                session = self.sessions[name]
-                session.ended = session.ended or event.status
-                self._end_stalls(session, now)
-        return outcome
+    def ended_by(self, event: Event) -> list[Session]:
+        """The known sessions that `event` ends; no other event and no other session drops a prefix."""
+        match event:
+            case protocol.SessionEnd():
+                names = {event.session}
+            case protocol.AppEnd():
+                app = self.apps.get(event.app)
+                names = app.own_sessions if app is not None else set()
+            case _:
+                names = set()
+        return [self.sessions[name] for name in sorted(names) if name in self.sessions]
+
+    def _end_sessions(self, event: protocol.SessionEnd | protocol.AppEnd, now: float) -> None:
+        for session in self.ended_by(event):
+            session.ended = session.ended or event.status
+            self._end_stalls(session, now)
 
     def _learn_graph(self, event: protocol.Graph) -> Outcome:
         if event.graph in self.graphs:

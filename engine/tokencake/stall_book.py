@@ -5,27 +5,43 @@ Joins the chains of one engine with the registry of calls and events. Knows noth
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
+from tokencake.dropped import Dropped, SharedBlocks
 from tokencake.forecast import Forecast, Stall
+from tokencake.protocol import parse_event
+from tokencake.records import lifetime_of
 from tokencake.returns import Returns
 from tokencake.roles import role_of
-from tokencake.stalls import AFTER_TOOLS, ANSWER, Chain, Chains, ended_s, expected_rest, give_up_after
+from tokencake.stalls import AFTER_TOOLS, ANSWER, MAX_CHAINS, Chain, Chains, ended_s, expected_rest, give_up_after
 
 if TYPE_CHECKING:
     from tokencake.protocol import Hint
     from tokencake.records import Call, Session
     from tokencake.registry import Registry
+    from tokencake.returns import Claim
+
+
+_BLOCKS: Final = 65_536
+"""Of an engine whose size is not told."""
+_DROPPED_TIMES: Final = 2
+_SHARED_TIMES: Final = 4
+"""So many times the blocks of the device are remembered, dropped ones and users."""
 
 
 class StallBook:
-    """The stalls of one engine."""
+    """The stalls of one engine with so many device `blocks`."""
 
-    def __init__(self, registry: Registry) -> None:
+    def __init__(self, registry: Registry, blocks: int = _BLOCKS) -> None:
         self.chains = Chains()
         self.forecast = Forecast()
         self.returns = Returns()
+        self.dropped = Dropped(_DROPPED_TIMES * blocks, self.returns.refute)
+        self._shared = SharedBlocks(_SHARED_TIMES * blocks)
+        self._given_up: OrderedDict[str, Chain] = OrderedDict()
+        """The last chain of a session that was given up, with one block from its middle."""
         self._registry = registry
 
     # --- the life of a call -----------------------------------------------------------------------------
@@ -35,10 +51,22 @@ class StallBook:
     ) -> Chain | None:
         """A call came; returns the stalled chain that it extends, and learns from its return."""
         parent = self.chains.arrive(request_id, keys, hint, now, tenant)
-        if parent is not None:
-            self.returns.learn(parent.hint, came=True)
-            self._learn_return(parent, now)
+        late = None if hint is None else self._given_up.pop(hint.session, None)
+        came = parent or (late if late is not None and late.keys[0] in keys else None)
+        if came is not None:
+            self._learn_outcome(came, came=True)
+            self._learn_return(came, now)
         return parent
+
+    def wake(self, keys: Sequence[bytes], request_id: str, hint: Hint | None) -> list[bytes]:
+        """A call asks for `keys`: no longer dropped are these; returns those that had been put first."""
+        return self.dropped.wake(keys, request_id if hint is None else lifetime_of(hint))
+
+    def _learn_outcome(self, chain: Chain, *, came: bool) -> None:
+        if chain.claim != "final":
+            self.returns.learn(chain.hint, came=came)
+        if chain.claim is not None:
+            self.returns.learn(chain.hint, came=came, claim=chain.claim)
 
     def _learn_return(self, parent: Chain, now: float) -> None:
         hint, call = parent.hint, self.call_of(parent)
@@ -67,15 +95,33 @@ class StallBook:
         chain = self.chains.stall(request_id, keys, now)
         if chain is None:
             return None
+        self._shared.use(keys, self._lifetime(chain))
+        chain.claim = self._claim(chain.hint)
         rest = self.rest(chain, now)
         chain.back_s, chain.give_up_s = now + rest.quantile(0.5), now + give_up_after(rest, ())
         return chain, rest
 
     def drop(self, chain: Chain) -> None:
-        """Nobody will extend it."""
+        """A claim says that nothing will extend it, and is believed: what only it had may go first."""
         self.chains.remove(chain.id)
-        if chain.heirs_left is None and chain.hint is not None and chain.hint.reuse != "final":
-            self.returns.learn(chain.hint, came=False)
+        if chain.claim is None:
+            return
+        if chain.heirs_left is None:
+            self._learn_outcome(chain, came=False)
+        lifetime = self._lifetime(chain)
+        private = [key for key in self.chains.dead(chain) if self._shared.is_private(key, lifetime)]
+        self.dropped.add(role_of(chain.hint), chain.claim, lifetime, private)
+
+    def give_up(self, chain: Chain) -> None:
+        """No call came for so long that none is expected; one that comes after all is learned from."""
+        self.chains.remove(chain.id)
+        if chain.heirs_left is None and chain.hint is not None:
+            self._learn_outcome(chain, came=False)
+            chain.keys = chain.keys[len(chain.keys) // 2 :][:1]
+            self._given_up.pop(chain.hint.session, None)
+            self._given_up[chain.hint.session] = chain
+            if len(self._given_up) > MAX_CHAINS:
+                self._given_up.popitem(last=False)
 
     # --- what is expected -------------------------------------------------------------------------------
 
@@ -94,28 +140,37 @@ class StallBook:
         chain.give_up_s = now + give_up_after(rest, [tool.deadline_s for tool in call.tools.values()] if call else ())
         return rest
 
-    def is_over(self, hint: Hint | None) -> bool:
-        """Whether the session or the application has ended."""
+    def believed_claim(self, chain: Chain) -> Claim | None:
+        """Why nothing will extend it, where such claims have been true."""
+        claim = chain.claim
+        return claim if claim is not None and self.returns.is_believed(chain.hint, claim) else None
+
+    def _claim(self, hint: Hint | None) -> Claim | None:
         if hint is None:
-            return False
+            return None
         session = self._registry.sessions.get(hint.session)
-        app = self._registry.apps.get(hint.app) if hint.app else None
-        return bool((session and session.ended) or (app and app.ended))
+        is_over = session is not None and session.ended is not None
+        return "final" if hint.reuse == "final" else "over" if is_over else None
+
+    @staticmethod
+    def _lifetime(chain: Chain) -> str:
+        return chain.id if chain.hint is None else lifetime_of(chain.hint)
 
     # --- events -----------------------------------------------------------------------------------------
 
     def hear(self, event: dict[str, Any]) -> tuple[list[Chain], list[Chain]]:
-        """The registry has taken `event` in: the stalls that it tells of, and those that it ends for good."""
+        """The registry has taken `event` in: the stalls that it tells of, and the prefixes to drop."""
         match event["type"]:
             case "tool_start" | "tool_progress" | "tool_end":
                 return self._hear_tool(event), []
             case "stall_start" | "stall_end":
                 return self._stalled(event["session"]), []
-            case "session_end":
-                return [], self._stalled(event["session"])
-            case "app_end":
-                app = event["app"]
-                return [], [c for c in self.chains if c.phase == "stalled" and c.hint and c.hint.app == app]
+            case "session_end" | "app_end":
+                sessions = self._registry.ended_by(parse_event(event))
+                ended = [chain for session in sessions for chain in self._stalled(session.id)]
+                for chain in ended:
+                    chain.claim = chain.claim or "over"
+                return [], [chain for chain in ended if self.believed_claim(chain) is not None]
         return [], []
 
     def _hear_tool(self, event: dict[str, Any]) -> list[Chain]:

@@ -11,12 +11,15 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Final, Literal, TypeAlias
+from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 
 from tokencake.forecast import BACK_NOW, Forecast, Stall
 from tokencake.protocol import Hint
 from tokencake.records import Call, Session, ToolCall
 from tokencake.roles import Role, role_of
+
+if TYPE_CHECKING:
+    from tokencake.returns import Claim
 
 Phase: TypeAlias = Literal["waiting", "running", "stalled"]
 
@@ -50,6 +53,8 @@ class Chain:
     """When its upload should start; None where none is planned."""
     back_s: float = 0.0
     """When the agent is expected back, in the middle of the forecast."""
+    claim: Claim | None = None
+    """Why no call should extend it, believed or not."""
     outcome: str = "none"
     """What was decided for the stall, for the answer and the state."""
     is_uploaded: bool = False

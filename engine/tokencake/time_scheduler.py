@@ -13,8 +13,8 @@ from typing import Final, Literal, Protocol, TypeAlias, assert_never
 
 from tokencake import parsing
 from tokencake.forecast import Stall
-from tokencake.protocol import Reuse
 from tokencake.rates import Rates
+from tokencake.returns import Claim
 
 Action: TypeAlias = Literal["keep", "offload", "drop", "leave"]
 PaperReason: TypeAlias = Literal[
@@ -78,9 +78,8 @@ class TimeSettings:
 class Finished:
     """What is known when a call ends; `blocks` count full blocks."""
 
-    reuse: Reuse | None
-    is_over: bool
-    """Its session or application has ended, or the call was aborted."""
+    claim: Claim | None
+    """Why nothing will extend it, where that is believed."""
     rest: Stall
     queue_s: float
     """How long the next call will wait for its slot once it has come."""
@@ -145,8 +144,8 @@ class Ours:
 
     def at_finish(self, call: Finished, rates: Rates, settings: TimeSettings) -> Decision:
         """In seconds: the gap until the blocks are used again, against copying them out and in."""
-        if call.reuse == "final" or call.is_over:
-            return Decision("drop", "final" if call.reuse == "final" else "over")
+        if call.claim is not None:
+            return Decision("drop", call.claim)
         gap_s = call.rest.quantile(0.9) + call.queue_s
         round_trip_s = rates.store_s(call.missing) + rates.load_s(call.missing)
         if gap_s <= max(settings.short_stall_s, round_trip_s):
@@ -200,7 +199,7 @@ class Paper:
 
     def at_finish(self, call: Finished, rates: Rates, settings: TimeSettings) -> Decision:  # noqa: ARG002  # the interface
         """Reject reasons in the published order."""
-        if call.is_over or call.reuse == "final" or not call.blocks:
+        if call.claim is not None or not call.blocks:
             return Decision("leave", "not eligible")
         if not call.missing:
             return Decision("offload", "on host already")

@@ -1,13 +1,14 @@
-"""Which free device block is given away first? By vLLM the longest unused; here what nobody wants goes before it.
+"""Order in which free device blocks are given away: empty ones, those of dropped prefixes, the longest unused.
 
-Free blocks still hold what was computed. Those that only a dead chain wanted go to the head of vLLM's free queue; an
+Free blocks still hold what was computed. vLLM's queue has the empty ones first and then the longest unused. Blocks of
+dropped prefixes are put between the two, no more than a step may take, so that none goes while there are empty ones. An
 upload takes such as are worth less than what it brings.
 """
 
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from vllm.v1.core.kv_cache_utils import BlockHash, make_block_hash_with_group_id
 
@@ -16,12 +17,11 @@ if TYPE_CHECKING:
 
     from vllm.v1.core.kv_cache_utils import KVCacheBlock
 
+    from tokencake.dropped import Dropped
     from tokencake.stalls import Chain, Chains
     from tokencake_vllm.host_cache import HostCache
     from tokencake_vllm.scheduler import TokenCakeMixin
 
-_PATIENCE: Final = 8
-"""With async scheduling the blocks of a call are set free a step after its end: so often a dead block is asked for."""
 _FREE_SCAN: Final = 1_024
 """Free blocks looked at for such as nobody wants."""
 _DONORS: Final = 8
@@ -40,32 +40,47 @@ def key_of(full_hash: bytes) -> bytes:
 class FreeOrder:
     """The free queue of one block pool."""
 
-    def __init__(self, scheduler: TokenCakeMixin, cache: HostCache, chains: Chains) -> None:
-        self._cache, self._chains = cache, chains
+    def __init__(self, scheduler: TokenCakeMixin, cache: HostCache, chains: Chains, dropped: Dropped) -> None:
+        self._cache, self._chains, self._dropped = cache, chains, dropped
         self._pool = scheduler.kv_cache_manager.block_pool
-        self._is_late = bool(scheduler.defer_block_free)
-        self._dead: list[tuple[KVCacheBlock, bytes, int]] = []
+        # An empty block for each running call, and the prompts of a step.
+        self._step_blocks = scheduler.max_num_running_reqs + scheduler.max_num_scheduled_tokens // scheduler.block_size
 
-    def bury(self, keys: Iterable[bytes]) -> None:
-        """Nobody wants these any more."""
-        for key in keys:
-            if (block := self._find(key)) is not None and block.block_hash is not None:
-                self._dead.append((block, block.block_hash, 0))
-
-    def demote_dead(self) -> None:
-        """Dead blocks that are free go to the head of the free queue, the tail of a chain first."""
-        if not self._dead:
+    def put_dropped_first(self) -> None:
+        """Put as many dropped blocks behind the empty ones as the next step may take beyond those."""
+        if not len(self._dropped):
             return
-        dead, self._dead = self._dead, []
-        first: dict[int, KVCacheBlock] = {}
-        for block, full, asked in dead:
-            if block.block_hash != full or key_of(full) in self._chains.wanted:
+        queue = self._pool.free_block_queue
+        behind: Any
+        behind, count = self._head_run(queue)
+        held: list[bytes] = []
+        first: list[KVCacheBlock] = []
+        while count + len(first) < self._step_blocks and (key := self._dropped.take()) is not None:
+            block = self._find(key)
+            if key in self._chains.wanted:
+                self._dropped.discard(key)
                 continue
-            if block.ref_cnt == 0:
-                first[block.block_id] = block
-            elif self._is_late and asked < _PATIENCE:
-                self._dead.append((block, full, asked + 1))
-        self.prefer(list(first.values()))
+            if block is None:
+                continue
+            if block.ref_cnt:  # with async scheduling it comes free a step after the end of its call
+                held.append(key)
+                continue
+            if block is behind:
+                behind = block.next_free_block
+            queue.remove(block)
+            first.append(block)
+        _insert(queue, behind, first)
+        for key in held:
+            self._dropped.put_back(key)
+
+    def _head_run(self, queue: Any) -> tuple[KVCacheBlock, int]:
+        """The first block behind the empty and the dropped ones, or behind those of a step, and how many these are."""
+        block, count = queue.fake_free_list_head.next_free_block, 0
+        while count < self._step_blocks and block is not queue.fake_free_list_tail:
+            if block.block_hash is not None and not self._dropped.is_first(key_of(block.block_hash)):
+                break
+            block, count = block.next_free_block, count + 1
+        return block, count
 
     def prefer(self, blocks: Sequence[KVCacheBlock]) -> None:
         """Give these free blocks away next."""
@@ -80,16 +95,16 @@ class FreeOrder:
         self._pool.touch(free)
         self._pool.free_blocks(reversed(free))
 
+    def renew_keys(self, keys: Iterable[bytes]) -> None:
+        """The same, by the hashes of blocks."""
+        self.renew([block for key in keys if (block := self._find(key)) is not None])
+
     def worth_less(self, chain: Chain, count: int, now: float) -> list[KVCacheBlock]:
         """Up to `count` free blocks that hold nothing, or what is worth less than the blocks of `chain`."""
         found = list(itertools.islice(self._unwanted(), count))
         if len(found) < count:
             found += itertools.islice(self._of_later(chain, now), count - len(found))
         return found
-
-    def forget(self) -> None:
-        """What was dead has been reset."""
-        self._dead.clear()
 
     def _unwanted(self) -> Iterator[KVCacheBlock]:
         block = self._pool.free_block_queue.fake_free_list_head.next_free_block
@@ -117,3 +132,13 @@ class FreeOrder:
             make_block_hash_with_group_id(BlockHash(key), 0)
         )
         return block
+
+
+def _insert(queue: Any, behind: Any, blocks: Sequence[KVCacheBlock]) -> None:
+    """Put `blocks` into the queue before `behind`, a block in it or its end; vLLM has no method for that."""
+    before = behind.prev_free_block
+    for block in blocks:
+        before.next_free_block, block.prev_free_block = block, before
+        before = block
+    before.next_free_block, behind.prev_free_block = behind, before
+    queue.num_free_blocks += len(blocks)

@@ -51,7 +51,7 @@ class TimeEngine:
     def __init__(self, scheduler: TokenCakeMixin, cache: HostCache, settings: TimeSettings) -> None:
         self.cache = cache
         self.settings = settings
-        self.book = StallBook(scheduler.registry)
+        self.book = StallBook(scheduler.registry, scheduler.kv_cache_manager.block_pool.num_gpu_blocks)
         self.chains = self.book.chains
         self.alarm = Alarm()
         self.is_resetting = False
@@ -59,7 +59,7 @@ class TimeEngine:
         self._registry = scheduler.registry
         self._pool = scheduler.kv_cache_manager.block_pool
         self._policy = policy_of(settings)
-        self._order = FreeOrder(scheduler, cache, self.chains)
+        self._order = FreeOrder(scheduler, cache, self.chains, self.book.dropped)
         self.uploads = Uploads(scheduler, cache, self.chains, self._order, self._is_worth, self.count)
         self._parents: dict[str, Chain] = {}
         """Of a waiting call: the chain that it extends, and whose pins it takes over."""
@@ -77,7 +77,9 @@ class TimeEngine:
         """See whose stall this call ends."""
         hint = self._registry.hint_of(request.request_id)
         tenant = self._scheduler.tenant_of(request)
-        parent = self.book.arrive(request.request_id, list(request.block_hashes), hint, now, tenant)
+        keys = list(request.block_hashes)
+        parent = self.book.arrive(request.request_id, keys, hint, now, tenant)
+        self._order.renew_keys(self.book.wake(keys, request.request_id, hint))
         if hint is not None and hint.reuse == "final" and hint.parent_call is not None:
             # The last call of a sub-agent: whoever waits for it is back soon.
             for employer in self.book.stalled_at(hint.parent_call):
@@ -140,7 +142,8 @@ class TimeEngine:
         decision = self._policy.at_finish(self._finished(chain, rest), self.cache.rates, self.settings)
         stored = self._do(decision, chain, blocks, rest, now)
         for old in self.chains.overflow():
-            self._drop(old)
+            self.chains.remove(old.id)
+            self._let_go(old)
         return None if chain.hint is None else {"tokencake": self._told(chain, decision, stored, rest)}
 
     def _told(self, chain: Chain, decision: Decision, stored: int, rest: Stall) -> dict[str, Any]:
@@ -189,8 +192,7 @@ class TimeEngine:
         while self._stored_at_step and self._stored_at_step[0] < self._steps - CHURN_STEPS:
             self._stored_at_step.popleft()
         return Finished(
-            reuse=hint.reuse if hint else None,
-            is_over=self.book.is_over(hint),
+            claim=self.book.believed_claim(chain),
             rest=rest,
             queue_s=waiting_calls * cache.rates.admission.seconds,
             blocks=len(chain.keys),
@@ -228,11 +230,14 @@ class TimeEngine:
     # --- nobody will come -------------------------------------------------------------------------------
 
     def _drop(self, chain: Chain) -> None:
-        """Nobody will extend it: what only it wanted is the first to be reused, and stays a hit until then."""
+        """Nothing will extend it: what only it wanted is the first to be reused, and stays a hit until then."""
         self.book.drop(chain)
+        self._let_go(chain)
+
+    def _let_go(self, chain: Chain) -> None:
+        """No call is expected: nothing is held or uploaded for it, and its blocks age as any others."""
         self.uploads.settle(chain.id, None)
         self.cache.release(chain.id)
-        self._order.bury(self.chains.dead(chain))
 
     # --- events -----------------------------------------------------------------------------------------
 
@@ -243,7 +248,6 @@ class TimeEngine:
             self._refine(chain, now)
         for chain in ended:
             self._drop(chain)
-        self._order.demote_dead()
 
     def _refine(self, chain: Chain, now: float) -> None:
         rest = self.book.refine(chain, now)
@@ -257,7 +261,7 @@ class TimeEngine:
         self._steps += 1
         self._clock.schedule(now)
         self._now = now
-        self._order.demote_dead()
+        self._order.put_dropped_first()
         for name in self.alarm.take_due(now):
             chain = self.chains.by_id.get(name)
             if chain is not None and chain.phase == "stalled":
@@ -274,7 +278,8 @@ class TimeEngine:
     def _look(self, chain: Chain, now: float) -> None:
         if chain.give_up_s is not None and chain.give_up_s <= now:
             self.count("kv_stalls", "given_up")
-            self._drop(chain)
+            self.book.give_up(chain)
+            self._let_go(chain)
             return
         if chain.due_s is not None and chain.due_s <= now:
             chain.due_s = None
@@ -375,7 +380,6 @@ class TimeEngine:
         took_s = self._clock.complete(now)
         if tokens >= _PREFILL_STEP_TOKENS:
             self.cache.rates.prefill.learn(tokens, took_s)
-        self._order.demote_dead()
 
     def is_stalled(self, chain_id: str) -> bool:
         """Whether this chain still waits for somebody."""
@@ -387,7 +391,7 @@ class TimeEngine:
     def reset(self) -> None:
         """Give back everything that is held; what the host has is as old as what the device had."""
         self.uploads.reset()
-        self._order.forget()
+        self.book.dropped.clear()
         self.cache.reset()
 
     def held_for(self, tenant: str) -> list[list[KVCacheBlock]]:

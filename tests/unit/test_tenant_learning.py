@@ -62,7 +62,7 @@ class Calls:
                 self.book.arrive(f"{name}-again", [*keys, b"more"], hint, 3 * tool_s)
                 self.book.chains.remove(f"{name}-again")
             else:
-                self.book.drop(chain)
+                self.book.give_up(chain)
 
 
 def test_the_stalls_of_one_tenant_change_no_forecast_of_another() -> None:

@@ -25,7 +25,7 @@ def test_blocks_that_a_call_loads_were_used_once(bench: Callable[..., Bench]) ->
     name = long_stall(engine, out_degree=2)
     for more in (20, 30):
         engine.wipe()
-        engine.answer(engine.follow_up(name, more), reuse="final")
+        engine.answer(engine.follow_up(name, more), reuse="final", fan_out=2)
     assert offloads(engine) == {"stored": 6, "used": 6}
 
 

@@ -214,27 +214,72 @@ def test_pins_are_given_up_before_a_call_has_to_wait_for_them(bench: Callable[..
 
 
 def test_a_final_answer_is_not_copied_and_goes_first(bench: Callable[..., Bench]) -> None:
-    engine = bench()
+    engine = bench(num_blocks=24)
     long_stall(engine, [900 + i for i in range(100)], session="t")
     engine.answer(PROMPT, reuse="final")
     assert engine.count("kv_stores", "queued") == 1
+    engine.step()  # they are put first as a step begins
     queue = engine.pool.free_block_queue.get_all_free_blocks()
     cached = [bytes(block.block_hash)[:-4] for block in queue if block.block_hash is not None]
     assert set(cached[6:]) == set(engine.scheduler.time.chains.by_id["r1"].keys)
     engine.check()
 
 
-@pytest.mark.parametrize("event", [protocol.SessionEnd("s"), protocol.AppEnd("a")])
+@pytest.mark.parametrize("event", [protocol.SessionEnd("a//x"), protocol.AppEnd("a")])
 def test_what_an_ended_application_leaves_is_reused_first(bench: Callable[..., Bench], event: Any) -> None:
-    engine = bench()
-    long_stall(engine, app="a")
+    engine = bench(num_blocks=24)
     long_stall(engine, [900 + i for i in range(100)], session="t", app="b")
-    first = set(engine.scheduler.time.chains.by_id["r1"].keys)
+    long_stall(engine, session="a//x", app="a")  # used last, so that only the event puts it first
+    first = set(engine.scheduler.time.chains.by_id["r2"].keys)
     engine.tell(event)
+    engine.step()  # they are put first as a step begins
     queue = engine.pool.free_block_queue.get_all_free_blocks()
     cached = [bytes(block.block_hash)[:-4] for block in queue if block.block_hash is not None]
     assert set(cached[:6]) == first
-    assert list(engine.scheduler.time.chains.by_id) == ["r2"]
+    assert all(block.block_hash is None for block in queue[: len(queue) - len(cached)])  # behind the empty ones
+    assert list(engine.scheduler.time.chains.by_id) == ["r1"]
+    engine.check()
+
+
+def test_the_end_of_a_run_leaves_what_its_thread_may_extend(bench: Callable[..., Bench]) -> None:
+    engine = bench()
+    name = long_stall(engine, session="thread//agent", app="run-1")
+    assert engine.tell(protocol.AppEnd("run-1")) == ["applied"]
+    assert name in engine.scheduler.time.chains.by_id
+    assert engine.scheduler.registry.sessions["thread//agent"].ended is None
+    follow_up = engine.answer(engine.follow_up(name), session="thread//agent", app="run-2")
+    assert engine.tokens_found(follow_up) == (96, 0)
+
+
+def test_a_session_is_an_applications_own_only_below_its_whole_name(bench: Callable[..., Bench]) -> None:
+    engine = bench()
+    name = long_stall(engine, session="run-10//agent", app="run-1")
+    engine.tell(protocol.AppEnd("run-1"))
+    assert name in engine.scheduler.time.chains.by_id
+
+
+def test_an_end_that_was_wrong_is_not_believed_again(bench: Callable[..., Bench]) -> None:
+    """`session_end`, and more calls of the session after it: the next end drops nothing."""
+    engine = bench()
+    name = long_stall(engine, session="s")
+    engine.tell(protocol.SessionEnd("s"))
+    assert name not in engine.scheduler.time.chains.by_id
+    again = engine.answer(engine.follow_up(name), session="s", expects_tools={"build": 60.0}, reuse="extends")
+    engine.tell(protocol.SessionEnd("s"))
+    assert again in engine.scheduler.time.chains.by_id
+
+
+def test_blocks_that_another_session_has_used_are_not_put_first(bench: Callable[..., Bench]) -> None:
+    engine = bench(num_blocks=24)
+    system = list(range(64))
+    engine.answer([*system, *[900 + i for i in range(40)]], session="other", reuse="extends", expects_tools={"x": 60.0})
+    engine.answer([*system, *[700 + i for i in range(40)]], session="mine", reuse="final")
+    engine.tell(protocol.SessionEnd("other"))
+    engine.step()
+    queue = engine.pool.free_block_queue.get_all_free_blocks()
+    cached = [bytes(block.block_hash)[:-4] for block in queue if block.block_hash is not None]
+    shared = make_request("probe", [*system, 1], None, 1).block_hashes
+    assert not set(cached[:4]) & set(shared)
     engine.check()
 
 

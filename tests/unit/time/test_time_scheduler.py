@@ -34,8 +34,7 @@ def rates() -> Rates:
 def finished(stall_s: float = 8.0, **changed: Any) -> Finished:
     """A call of 9,000 tokens that asked for a tool on a busy device."""
     usual = Finished(
-        reuse="extends",
-        is_over=False,
+        claim=None,
         rest=Forecast().stall(Role(), None, stall_s),
         queue_s=0.0,
         blocks=563,
@@ -69,8 +68,8 @@ def test_a_long_stall_pays_for_the_round_trip() -> None:
 
 
 def test_a_final_answer_is_dropped() -> None:
-    assert ours(finished(reuse="final")) == "drop"
-    assert ours(finished(is_over=True)) == "drop"
+    assert ours(finished(claim="final")) == "drop"
+    assert ours(finished(claim="over")) == "drop"
 
 
 def test_a_short_stall_is_kept_where_there_is_room() -> None:
@@ -124,7 +123,7 @@ def test_paper_offloads_where_somebody_waits_who_fits() -> None:
         ({"host_free": 10}, "host is full"),
         ({"free_blocks": 2_000, "waiting_blocks": 100, "fitting_blocks": 100}, "low pressure"),
         ({"importance": 10.0, "is_near_end": True}, "important"),
-        ({"reuse": "final"}, "not eligible"),
+        ({"claim": "final"}, "not eligible"),
     ],
 )
 def test_paper_rejects_in_the_published_order(change: dict[str, Any], why: str) -> None:
