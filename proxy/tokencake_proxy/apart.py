@@ -13,8 +13,9 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar
 
 from tokencake_proxy.errors import Refusal
 
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 
 _Arguments = ParamSpec("_Arguments")
 _Answer = TypeVar("_Answer")
+
+_NICENESS: Final = 10
+"""The calls of others go first, where there are few cores."""
 
 
 class Apart:
@@ -68,6 +72,30 @@ class Apart:
         return answer  # type: ignore[no-any-return]
 
 
+class Turns:
+    """Lets one at a time work in the event loop, which is free for other calls as long after each as that took."""
+
+    def __init__(self) -> None:
+        self._lock = asyncio.Lock()
+        self._began_s = self._free_s = 0.0
+
+    async def __aenter__(self) -> None:
+        """Wait for a turn."""
+        await self._lock.acquire()
+        try:
+            await asyncio.sleep(self._free_s - time.perf_counter())
+        except asyncio.CancelledError:
+            self._lock.release()
+            raise
+        self._began_s = time.perf_counter()
+
+    async def __aexit__(self, *_: object) -> None:
+        """End the turn."""
+        ended_s = time.perf_counter()
+        self._free_s = 2 * ended_s - self._began_s
+        self._lock.release()
+
+
 def _ask(process: subprocess.Popen[bytes], question: Any) -> Any:
     """None from a process that has died."""
     with contextlib.suppress(BrokenPipeError, EOFError, pickle.UnpicklingError), process:
@@ -80,6 +108,7 @@ def _ask(process: subprocess.Popen[bytes], question: Any) -> Any:
 
 def _answer(memory_bytes: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    os.nice(_NICENESS)
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     work, arguments, named = pickle.load(sys.stdin.buffer)  # noqa: S301 - written by `_ask` above
     try:

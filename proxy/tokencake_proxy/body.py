@@ -11,7 +11,7 @@ from collections import Counter
 from http import HTTPStatus
 from typing import TYPE_CHECKING
 
-from tokencake_proxy.apart import Apart
+from tokencake_proxy.apart import Apart, Turns
 from tokencake_proxy.errors import Refusal
 from tokencake_proxy.headers import first_value, tokens
 
@@ -33,12 +33,14 @@ class Intake:
         settings: the limits.
         held_bytes: of all bodies that are held now.
         apart: where large ones are worked on.
+        turns: for those that are worked on in the event loop.
     """
 
     def __init__(self, settings: ProxySettings) -> None:
         self.settings = settings
         self.held_bytes = 0
         self.apart = Apart(settings.json_memory_bytes, settings.json_processes)
+        self.turns = Turns()
         self._held_bytes_by_key: Counter[bytes | None] = Counter()
 
     def hold(self, key: bytes | None, count: int) -> None:

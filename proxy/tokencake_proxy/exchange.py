@@ -19,6 +19,7 @@ import httpx
 from tokencake_proxy.body import Body, ClientLeftError
 from tokencake_proxy.errors import Refusal, error_event, send_refusal
 from tokencake_proxy.headers import first_value, request_lines, response_lines
+from tokencake_proxy.media import is_costly
 from tokencake_proxy.routes import EVENTS_ROUTE, is_guarded
 from tokencake_proxy.upstream import Call, Engine
 
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 _EVENT_ENDS: Final = (b"\n\n", b"\r\r", b"\r\n\r\n")
 _LONGEST_EVENT_END: Final = 4
+
+_BRIEF_BYTES: Final = 16_384
 
 _SHUTTING_DOWN: Final = Refusal(
     HTTPStatus.SERVICE_UNAVAILABLE, "shutting_down", "The proxy is shutting down; send the request again."
@@ -66,6 +69,7 @@ class Exchange:
         self._refusals = refusals
         self._settings = intake.settings
         self._apart = intake.apart
+        self._turns = intake.turns
         self._is_guarded = is_guarded(scope["path"], scope["method"])
         self._arrived_at_s = perf_counter()
         self._phase: Phase = "upload"
@@ -130,9 +134,12 @@ class Exchange:
 
     async def _scoped(self, call: Call, tenant_scope: TenantScope) -> Call:
         # The contract bounds a body of events; and the scope keeps account of them, which another process could not.
-        if self._route == EVENTS_ROUTE or len(call.body) <= self._settings.json_inline_bytes:
+        if self._route == EVENTS_ROUTE or len(call.body) <= _BRIEF_BYTES:
             return tenant_scope.scoped(call, self._route)
-        return await self._apart.run(tenant_scope.scoped, call, self._route)
+        if len(call.body) > self._settings.json_inline_bytes or is_costly(call.body):
+            return await self._apart.run(tenant_scope.scoped, call, self._route)
+        async with self._turns:
+            return tenant_scope.scoped(call, self._route)
 
     async def _watch(self, forwarding: asyncio.Task[None] | None) -> None:
         while (await self._receive())["type"] != "http.disconnect":

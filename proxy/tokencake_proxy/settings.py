@@ -73,7 +73,9 @@ class ProxySettings:
     key_check_timeout_s: float = _number(10.0, "seconds to wait for the engine's word on a key, else 503")
 
     json_inline_bytes: int = _number(
-        2**20, "bytes of a body up to which --tenants reads JSON in the proxy's own process, else in another"
+        2**20,
+        "bytes of a body up to which --tenants reads JSON in the proxy's own process, else in another; one of "
+        "thousands of strings goes there whatever its size",
     )
     json_memory_bytes: int = _number(2 * 2**30, "bytes of memory that this other process may take, else 413")
     json_processes: int = _number(2, "such processes at a time; other large bodies wait")

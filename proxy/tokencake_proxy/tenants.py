@@ -67,7 +67,7 @@ class TenantScope:
     def prefix_of(self, lines: Iterable[HeaderLine]) -> str:
         """The prefix of the tenant that sent these header lines."""
         _, _, key = (first_value(lines, b"authorization") or b"").partition(b" ")
-        return self._tenants.prefix(key)
+        return self._tenants.prefix(key.rstrip(b" \t"))  # white space after a value is no part of it (RFC 9112, 5)
 
     def scoped(self, call: Call, route: str) -> Call:
         """`call` in the scope of its sender. Malformed ids, hints and events stay so: the engine says what is wrong.

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from tests.tenancy import SECRET, TENANTS, prefix_of
-from tokencake_proxy.apart import Apart
+from tokencake_proxy.apart import Apart, Turns
 from tokencake_proxy.errors import Refusal, UpstreamError
+from tokencake_proxy.media import is_costly
 from tokencake_proxy.tenants import TenantScope
 from tokencake_proxy.upstream import Call
 
@@ -114,3 +115,45 @@ def test_a_body_is_scoped_the_same_wherever_it_is_read(engine, start_proxy, http
     hint = json.loads(json.loads(received.body)["vllm_xargs"]["tokencake"])
     assert hint["session"] == prefix_of("alice") + "s"
     assert json.loads(received.body)["prompt"] == body["prompt"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"features": {"mm_hashes": {"image": ["a"] * 10_000}}},
+        {"features": {"mm_hashes": {"image": ["\\"] * 20_000}}},
+        {"features": {"mm_hashes": {"image": [1] * 10_000}}},
+        {"messages": [{"content": [{"uuid": "a"}]}] * 5_000},
+        {"messages": [*[{}] * 10_000, {"uuid": "a"}]},
+        {str(number): 1 for number in range(10_000)},
+    ],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_a_body_of_many_names_is_costly_whatever_its_size(body, encoding):
+    assert is_costly(json.dumps(body).encode(encoding))
+
+
+def test_names_in_escapes_are_as_costly():
+    assert is_costly(b'{"messages": [' + b"{}," * 10_000 + b'{"\\u0075uid": "a"}]}')
+
+
+@pytest.mark.parametrize("text", ["word " * 200_000, 'say "yes", or {"no": 1}, ' * 40_000])
+def test_a_long_prompt_is_not_costly(text):
+    assert not is_costly(json.dumps({"messages": [{"role": "user", "content": text}]}).encode())
+
+
+async def test_other_calls_go_on_between_turns_and_one_that_is_given_up_blocks_none():
+    turns, events = Turns(), []
+
+    async def take_turn(name):
+        async with turns:
+            events.append(name)
+            asyncio.get_running_loop().call_soon(events.append, f"after {name}")
+
+    first, second, third = (asyncio.create_task(take_turn(name)) for name in "abc")
+    await asyncio.sleep(0)
+    second.cancel()
+    await asyncio.gather(first, second, third, return_exceptions=True)
+    await asyncio.sleep(0)
+
+    assert events == ["a", "after a", "c", "after c"]

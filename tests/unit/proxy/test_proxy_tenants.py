@@ -67,6 +67,11 @@ def test_a_client_with_another_key_is_another_tenant():
     assert scope.prefix_of(ALICE) == scope.prefix_of([(b"authorization", b"bearer alice's key")]) == ALICES
 
 
+@pytest.mark.parametrize("spelled", [b"Bearer alice's key  ", b"Bearer alice's key\t", b"bearer alice's key"])
+def test_a_key_that_is_spelled_otherwise_makes_no_other_tenant(spelled):
+    assert TenantScope(TENANTS).prefix_of([(b"authorization", spelled)]) == ALICES
+
+
 def test_the_prefix_cannot_be_worked_out_from_the_key():
     assert TenantScope(Tenants(b"another proxy's secret")).prefix_of(ALICE) != ALICES
 
@@ -458,6 +463,17 @@ def test_media_that_a_client_names_are_its_tenants_own(spelled):
 
     assert names[0] != names[1]
     assert all(name.startswith("logo-") for name in names)
+
+
+def test_media_that_are_nested_beyond_what_any_engine_reads_are_refused():
+    part = {"type": "image_url", "uuid": "x"}
+    for _ in range(10):
+        part = {"content": [part]}
+
+    with pytest.raises(Refusal) as refused:
+        send({"messages": [part]})
+
+    assert refused.value.code == "nesting"
 
 
 def test_media_that_a_client_claims_the_hash_of_are_its_tenants_own():
