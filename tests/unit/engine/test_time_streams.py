@@ -1,13 +1,12 @@
-"""The copies of a CUDA device on made-up streams: what is enqueued runs later, in any order that the events allow."""
+"""The copies of a CUDA device on made-up streams."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import time
-from collections.abc import Callable, Iterator
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 
@@ -16,8 +15,8 @@ pytest.importorskip("vllm", reason="the plug-in's tests need vLLM")
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.made_up_streams import Device, Event, Stream
 from tokencake_vllm import block_memory, slot_transfers, stream_copier
 from tokencake_vllm.block_memory import block_views, new_rows, pin
 from tokencake_vllm.copies import Job
@@ -25,101 +24,6 @@ from tokencake_vllm.slot_transfers import DriverTransfers, TorchTransfers, runs
 from tokencake_vllm.stream_copier import StreamCopier
 
 BLOCKS, SLOTS, LAYERS = 8, 6, 3
-aten = torch.ops.aten
-WRITES = {aten.copy_.default, aten.index_select.out, aten.index_copy_.default, aten.index_fill_.int_Scalar}
-
-
-class Stream:
-    """A queue of what the device has yet to do."""
-
-    def __init__(self, device: Any = None) -> None:
-        self.todo: list[Callable[[], bool]] = []
-
-    def enqueue(self, work: Callable[[], Any]) -> None:
-        def run() -> bool:
-            work()
-            return True
-
-        self.todo.append(run)
-
-    def wait_event(self, event: Event) -> None:
-        self.todo.append(event.query)  # stays at the head until the event is reached
-
-    def advance(self) -> None:
-        if self.todo and self.todo[0]():
-            self.todo.pop(0)
-
-    def synchronize(self) -> None:
-        """Until nothing is left; what this stream waits for goes on."""
-        while self.todo:
-            before = len(self.todo)
-            self.advance()
-            if len(self.todo) == before:
-                for stream in Event.streams:
-                    stream.advance()
-
-
-class Event:
-    streams: ClassVar[list[Stream]] = []
-    """All streams of the device, which goes on while the host waits."""
-
-    def __init__(self, enable_timing: bool = False, blocking: bool = False) -> None:
-        self.is_reached = False
-
-    def record(self, stream: Stream) -> None:
-        stream.enqueue(lambda: setattr(self, "is_reached", True))
-
-    def synchronize(self) -> None:
-        while not self.is_reached:
-            for stream in self.streams:
-                stream.advance()
-
-    def query(self) -> bool:
-        return self.is_reached
-
-    def elapsed_time(self, other: Event) -> float:
-        assert self.is_reached
-        assert other.is_reached
-        return 2.0
-
-
-class Device(TorchDispatchMode):
-    """Stands for `torch.cuda`: inside, what writes to a tensor goes to the current stream."""
-
-    Event = Event
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.compute = self.current = Stream()
-        self.sides: list[Stream] = []
-        Event.streams = [self.compute]
-        self.fails_at: int | None = None
-
-    def Stream(self, device: Any) -> Stream:  # noqa: N802  # torch's name
-        self.sides.append(Stream())
-        Event.streams.append(self.sides[-1])
-        return self.sides[-1]
-
-    def current_stream(self, device: Any) -> Stream:
-        return self.current
-
-    @contextlib.contextmanager
-    def stream(self, stream: Stream) -> Iterator[None]:
-        before, self.current = self.current, stream
-        try:
-            yield
-        finally:
-            self.current = before
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function not in WRITES or self.current is self.compute:
-            return function(*args, **(kwargs or {}))
-        if self.fails_at is not None:
-            self.fails_at -= 1
-            if self.fails_at < 0:
-                raise RuntimeError("made up")
-        self.current.enqueue(lambda: function(*args, **(kwargs or {})))
-        return kwargs["out"] if kwargs else args[0]
 
 
 class Immediate:
