@@ -247,7 +247,9 @@ class Registry(RecordStore):
         """
         drained = {
             "counts": [[list(key), count] for key, count in self.counts.items()],
-            "observed": self._observed,
+            "observed": dict(
+                self._observed
+            ),  # with `VLLM_ALLOW_INSECURE_SERIALIZATION` vLLM sends types, and not this one
             "gauges": {
                 "sessions": len(self.sessions),
                 "live_calls": len(self._requests),
