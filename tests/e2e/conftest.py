@@ -15,6 +15,8 @@ import tokencake_langgraph
 from tokencake_langgraph import ChatTokencake
 from tokencake_proxy.processes import STOCK_ENV, Processes, engine_command, free_port, proxy_command, stock_command
 
+PATIENCE_S = 60
+"""How long a test waits for what has to come: it ends a hang, and measures nothing."""
 API_KEY = "secret-of-the-tests"
 os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1"
 FLAGS = (
@@ -48,7 +50,7 @@ class Server:
 
     def state(self, **query: object) -> dict:
         """The engine's state, all its pages in one, once every event sent so far has arrived."""
-        assert tokencake_langgraph.flush(10.0)
+        assert tokencake_langgraph.flush(PATIENCE_S)
         pages: list[dict] = []
         while not pages or pages[-1]["next"] is not None:
             before = {"before": pages[-1]["next"]} if pages else {}
@@ -89,8 +91,8 @@ def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         flags = [*FLAGS, "--api-key", API_KEY]
         processes.start("engine", engine_command(str(tiny_model), engine_port, flags), ENV)
         processes.start("proxy", proxy_command(engine, "127.0.0.1", proxy_port))
-        processes.wait_until_healthy("engine", f"{engine}/health", timeout_s=300)
-        processes.wait_until_healthy("proxy", f"{proxy}/health", timeout_s=30)
+        processes.wait_until_healthy("engine", f"{engine}/health", timeout_s=8 * PATIENCE_S)
+        processes.wait_until_healthy("proxy", f"{proxy}/health", timeout_s=PATIENCE_S)
         yield Server(engine, proxy, processes)
 
 
@@ -103,6 +105,6 @@ def stock_server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     with Processes(tmp_path_factory.mktemp("stock-logs")) as processes:
         processes.start("engine", command, {**ENV, **STOCK_ENV})
         processes.start("proxy", proxy_command(engine, "127.0.0.1", proxy_port))
-        processes.wait_until_healthy("engine", f"{engine}/health", timeout_s=300)
-        processes.wait_until_healthy("proxy", f"{proxy}/health", timeout_s=30)
+        processes.wait_until_healthy("engine", f"{engine}/health", timeout_s=8 * PATIENCE_S)
+        processes.wait_until_healthy("proxy", f"{proxy}/health", timeout_s=PATIENCE_S)
         yield Server(engine, proxy, processes)

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.e2e.conftest import ENV, FLAGS
+from tests.e2e.conftest import ENV, FLAGS, PATIENCE_S
 from tests.tenancy import SECRET, prefix_of
 from tokencake.tenancy import SECRET_VARIABLE
 from tokencake_proxy.processes import Processes, engine_command, free_port, proxy_command
@@ -31,8 +31,8 @@ def urls(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         secret = {SECRET_VARIABLE: SECRET}
         processes.start("engine", engine_command(str(tiny_model), engine_port, flags), {**ENV, **secret})
         processes.start("proxy", [*proxy_command(engine, "127.0.0.1", proxy_port), "--tenants"], secret)
-        processes.wait_until_healthy("engine", f"{engine}/health", timeout_s=300)
-        processes.wait_until_healthy("proxy", f"{proxy}/health", timeout_s=30)
+        processes.wait_until_healthy("engine", f"{engine}/health", timeout_s=8 * PATIENCE_S)
+        processes.wait_until_healthy("proxy", f"{proxy}/health", timeout_s=PATIENCE_S)
         yield engine, proxy
 
 

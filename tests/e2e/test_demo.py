@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.e2e.conftest import ENV, wait_until
+from tests.e2e.conftest import ENV, PATIENCE_S, wait_until
 from tokencake_proxy.processes import free_port
 
 TOKENCAKE = [sys.executable, "-m", "tokencake_proxy.cli"]
@@ -40,7 +40,7 @@ def test_the_demo_writes_figures_that_the_engine_gave(tiny_model: Path, tmp_path
     out = tmp_path / "out.json"
     command = [*TOKENCAKE, "demo", "--model", str(tiny_model), "--tasks", "1", "--no-progress", "--json", str(out)]
     result = subprocess.run(
-        command, env=environment(tmp_path), capture_output=True, text=True, timeout=400, check=False
+        command, env=environment(tmp_path), capture_output=True, text=True, timeout=580, check=False
     )
     assert result.returncode == 0, result.stderr
     figures = json.loads(out.read_text())
@@ -78,10 +78,10 @@ def test_ctrl_c_in_the_demo_leaves_no_process_behind(tiny_model: Path, tmp_path:
         stderr=subprocess.DEVNULL,
         preexec_fn=listen_to_ctrl_c,  # noqa: PLW1509  # sets one signal, takes no lock
     ) as demo:
-        wait_until(lambda: len(processes_of(tmp_path)) >= 5, 120, "engine core and worker are up")
+        wait_until(lambda: len(processes_of(tmp_path)) >= 5, 5 * PATIENCE_S, "engine core and worker are up")
         demo.send_signal(signal.SIGINT)
-        assert demo.wait(60) == 130
-    wait_until(lambda: processes_of(tmp_path) == [], 10, "every process is gone")
+        assert demo.wait(PATIENCE_S) == 130
+    wait_until(lambda: processes_of(tmp_path) == [], PATIENCE_S, "every process is gone")
 
 
 def test_serve_answers_and_ends_on_sigterm_with_everything_it_started(tiny_model: Path, tmp_path: Path) -> None:
@@ -98,8 +98,8 @@ def test_serve_answers_and_ends_on_sigterm_with_everything_it_started(tiny_model
         body = {"model": "tiny", "prompt": "Hello", "max_tokens": 2}
         assert httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=body, timeout=60).status_code == 200
         serve.terminate()
-        assert serve.wait(60) == 0
-    wait_until(lambda: processes_of(tmp_path) == [], 10, "every process is gone")
+        assert serve.wait(PATIENCE_S) == 0
+    wait_until(lambda: processes_of(tmp_path) == [], PATIENCE_S, "every process is gone")
 
 
 @pytest.mark.parametrize("flag", ["--max-model-len=banana", "--scheduler-cls=my.Scheduler"])
@@ -110,7 +110,7 @@ def test_serve_shows_the_engine_s_own_words_when_it_does_not_start(tiny_model: P
         env=environment(tmp_path),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=5 * PATIENCE_S,
         check=False,
     )
     assert result.returncode == 1

@@ -13,9 +13,9 @@ import openai
 import pytest
 
 import tokencake_langgraph
-from tests.e2e.conftest import API_KEY, ENV, FLAGS, Server
+from tests.e2e.conftest import API_KEY, ENV, FLAGS, PATIENCE_S, Server, wait_until
 from tests.e2e.test_identity import QUESTION, Waits, thread, tool_loop
-from tokencake_proxy.processes import Processes, StartError, engine_command, free_port, proxy_command
+from tokencake_proxy.processes import Processes, StartError, engine_command, free_port, is_port_free, proxy_command
 
 
 def test_without_the_plug_in_the_app_still_works(stock_server: Server) -> None:
@@ -23,7 +23,7 @@ def test_without_the_plug_in_the_app_still_works(stock_server: Server) -> None:
     result = tool_loop(stock_server, waits).invoke(QUESTION, thread())
     assert len(waits) == 2
     assert result["messages"][-1].type == "ai"
-    assert tokencake_langgraph.flush(10.0)
+    assert tokencake_langgraph.flush(PATIENCE_S)
     answer = httpx.get(f"{stock_server.engine}/v1/tokencake/state", headers=stock_server.auth)
     assert answer.status_code == 404
 
@@ -37,7 +37,7 @@ def test_the_engine_dies_in_the_middle_of_a_stream_and_then_stays_away(stock_ser
     started = time.monotonic()
     with pytest.raises((openai.APIError, httpx.HTTPError)):
         list(stream)
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < PATIENCE_S
     with pytest.raises(openai.APIStatusError) as caught:
         stock_server.chat().invoke("Anybody there?")
     assert caught.value.status_code in (502, 503)
@@ -61,28 +61,22 @@ def test_the_death_of_the_engine_core_ends_the_server_and_no_event_waits_for_it(
     engine = f"http://127.0.0.1:{port}"
     with Processes(tmp_path) as processes:
         processes.start("engine", engine_command(str(tiny_model), port, FLAGS), ENV)
-        processes.wait_until_healthy("engine", f"{engine}/health", timeout_s=300)
+        processes.wait_until_healthy("engine", f"{engine}/health", timeout_s=8 * PATIENCE_S)
         body = {"v": 1, "events": [{"type": "app_end", "app": "a"}]}
         assert httpx.post(f"{engine}/v1/tokencake/events", json=body).status_code == 200
         os.kill(engine_core_of(processes.pid("engine")), signal.SIGKILL)
         with contextlib.suppress(httpx.TransportError):
             assert httpx.post(f"{engine}/v1/tokencake/events", json=body, timeout=60).status_code >= 500
         with pytest.raises(StartError, match="the engine ended"):
-            processes.wait_until_healthy("engine", f"{engine}/never", timeout_s=90)
+            processes.wait_until_healthy("engine", f"{engine}/never", timeout_s=3 * PATIENCE_S)
 
 
 def test_an_engine_that_was_never_there_is_named_in_the_error(tmp_path: Path) -> None:
     engine, port = f"http://127.0.0.1:{free_port()}", free_port()
     with Processes(tmp_path) as processes:
         processes.start("proxy", proxy_command(engine, "127.0.0.1", port))
-        deadline = time.monotonic() + 20
-        while time.monotonic() < deadline:
-            try:
-                health = httpx.get(f"http://127.0.0.1:{port}/health")
-                break
-            except httpx.TransportError:
-                time.sleep(0.1)
-        assert health.status_code == 503
+        wait_until(lambda: not is_port_free(port), PATIENCE_S, "the proxy listens")
+        assert httpx.get(f"http://127.0.0.1:{port}/health", timeout=PATIENCE_S).status_code == 503
         with (
             openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=API_KEY, max_retries=0) as client,
             pytest.raises(openai.InternalServerError, match=engine.removeprefix("http://")),
@@ -96,11 +90,11 @@ def test_events_for_a_proxy_that_went_away_are_dropped_and_nobody_waits(server: 
     waits: Waits = []
     with Processes(tmp_path) as processes:
         processes.start("proxy", proxy_command(server.engine, "127.0.0.1", port))
-        processes.wait_until_healthy("proxy", f"{proxy}/health", timeout_s=30)
+        processes.wait_until_healthy("proxy", f"{proxy}/health", timeout_s=PATIENCE_S)
         graph = tool_loop(Server(server.engine, proxy, processes), waits, turns=1)
         graph.invoke(QUESTION, thread())
     started = time.monotonic()
     with pytest.raises(openai.APIConnectionError):
         graph.invoke(QUESTION, thread())
     tokencake_langgraph.flush(3.0)
-    assert time.monotonic() - started < 15
+    assert time.monotonic() - started < PATIENCE_S

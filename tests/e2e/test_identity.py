@@ -23,7 +23,8 @@ from pydantic import Field
 
 from tests.e2e.conftest import API_KEY, Server
 
-TRUTH_S = 0.2
+TRUTH_S = 1.0
+"""How far an event may be from the truth: a busy machine runs the handler and the tool a moment apart."""
 
 Waits = list[tuple[float, float]]
 Query = Annotated[str, Field(max_length=8)]
@@ -297,4 +298,4 @@ async def test_a_tool_that_is_cancelled_or_times_out_is_cancelled_in_the_state(s
         await asyncio.wait_for(run, timeout=0.5)
     (call,) = await asyncio.to_thread(calls_of, server, config)
     assert [entry["status"] for entry in call["tools"]] == ["cancelled"]
-    assert 0.4 < call["tools"][0]["duration_s"] < 10
+    assert 0.4 < call["tools"][0]["duration_s"] < 60

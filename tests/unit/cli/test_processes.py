@@ -22,7 +22,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def log_message(self, *args): pass
 http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
 """
-STUBBORN = "import signal, subprocess, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+STUBBORN = (
+    "import signal, subprocess, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+    "print('ignores', flush=True); time.sleep(600)"
+)
+PATIENCE_S = 60
+"""How long a test waits for what has to come: it ends a hang, and measures nothing."""
 PARENT = """
 import sys
 from pathlib import Path
@@ -42,7 +47,7 @@ def is_alive(pid: int) -> bool:
 
 
 def wait_until_gone(pid: int) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + PATIENCE_S
     while is_alive(pid):
         assert time.monotonic() < deadline, f"process {pid} is still there"
         time.sleep(0.05)
@@ -52,7 +57,7 @@ def test_a_server_is_waited_for_and_stopped(tmp_path: Path) -> None:
     port = free_port()
     with Processes(tmp_path) as processes:
         processes.start("server", [sys.executable, "-c", SERVER, str(port)])
-        processes.wait_until_healthy("server", f"http://127.0.0.1:{port}/", timeout_s=20)
+        processes.wait_until_healthy("server", f"http://127.0.0.1:{port}/", timeout_s=PATIENCE_S)
         pid = processes.pid("server")
         assert is_alive(pid)
     assert not is_alive(pid)
@@ -83,12 +88,12 @@ def test_what_ignores_a_request_to_stop_is_killed_with_its_children(
     with Processes(tmp_path) as processes:
         processes.start("engine", [sys.executable, "-c", spawn + STUBBORN])
         log = tmp_path / "engine.log"
-        deadline = time.monotonic() + 10
-        while not log.read_text().endswith("\n"):
+        deadline = time.monotonic() + PATIENCE_S
+        while log.read_text().count("ignores") < 2:  # both
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        pids = [processes.pid("engine"), int(log.read_text())]
-        time.sleep(0.3)  # until both have told the system that they ignore SIGTERM
+        (child,) = [int(line) for line in log.read_text().split() if line.isdigit()]
+        pids = [processes.pid("engine"), child]
     for pid in pids:
         wait_until_gone(pid)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from typing import Any
 
@@ -11,12 +12,15 @@ pytest.importorskip("vllm", reason="the plug-in's tests need vLLM")
 
 import torch
 
+from tokencake_vllm import thread_copier
 from tokencake_vllm.block_memory import block_views, host_rows
 from tokencake_vllm.connector import Reports
 from tokencake_vllm.copies import Job, NoCopier, make_copier
 from tokencake_vllm.thread_copier import ThreadCopier
 
 BLOCKS, LAYERS = 6, 3
+PATIENCE_S = 60
+"""How long a test waits for what has to come: it ends a hang, and measures nothing."""
 
 
 def fill(tensor: Any) -> Any:
@@ -67,7 +71,7 @@ def block_of(caches: dict[str, Any], block: int) -> list[Any]:
 
 def finish(copier: Any, count: int = 1) -> list[Any]:
     done: list[Any] = []
-    until = time.monotonic() + 10
+    until = time.monotonic() + PATIENCE_S
     while len(done) < count:
         assert time.monotonic() < until
         done += copier.finished()
@@ -129,26 +133,52 @@ def test_a_block_that_changed_on_the_host_fails_its_checksum() -> None:
     copier.close()
 
 
-def big_copier(blocks: int) -> ThreadCopier:
-    """Blocks of 256 KiB."""
+class Clock:
+    """The copier's own clock: each look at it takes a tick, and a rest passes at once, or with `rests_on` never."""
+
+    TICK_S = 1e-4
+
+    def __init__(self, *, rests_on: bool) -> None:
+        self.now = 0.0
+        clock = self
+
+        class Condition(threading.Condition):
+            def wait(self, timeout: float | None = None) -> bool:
+                if timeout is None or rests_on:
+                    return super().wait()
+                clock.now += timeout
+                return False
+
+        self.Condition = Condition
+        self.Thread, self.get_native_id = threading.Thread, threading.get_native_id
+
+    def perf_counter(self) -> float:
+        self.now += self.TICK_S
+        return self.now
+
+
+def big_copier(monkeypatch: pytest.MonkeyPatch, blocks: int, *, rests_on: bool = True) -> tuple[ThreadCopier, Clock]:
+    """Blocks of 256 KiB; a copier whose rests end when something changes, or at once."""
+    clock = Clock(rests_on=rests_on)
+    monkeypatch.setattr(thread_copier, "time", clock)
+    monkeypatch.setattr(thread_copier, "threading", clock)
     views = block_views({"layer": torch.zeros(blocks, 1, 1, 64 * 1_024)}, blocks)
-    return ThreadCopier(views, host_rows(views, blocks), checks=False)
+    return ThreadCopier(views, host_rows(views, blocks), checks=False), clock
 
 
 @pytest.mark.parametrize("kind", ["store", "load"])
-def test_while_a_step_computes_a_copy_takes_a_twentieth_of_the_time(kind: Any) -> None:
-    copier = big_copier(100)
+def test_while_a_step_computes_a_copy_takes_a_twentieth_of_the_time(monkeypatch: pytest.MonkeyPatch, kind: Any) -> None:
+    copier, clock = big_copier(monkeypatch, 100, rests_on=False)
     copier.pace(is_computing=True, urgent=())
-    began = time.monotonic()
+    began = clock.now
     copier.start(Job(1, kind, tuple(range(100)), tuple(range(100))))
     (done,) = finish(copier)
-    # Its last piece is not followed by a rest.
-    assert done.seconds < 0.05 * (time.monotonic() - began) + 0.01
+    assert 0 < done.seconds < 0.05 * (clock.now - began)
     copier.close()
 
 
-def test_a_copy_that_a_call_waits_for_overtakes_and_does_not_rest() -> None:
-    copier = big_copier(400)
+def test_a_copy_that_a_call_waits_for_overtakes_and_does_not_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    copier, _ = big_copier(monkeypatch, 400)
     copier.pace(is_computing=True, urgent=())
     everything = tuple(range(200))
     copier.start(Job(1, "store", everything, everything))
@@ -162,8 +192,8 @@ def test_a_copy_that_a_call_waits_for_overtakes_and_does_not_rest() -> None:
     copier.close()
 
 
-def test_a_copier_that_is_closed_leaves_the_rest_undone() -> None:
-    copier = big_copier(200)
+def test_a_copier_that_is_closed_leaves_the_rest_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    copier, _ = big_copier(monkeypatch, 200)
     copier.pace(is_computing=True, urgent=())
     copier.start(Job(1, "store", tuple(range(200)), tuple(range(200))))
     copier.close()
@@ -171,8 +201,8 @@ def test_a_copier_that_is_closed_leaves_the_rest_undone() -> None:
     assert copier.finished() == []
 
 
-def test_a_copier_that_is_drained_has_nothing_under_way() -> None:
-    copier = big_copier(200)
+def test_a_copier_that_is_drained_has_nothing_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    copier, _ = big_copier(monkeypatch, 200)
     copier.pace(is_computing=True, urgent=())
     copier.start(Job(1, "store", tuple(range(200)), tuple(range(200))))
     copier.start(Job(2, "load", (0,), (0,)))
