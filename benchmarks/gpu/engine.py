@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias, assert_never
 
 from benchmarks.gpu.report import Report
+from tests.passive_connector import PASSIVE
 from tokencake import protocol
 from tokencake_vllm.plugin import register
 from tokencake_vllm.serve import SCHEDULER, connector_config
@@ -21,11 +22,6 @@ TOOL_S: Final = 600.0
 POLL_S: Final = 0.01
 QUIET_S: Final = 1.0
 """Copies that have not gone on for so long will not."""
-PASSIVE: Final = {
-    "kv_connector": "PassiveConnector",
-    "kv_connector_module_path": "benchmarks.gpu.passive_connector",
-    "kv_role": "kv_both",
-}
 
 
 @dataclass(frozen=True, slots=True)
