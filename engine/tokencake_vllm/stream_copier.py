@@ -16,6 +16,7 @@ Order, which is all that keeps the bytes right:
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
@@ -36,6 +37,9 @@ STAGING_BYTES: Final = 16 * 2**20
 """Device memory of one of the four staging buffers; a block that is larger has a buffer of its own size."""
 DEPTH: Final = 4
 """Pieces under way on one side stream: a request's load waits for at most those of two streams."""
+SWITCH_S: Final = 0.0005
+"""So long a busy thread keeps the interpreter while a thread of the copies waits for it. Beside a loop in Python that
+never rests, copies reached 0.4 GB/s on an H200 with Python's own 5 ms, and 3 to 5 with this, the loop being as fast."""
 _URGENT, _UPLOAD, _STORE = range(3)
 
 
@@ -219,6 +223,8 @@ class StreamCopier:
         }
         self._under_way: list[_Task] = []
         self._failed: list[Done] = []
+        self._switch_s = sys.getswitchinterval()
+        sys.setswitchinterval(min(self._switch_s, SWITCH_S))
         self._threads = [spawn(lane.work) for lane in self._lanes.values()]
 
     def start(self, job: Job) -> None:
@@ -297,6 +303,7 @@ class StreamCopier:
 
     def close(self) -> None:
         """Submit nothing more, and wait for what is under way."""
+        sys.setswitchinterval(self._switch_s)
         for lane in self._lanes.values():
             lane.close()
         for thread in self._threads:

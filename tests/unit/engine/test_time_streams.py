@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import sys
 import time
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -91,6 +93,13 @@ class Bench:
 @pytest.fixture(autouse=True)
 def small_staging(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stream_copier, "STAGING_BYTES", 3 * LAYERS * 2 * 4 * 8 * 4)
+
+
+@pytest.fixture(autouse=True)
+def switch_interval() -> Iterator[None]:
+    before_s = sys.getswitchinterval()
+    yield
+    sys.setswitchinterval(before_s)
 
 
 def test_a_store_reads_what_the_device_was_given_to_compute_before() -> None:
@@ -305,6 +314,14 @@ def test_the_threads_submit_by_themselves_and_end_with_the_copier() -> None:
     assert torch.equal(bench.rows[3], torch.full_like(bench.rows[3], int(bench.views[0][1].flatten()[0])))
     copier.close()
     assert not any(thread is not None and thread.is_alive() for thread in copier._threads)
+
+
+def test_while_there_are_copies_a_busy_thread_lets_theirs_go_on_sooner() -> None:
+    before_s = sys.getswitchinterval()
+    bench = Bench()
+    assert sys.getswitchinterval() <= stream_copier.SWITCH_S < before_s
+    bench.copier.close()
+    assert sys.getswitchinterval() == before_s
 
 
 class Cudart:
