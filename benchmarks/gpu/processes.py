@@ -35,7 +35,8 @@ class _Child:
 def run(report: Report, works: Mapping[str, Work], logs: Path) -> dict[str, Any]:
     """Run the works, each in a process of its own and all at once; their lines go to `report`.
 
-    The processes are forked where this one has not touched CUDA, because importing vLLM takes many seconds.
+    The processes are forked where this one has not touched CUDA, because importing vLLM takes many seconds. This one
+    must not have computed with tensors either: OpenMP's threads do not survive a fork, a child that needs them hangs.
 
     Returns:
         What each work returned that came to its end; the others are faults in the report.

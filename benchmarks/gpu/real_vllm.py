@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -29,7 +30,7 @@ import torch  # noqa: E402  # after the environment is set
 import vllm  # noqa: E402  # as above
 import vllm.v1.engine.core  # noqa: E402  # once, before the engines are forked
 
-from benchmarks.gpu import answers, first_token, models  # noqa: E402  # as above
+from benchmarks.gpu import answers, first_token, models, processes  # noqa: E402  # as above
 from benchmarks.gpu.report import Report  # noqa: E402  # as above
 
 
@@ -38,7 +39,15 @@ def check_vllm(report: Report, *, is_cpu: bool) -> None:
     report.tell("vLLM", None, version=vllm.__version__, torch=torch.__version__)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        small = models.write_model(folder / "small", models.TINY if is_cpu else models.SMALL)
-        large = models.write_config(folder / "large", models.TINY if is_cpu else models.SEVEN_B)
+        write = partial(_write_models, folder=folder, is_cpu=is_cpu)
+        paths = processes.run(report, {"models": write}, folder).get("models")
+        if paths is None:
+            return
+        small, large = paths
         answers.check(report, small, folder, is_cpu=is_cpu)
         first_token.check(report, large, folder, is_cpu=is_cpu)
+
+
+def _write_models(report: Report, folder: Path, *, is_cpu: bool) -> tuple[Path, Path]:  # noqa: ARG001  # a work
+    small = models.write_model(folder / "small", models.TINY if is_cpu else models.SMALL)
+    return small, models.write_config(folder / "large", models.TINY if is_cpu else models.SEVEN_B)

@@ -7,6 +7,7 @@ beyond its limit. `"ok": null` is a figure without a limit.
 from __future__ import annotations
 
 import json
+import time
 import traceback
 from collections.abc import Callable, Mapping
 from typing import Any, Final
@@ -16,16 +17,16 @@ SLOW: Final = 2
 
 
 class Report:
-    """Collects lines and hands each to `write`."""
+    """Collects lines, with the seconds since its begin, and hands each to `write`."""
 
     def __init__(self, write: Callable[[str], object] = lambda text: print(text, flush=True)) -> None:
         self.lines: list[dict[str, Any]] = []
-        self._write = write
+        self._write, self._began_s = write, time.monotonic()
 
     def add(self, line: Mapping[str, Any]) -> None:
-        """A line as it is."""
-        self.lines.append(dict(line))
-        self._write(json.dumps(line, default=str))
+        """A line as it is, but for its time."""
+        self.lines.append({**line, "at_s": round(time.monotonic() - self._began_s, 1)})
+        self._write(json.dumps(self.lines[-1], default=str))
 
     def tell(self, check: str, ok: bool | None, **figures: Any) -> None:
         """A line that is right, wrong or neither."""
@@ -51,10 +52,10 @@ class Report:
         words, trace = f"{type(error).__name__}: {error}", traceback.format_exc()
         self.tell(check, False, error=words[:500], where=trace[-1500:])
 
-    def verdict(self, **figures: Any) -> int:
+    def verdict(self) -> int:
         """The last line; returns the exit status: 0, `FAULT` or `SLOW`."""
         failed = [line for line in self.lines if line["ok"] is False]
         slow = [line["check"] for line in failed if "measured" in line]
         faults = [line["check"] for line in failed if "measured" not in line]
-        self.tell("verdict", not failed, lines=len(self.lines), faults=faults, slow=slow, **figures)
+        self.tell("verdict", not failed, lines=len(self.lines), faults=faults, slow=slow)
         return FAULT if faults else SLOW if slow else 0

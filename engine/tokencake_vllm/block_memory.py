@@ -98,7 +98,7 @@ def host_rows(views: list[torch.Tensor], slots: int) -> torch.Tensor:
     """
     rows = new_rows(views, slots, "cpu")
     if views[0].device.type == "cuda":
-        rows.zero_()  # touched by several threads first, 8 GiB are pinned in 1.0 s instead of 3.8 s
+        rows.zero_()  # touched by several threads first, 8 GiB were pinned in 1.0 s instead of 3.8 s
         pin(rows, views[0].device)
     return rows
 

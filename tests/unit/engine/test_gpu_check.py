@@ -80,7 +80,8 @@ def test_a_figure_beyond_its_limit_is_slow_and_no_fault() -> None:
     report.at_least(0.7, "rate", 0.7)
     report.tell("figure", None)
     assert report.verdict() == SLOW
-    assert report.lines[-1] == {"check": "verdict", "ok": False, "lines": 3, "faults": [], "slow": ["slowdown"]}
+    verdict = report.lines[-1]
+    assert (verdict["ok"], verdict["faults"], verdict["slow"]) == (False, [], ["slowdown"])
 
 
 def test_a_check_that_raises_is_a_fault_and_the_next_one_runs() -> None:
