@@ -59,7 +59,8 @@ def connector_config() -> dict[str, Any]:
 def connector_flags(argv: Sequence[str], *, is_cpu: bool) -> list[str]:
     """Our connector, unless the user brings one or has switched the Time Scheduler off.
 
-    On other devices than a CPU it has to be asked for with `"enabled": true`: the copies there have not been run yet.
+    On other devices than a CPU it has to be asked for with `"enabled": true`: the copies there have run on
+    one device only (`docs/gpu.md`).
     """
     if any(arg.split("=")[0].split(".")[0].replace("_", "-") == "--kv-transfer-config" for arg in argv):
         return []
