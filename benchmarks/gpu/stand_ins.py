@@ -15,7 +15,7 @@ def has_vllm() -> bool:
     """Whether vLLM can be imported. A folder of that name on the path is not enough."""
     try:
         return importlib.util.find_spec("vllm.logger") is not None
-    except ModuleNotFoundError:
+    except (ModuleNotFoundError, ValueError):  # ValueError: the stand-in is installed, which has no spec
         return False
 
 
