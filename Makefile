@@ -31,7 +31,7 @@ compat: $(VENV)/ready-$(ENGINE) $(VENV)/ready-dev ## Compare what is used of vLL
 bench: $(VENV)/ready-$(ENGINE) $(VENV)/ready-dev ## Measure the cost of client and proxy, and the schedulers in virtual time
 	@$(BIN)/python benchmarks/client_overhead.py
 	@$(BIN)/python benchmarks/proxy_overhead.py
-	@$(BIN)/python benchmarks/run_bench.py
+	@$(BIN)/python -m benchmarks.run_bench
 
 clean: ## Remove the virtual environment and all caches of the tools
 	rm -rf $(VENV) .cache/compat .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

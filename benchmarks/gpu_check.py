@@ -30,7 +30,7 @@ def check_copies(report: Report, options: argparse.Namespace) -> None:
     import torch  # noqa: PLC0415  # after vLLM's processes are forked
 
     from benchmarks.gpu import exactness, kv_caches, worlds  # noqa: PLC0415  # they import what `stand_ins` makes
-    from tokencake_vllm import stream_copier  # noqa: PLC0415  # as above
+    from tokencake_vllm.transfer import stream_copier  # noqa: PLC0415  # as above
 
     if not (options.paper or torch.cuda.is_available()):
         raise SystemExit("there is no CUDA device; --paper checks the logic without one")

@@ -1,6 +1,6 @@
 """`make bench`: the sweep, its results as JSON and pictures, and the page that reads them (`docs/bench.md`).
 
-python benchmarks/run_bench.py [--jobs 2] [--keep] [--only code-writer]
+python -m benchmarks.run_bench [--jobs 2] [--keep] [--only code-writer]
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.report.page import BOUNDS, COMPARED, PARTS, TTFT, write_page
+from benchmarks.report.pictures import OVER_TIME
+from benchmarks.report.published import QPS
 from tokencake_sim import PROFILES, Options, generate, policy_named, simulate
-from tokencake_sim.arrivals import Arrivals
-from tokencake_sim.bench_page import BOUNDS, COMPARED, PARTS, TTFT, write_page
-from tokencake_sim.bench_pictures import OVER_TIME
-from tokencake_sim.published import QPS
 from tokencake_sim.simulate import ESTIMATES, Estimates
+from tokencake_sim.workload.arrivals import Arrivals
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

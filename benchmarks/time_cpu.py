@@ -27,7 +27,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "engine"), str(ROOT / "proxy")]
 
 from tests.tiny_model import make_tiny_model  # noqa: E402  # the path comes first
 from tokencake import protocol  # noqa: E402
-from tokencake_proxy.processes import STOCK_ENV, Processes, engine_command, free_port, stock_command  # noqa: E402
+from tokencake_cli.processes import STOCK_ENV, Processes, engine_command, free_port, stock_command  # noqa: E402
 
 AGENTS, TURNS, BLOCK = 8, 4, 32
 FIRST_TOKENS, MORE_TOKENS, ANSWER_TOKENS = 1_024, 64, 8

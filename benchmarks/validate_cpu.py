@@ -25,20 +25,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokencake_sim import PROFILES, App, Node, Options, Prefix, Tool, Workload, policy_named, simulate
-from tokencake_sim.applications import Applications
-from tokencake_sim.calibrate import MeasuredStep, fit, mean_error
-from tokencake_sim.clock import Clock
-from tokencake_sim.cost import StepLoad
-from tokencake_sim.engine import quiet_vllm
+from tokencake_sim.capture.calibrate import MeasuredStep, fit, mean_error
+from tokencake_sim.clients.applications import Applications
+from tokencake_sim.device.clock import Clock
+from tokencake_sim.device.cost import StepLoad
+from tokencake_sim.engine.build import quiet_vllm
 from tokencake_sim.errors import DeadlockError
-from tokencake_sim.tokens import token_ids
+from tokencake_sim.workload.tokens import token_ids
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from tokencake.protocol import Event, Hint
-    from tokencake_sim.calls import Call
-    from tokencake_sim.profiles import Profile
+    from tokencake_sim.clients.calls import Call
+    from tokencake_sim.device.profiles import Profile
 
 PROFILE = PROFILES["cpu-smollm2-135m"]
 RESULT = Path(__file__).resolve().parent / "results" / "validate_cpu.json"

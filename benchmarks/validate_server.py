@@ -25,11 +25,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "engine"), str(ROOT / "proxy")]
 
 from benchmarks.validate_cpu import CONFIG, MAKESPAN_TOLERANCE, PROFILE, small_workload  # noqa: E402  # the path first
-from tokencake_proxy.processes import Processes, engine_command, free_port  # noqa: E402
+from tokencake_cli.processes import Processes, engine_command, free_port  # noqa: E402
 from tokencake_sim import Options, policy_named, simulate  # noqa: E402
-from tokencake_sim.calibrate import fit, read_steps  # noqa: E402
-from tokencake_sim.engine import quiet_vllm  # noqa: E402
-from tokencake_sim.tokens import texts_of, token_ids  # noqa: E402
+from tokencake_sim.capture.calibrate import fit, read_steps  # noqa: E402
+from tokencake_sim.engine.build import quiet_vllm  # noqa: E402
+from tokencake_sim.workload.tokens import texts_of, token_ids  # noqa: E402
 
 if TYPE_CHECKING:
     from tokencake_sim import App, Profile, Workload

@@ -1,6 +1,6 @@
 """A made-up device so small that a few short calls are too many for it."""
 
-from tokencake_sim.profiles import ModelShape, Profile
+from tokencake_sim.device.profiles import ModelShape, Profile
 
 SMALL = Profile(
     name="small",

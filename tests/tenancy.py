@@ -7,7 +7,7 @@ from typing import Final
 
 from tokencake import protocol
 from tokencake.protocol import Hint
-from tokencake.tenancy import Tenants
+from tokencake.protocol.tenancy import Tenants
 
 SECRET: Final = "the secret of the tests"
 TENANTS: Final = Tenants(SECRET.encode())

@@ -23,7 +23,7 @@ from langchain_openai import ChatOpenAI
 from pydantic import Field, model_validator
 
 from tokencake import __version__
-from tokencake.parsing import MAX_SECONDS
+from tokencake.protocol.parsing import MAX_SECONDS
 from tokencake_langgraph.estimates import estimates_of
 from tokencake_langgraph.handler import TokencakeHandler
 from tokencake_langgraph.lifecycle import CURRENT_CALL, LIFECYCLE

@@ -11,7 +11,7 @@ from typing import Any, TypeGuard
 
 from langchain_core.tools import BaseTool
 
-from tokencake.parsing import MAX_SECONDS
+from tokencake.protocol.parsing import MAX_SECONDS
 
 
 def estimate_in(metadata: Mapping[str, Any]) -> float | None:

@@ -18,8 +18,8 @@ from uuid import UUID
 
 from langgraph.errors import GraphBubbleUp, GraphInterrupt, ParentCommand
 
-from tokencake.parsing import MAX_SECONDS, MAX_TOOLS
 from tokencake.protocol import AppEnd, Event, Hint, StallEnd, StallStart, ToolEnd, ToolStart, ToolStatus
+from tokencake.protocol.parsing import MAX_SECONDS, MAX_TOOLS
 from tokencake_langgraph.calls import Call, CallTable, Scope, asker_in, checkpointed_messages
 from tokencake_langgraph.identity import graph_namespace, locate, task_namespace, wire_text
 from tokencake_langgraph.run_tree import App, Run, RunTree, Stall

@@ -11,7 +11,7 @@ from benchmarks.gpu import processes
 from benchmarks.gpu.engine import Answer, Engine, Setup, gpu_options, prompt
 from benchmarks.gpu.report import Report
 from tokencake import protocol
-from tokencake.rates import Rates
+from tokencake.forecast.costs import Rates
 
 ANSWER_TOKENS: Final = 8
 TOOL_TOKENS: Final = 20

@@ -11,7 +11,7 @@ from benchmarks.gpu.kv_caches import DEEP, LAYOUTS, SMALL, in_order
 from benchmarks.gpu.report import Report
 from benchmarks.gpu.rig import Rig
 from benchmarks.gpu.worlds import Fault, Gpu, Paper, World
-from tokencake_vllm.block_memory import pin
+from tokencake_vllm.transfer.block_memory import pin
 
 BLOCKS: Final = 64
 SOME: Final = 16

@@ -13,11 +13,11 @@ import torch
 from benchmarks.gpu.kv_caches import Shape, in_order
 from benchmarks.gpu.report import Report
 from benchmarks.gpu.rig import Rig
-from tokencake_vllm.block_memory import pin
+from tokencake_vllm.transfer.block_memory import pin
 
 if TYPE_CHECKING:
     from benchmarks.gpu.worlds import Gpu, World
-    from tokencake_vllm.copies import Kind
+    from tokencake_vllm.transfer.copier import Kind
 
 GIB: Final = 2**30
 JOB_BYTES: Final = 64 * 2**20

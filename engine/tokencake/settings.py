@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
-from tokencake import parsing
-from tokencake.parsing import ProtocolError
+from tokencake.protocol import parsing
+from tokencake.protocol.parsing import ProtocolError
 
 _Section = TypeVar("_Section")
 

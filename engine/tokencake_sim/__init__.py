@@ -1,12 +1,12 @@
 """The bench: the real vLLM scheduler, with any policy on top, in virtual time on a modelled device."""
 
+from tokencake_sim.device.profiles import PROFILES, Profile
 from tokencake_sim.errors import DeadlockError, NeverFitsError, SimulationError, UnknownPolicyError, WorkloadError
-from tokencake_sim.generators import GENERATORS, generate
-from tokencake_sim.load import load_workload
 from tokencake_sim.policies import POLICIES, policy_named
-from tokencake_sim.profiles import PROFILES, Profile
 from tokencake_sim.simulate import Options, Result, simulate
-from tokencake_sim.workload import App, Node, Prefix, Tool, Workload
+from tokencake_sim.workload.generators import GENERATORS, generate
+from tokencake_sim.workload.load import load_workload
+from tokencake_sim.workload.model import App, Node, Prefix, Tool, Workload
 
 __all__ = [
     "GENERATORS",

@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from tokencake.settings import SettingsError
-from tokencake_sim import calibrate, record
-from tokencake_sim.arrivals import ARRIVALS
-from tokencake_sim.engine import quiet_vllm
+from tokencake_sim.capture import calibrate, from_run
+from tokencake_sim.device.profiles import PROFILES
+from tokencake_sim.engine.build import quiet_vllm
 from tokencake_sim.errors import DeadlockError, SimulationError, WorkloadError
-from tokencake_sim.generators import GENERATORS, generate
-from tokencake_sim.load import load_workload, to_json
 from tokencake_sim.policies import POLICIES, Policy, policy_named
-from tokencake_sim.profiles import PROFILES
 from tokencake_sim.simulate import ESTIMATES, Options, simulate
-from tokencake_sim.workload import Workload
+from tokencake_sim.workload.arrivals import ARRIVALS
+from tokencake_sim.workload.generators import GENERATORS, generate
+from tokencake_sim.workload.load import load_workload, to_json
+from tokencake_sim.workload.model import Workload
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -108,7 +108,7 @@ def main(argv: Sequence[str]) -> int:
             case ["calibrate", *rest]:
                 return calibrate.main(rest)
             case ["record", *rest]:
-                return record.main(rest)
+                return from_run.main(rest)
             case _:
                 return _main(_parser().parse_args(argv))
     except DeadlockError as error:

@@ -7,15 +7,15 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
 from tokencake.settings import SettingsError
-from tokencake_sim.engine import ConnectorSpec
+from tokencake_sim.device.worker import NoWorker
+from tokencake_sim.engine.build import ConnectorSpec
 from tokencake_sim.errors import UnknownPolicyError
-from tokencake_sim.worker import NoWorker
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.scheduler import Scheduler
 
-    from tokencake_sim.calls import Call
-    from tokencake_sim.worker import Links, Worker
+    from tokencake_sim.clients.calls import Call
+    from tokencake_sim.device.worker import Links, Worker
 
 
 Settings: TypeAlias = Mapping[str, Mapping[str, bool | float | str]]
@@ -99,17 +99,17 @@ def _time_connector(host_blocks: int) -> ConnectorSpec:
 
 
 def _time_worker(links: Links, block_bytes: int) -> Worker:
-    from tokencake_sim.time_worker import TimeWorker  # noqa: PLC0415  imports vLLM
+    from tokencake_sim.device.time_worker import TimeWorker  # noqa: PLC0415  imports vLLM
 
     return TimeWorker(links, block_bytes)
 
 
 def _host_tier(host_blocks: int) -> ConnectorSpec:
-    return ConnectorSpec("HostTier", "tokencake_sim.host_tier", (("host_blocks", host_blocks),))
+    return ConnectorSpec("HostTier", "tokencake_sim.baseline.lru_connector", (("host_blocks", host_blocks),))
 
 
 def _host_tier_worker(links: Links, block_bytes: int) -> Worker:
-    from tokencake_sim.host_worker import HostTierWorker  # noqa: PLC0415  imports vLLM
+    from tokencake_sim.baseline.lru_worker import HostTierWorker  # noqa: PLC0415  imports vLLM
 
     return HostTierWorker(links, block_bytes)
 

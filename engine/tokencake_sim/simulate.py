@@ -9,20 +9,20 @@ from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
-from tokencake_sim.applications import Applications
-from tokencake_sim.clock import Clock, virtual_time
-from tokencake_sim.engine import EngineLimits, build_scheduler, quiet_vllm
+from tokencake_sim.clients.applications import Applications
+from tokencake_sim.device.clock import Clock, virtual_time
+from tokencake_sim.device.worker import Links
+from tokencake_sim.engine.build import EngineLimits, build_scheduler, quiet_vllm
 from tokencake_sim.errors import NeverFitsError, WorkloadError
-from tokencake_sim.metrics import report, timeline
-from tokencake_sim.tokens import texts_of
-from tokencake_sim.worker import Links
-from tokencake_sim.workload import App, Node, Workload
+from tokencake_sim.measure.metrics import report, timeline
+from tokencake_sim.workload.model import App, Node, Workload
+from tokencake_sim.workload.tokens import texts_of
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.scheduler import Scheduler
 
+    from tokencake_sim.device.profiles import Profile
     from tokencake_sim.policies import Policy
-    from tokencake_sim.profiles import Profile
 
 Estimates = Literal["exact", "noisy", "fixed", "none"]
 ESTIMATES: Final[tuple[Estimates, ...]] = get_args(Estimates)
@@ -77,9 +77,9 @@ def simulate(workload: Workload, profile: Profile, policy: Policy, options: Opti
     if connector is not None:
         import_module(connector.module)  # before the clock is lent, or the connector would keep the real one
 
-    from tokencake_sim.ledger import Ledger  # noqa: PLC0415  these three import vLLM, which must be quiet by then
-    from tokencake_sim.loop import Engine  # noqa: PLC0415
-    from tokencake_sim.recorder import Recorder  # noqa: PLC0415
+    from tokencake_sim.engine.loop import Engine  # noqa: PLC0415
+    from tokencake_sim.measure.kv_occupancy import Ledger  # noqa: PLC0415  these three import vLLM, which must be quiet by then
+    from tokencake_sim.measure.step_recorder import Recorder  # noqa: PLC0415
 
     clock = Clock()
     with virtual_time(clock):

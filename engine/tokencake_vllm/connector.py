@@ -25,13 +25,13 @@ from vllm.distributed.utils import get_pp_indices
 from vllm.logger import init_logger
 from vllm.v1.kv_cache_interface import FullAttentionSpec, UniformTypeKVCacheSpecs
 
-from tokencake.host_tier import HostTier
-from tokencake.rates import Rates
+from tokencake.forecast.costs import Rates
 from tokencake.settings import section
-from tokencake.time_scheduler import TimeSettings
-from tokencake_vllm.copies import Copier, Done, Job, NoCopier, make_copier
-from tokencake_vllm.host_cache import HostCache
-from tokencake_vllm.host_memory import shortage
+from tokencake.time_scheduler.host_tier import HostTier
+from tokencake.time_scheduler.policy import TimeSettings
+from tokencake_vllm.transfer.copier import Copier, Done, Job, NoCopier, make_copier
+from tokencake_vllm.transfer.host_cache import HostCache
+from tokencake_vllm.transfer.host_memory import shortage
 
 if TYPE_CHECKING:
     import torch

@@ -19,16 +19,16 @@ from vllm.v1.request import Request, RequestStatus
 
 from tokencake import protocol
 from tokencake.front_end import front_end_problem
-from tokencake.record_store import Limits
-from tokencake.registry import Registry
+from tokencake.registry.record_store import Limits
+from tokencake.registry.registry import Registry
+from tokencake.registry.state_view import state_view
 from tokencake.settings import section
-from tokencake.space_settings import SpaceSettings
-from tokencake.views import state_view
-from tokencake_vllm.block_budget import block_budget, own_blocks
-from tokencake_vllm.space_hooks import SpaceMixin
+from tokencake.space_scheduler.settings import SpaceSettings
+from tokencake_vllm.space_scheduler.component import SpaceMixin
 from tokencake_vllm.step_log import StepMixin
 from tokencake_vllm.tenant_secret import TenantSecret
-from tokencake_vllm.time_hooks import TimeMixin
+from tokencake_vllm.time_scheduler.component import TimeMixin
+from tokencake_vllm.vllm_adapter.block_accounting import block_budget, own_blocks
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from tokencake.registry.timeline import TICK_S, after, page_of
 from tokencake.settings import MeasureSettings, section
-from tokencake.timeline import TICK_S, after, page_of
 from tokencake_vllm.step_clock import StepClock
 
 if TYPE_CHECKING:

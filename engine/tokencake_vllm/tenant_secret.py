@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 from vllm.logger import init_logger
 
-from tokencake.tenancy import (
+from tokencake.protocol.tenancy import (
     SECRET_FILE_VARIABLE,
     SECRET_VARIABLE,
     SecretError,

@@ -24,8 +24,7 @@ from code_team import report
 from code_team.model import NAME, prepare_model
 from code_team.team import build_team
 from code_team.tools import BUILD_MACHINE_S
-from tokencake_langgraph import ChatTokencake
-from tokencake_proxy.processes import (
+from tokencake_cli.processes import (
     STOCK_ENV,
     Processes,
     StartError,
@@ -36,6 +35,7 @@ from tokencake_proxy.processes import (
     raise_on_sigterm,
     stock_command,
 )
+from tokencake_langgraph import ChatTokencake
 
 MAX_TASKS: Final = 70
 """Of which the engine's state still shows every call."""

@@ -12,7 +12,7 @@ import json
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Final
 
-from tokencake.tenancy import Tenants
+from tokencake.protocol.tenancy import Tenants
 from tokencake_proxy.asgi import Receive, Scope, Send, send_whole
 from tokencake_proxy.body import Intake
 from tokencake_proxy.errors import Refusal, send_refusal

@@ -11,7 +11,13 @@ import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tokencake.tenancy import SECRET_FILE_VARIABLE, SECRET_VARIABLE, SecretError, checked_secret, default_secret_file
+from tokencake.protocol.tenancy import (
+    SECRET_FILE_VARIABLE,
+    SECRET_VARIABLE,
+    SecretError,
+    checked_secret,
+    default_secret_file,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -27,7 +27,7 @@ from tokencake_proxy.routes import EVENTS_ROUTE, VIEW_ROUTES
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from tokencake.tenancy import Tenants
+    from tokencake.protocol.tenancy import Tenants
     from tokencake_proxy.asgi import HeaderLine
     from tokencake_proxy.event_budget import EventBudget
     from tokencake_proxy.json_members import Member, Members

@@ -12,8 +12,8 @@ import httpx
 import pytest
 
 import tokencake_langgraph
+from tokencake_cli.processes import STOCK_ENV, Processes, engine_command, free_port, proxy_command, stock_command
 from tokencake_langgraph import ChatTokencake
-from tokencake_proxy.processes import STOCK_ENV, Processes, engine_command, free_port, proxy_command, stock_command
 
 PATIENCE_S = 60
 """How long a test waits for what has to come: it ends a hang, and measures nothing."""

@@ -14,8 +14,8 @@ import pytest
 
 from tests.e2e.conftest import ENV, FLAGS, PATIENCE_S
 from tests.tenancy import SECRET, prefix_of
-from tokencake.tenancy import SECRET_VARIABLE
-from tokencake_proxy.processes import Processes, engine_command, free_port, proxy_command
+from tokencake.protocol.tenancy import SECRET_VARIABLE
+from tokencake_cli.processes import Processes, engine_command, free_port, proxy_command
 
 SETTINGS = {"space": {"enabled": True, "tenant_mark": "::", "decisions": 40}}
 

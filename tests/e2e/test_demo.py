@@ -13,9 +13,9 @@ import httpx
 import pytest
 
 from tests.e2e.conftest import ENV, PATIENCE_S, wait_until
-from tokencake_proxy.processes import free_port
+from tokencake_cli.processes import free_port
 
-TOKENCAKE = [sys.executable, "-m", "tokencake_proxy.cli"]
+TOKENCAKE = [sys.executable, "-m", "tokencake_cli.main"]
 
 
 def environment(tmp_path: Path) -> dict[str, str]:

@@ -15,7 +15,7 @@ import pytest
 import tokencake_langgraph
 from tests.e2e.conftest import API_KEY, ENV, FLAGS, PATIENCE_S, Server, wait_until
 from tests.e2e.test_identity import QUESTION, Waits, thread, tool_loop
-from tokencake_proxy.processes import Processes, StartError, engine_command, free_port, is_port_free, proxy_command
+from tokencake_cli.processes import Processes, StartError, engine_command, free_port, is_port_free, proxy_command
 
 
 def test_without_the_plug_in_the_app_still_works(stock_server: Server) -> None:

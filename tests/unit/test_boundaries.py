@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-OURS = {"tokencake", "tokencake_langgraph", "tokencake_proxy", "tokencake_sim", "tokencake_vllm"}
+OURS = {"tokencake", "tokencake_cli", "tokencake_langgraph", "tokencake_proxy", "tokencake_sim", "tokencake_vllm"}
 PACKAGES = {
     "tokencake": ROOT / "engine" / "tokencake",
     "tokencake_sim": ROOT / "engine" / "tokencake_sim",
     "tokencake_vllm": ROOT / "engine" / "tokencake_vllm",
     "tokencake_langgraph": ROOT / "tokencake_langgraph",
     "tokencake_proxy": ROOT / "proxy" / "tokencake_proxy",
+    "tokencake_cli": ROOT / "proxy" / "tokencake_cli",
 }
 MAY_IMPORT = {
     "tokencake": set(),
@@ -21,6 +22,7 @@ MAY_IMPORT = {
     "tokencake_vllm": {"tokencake"},
     "tokencake_langgraph": {"tokencake"},
     "tokencake_proxy": {"tokencake"},
+    "tokencake_cli": {"tokencake", "tokencake_proxy"},
 }
 
 

@@ -10,8 +10,8 @@ import pytest
 
 from tokencake import protocol
 from tokencake.protocol import Hint, Stage
-from tokencake.record_store import Limits
-from tokencake.registry import Registry
+from tokencake.registry.record_store import Limits
+from tokencake.registry.registry import Registry
 
 MARK = "::"
 

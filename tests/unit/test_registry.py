@@ -3,9 +3,9 @@ from hypothesis import strategies as st
 
 from tokencake import protocol
 from tokencake.protocol import Hint
-from tokencake.record_store import Limits
-from tokencake.registry import Registry
-from tokencake.views import state_view
+from tokencake.registry.record_store import Limits
+from tokencake.registry.registry import Registry
+from tokencake.registry.state_view import state_view
 
 
 def registry_with_call(call: str = "c", session: str = "s", **limits: float) -> Registry:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 
 from tokencake import protocol
-from tokencake.applications import Applications
-from tokencake.lore import Place
+from tokencake.forecast.graph_stats import Place
+from tokencake.forecast.roles import Role, role_of
 from tokencake.protocol import Hint
-from tokencake.registry import Registry
-from tokencake.roles import Role, role_of
-from tokencake.stall_book import StallBook
-from tokencake.stalls import AFTER_TOOLS, ANSWER
+from tokencake.registry.registry import Registry
+from tokencake.space_scheduler.applications import Applications
+from tokencake.time_scheduler.prefixes import AFTER_TOOLS, ANSWER
+from tokencake.time_scheduler.stall_tracker import StallBook
 
 
 def hint_of(agent: str, number: int = 0, **fields: object) -> Hint:

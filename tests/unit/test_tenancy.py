@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.tenancy import TENANTS, mark_of, marked, prefix_of
-from tokencake import parsing, protocol
-from tokencake.fair_lru import FairLRU
-from tokencake.protocol import Hint, ProtocolError, TooLargeError, UnmarkedError, parse_events, parse_hint
-from tokencake.tenancy import SecretError, Tenants, checked_secret, default_secret_file
+from tokencake import protocol
+from tokencake.forecast.fair_lru import FairLRU
+from tokencake.protocol import Hint, ProtocolError, TooLargeError, UnmarkedError, parse_events, parse_hint, parsing
+from tokencake.protocol.tenancy import SecretError, Tenants, checked_secret, default_secret_file
 
 ALICE = prefix_of("alice")
 RECORDS = (Hint, *protocol._EVENTS.values())

@@ -8,16 +8,16 @@ import pytest
 
 from tests.tenancy import parsed, prefix_of
 from tokencake import protocol
-from tokencake.applications import Applications
-from tokencake.forecast import MAX_KEYS, Forecast
+from tokencake.forecast.durations import MAX_KEYS, Forecast
+from tokencake.forecast.reuse import Returns
+from tokencake.forecast.roles import Role, role_of
+from tokencake.policies.default_space import Ours
 from tokencake.protocol import Graph, Hint
-from tokencake.registry import Registry
-from tokencake.returns import Returns
-from tokencake.roles import Role, role_of
-from tokencake.space_policy import Memory
-from tokencake.space_scheduler import Ours
-from tokencake.space_settings import SpaceSettings
-from tokencake.stall_book import StallBook
+from tokencake.registry.registry import Registry
+from tokencake.space_scheduler.applications import Applications
+from tokencake.space_scheduler.policy import Memory
+from tokencake.space_scheduler.settings import SpaceSettings
+from tokencake.time_scheduler.stall_tracker import StallBook
 
 ALICE, BOB = prefix_of("alice"), prefix_of("bob")
 GRAPH = Graph("g", {"plan": {}, "work": {}, "report": {}}, (("plan", "work"), ("work", "report")))
@@ -126,7 +126,7 @@ def test_a_call_ends_no_stall_of_another_tenant_though_it_sends_the_same_prompt(
 
 
 def test_a_flood_of_stalls_makes_no_other_tenants_be_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tokencake.stalls.MAX_CHAINS", 10)
+    monkeypatch.setattr("tokencake.time_scheduler.prefixes.MAX_CHAINS", 10)
     calls = Calls()
     for number in range(30):
         tenant = "alice" if number < 4 else "bob"
@@ -204,8 +204,8 @@ def test_the_calls_of_one_tenant_change_nothing_of_what_is_expected_of_another(h
 
 
 def test_a_flood_of_applications_and_graphs_makes_no_other_tenant_forget(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tokencake.applications._MAX_KEPT", 20)
-    monkeypatch.setattr("tokencake.lore._MAX_PLACES", 20)
+    monkeypatch.setattr("tokencake.space_scheduler.applications._MAX_KEPT", 20)
+    monkeypatch.setattr("tokencake.forecast.graph_stats._MAX_PLACES", 20)
     engine = Engine()
     engine.run("alice", 2.0, 40, app="mine", graph="own", node="n")
     first_seen_s = engine.now - 2.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokencake.timeline import MAX_VISITED, MAX_WEIGHT, Timeline, after, page_of
+from tokencake.registry.timeline import MAX_VISITED, MAX_WEIGHT, Timeline, after, page_of
 
 
 def timeline(count: int) -> Timeline[int]:

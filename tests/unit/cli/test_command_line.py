@@ -12,7 +12,8 @@ import pytest
 
 import tokencake
 from tokencake.front_end import front_end_problem
-from tokencake_proxy import cli, doctor
+from tokencake_cli import doctor
+from tokencake_cli import main as cli
 from tokencake_proxy.settings import ProxySettings
 from tokencake_vllm import serve
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
+from tokencake.protocol.tenancy import SECRET_VARIABLE
 from tokencake.settings import section
-from tokencake.space_settings import SpaceSettings
-from tokencake.tenancy import SECRET_VARIABLE
-from tokencake_proxy import cli
-from tokencake_proxy.launch import Launch, for_tenants
-from tokencake_proxy.processes import StartError
+from tokencake.space_scheduler.settings import SpaceSettings
+from tokencake_cli import main as cli
+from tokencake_cli.launch import Launch, for_tenants
+from tokencake_cli.processes import StartError
 
 KEYS = ["--api-key", "alice", "bob"]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tokencake_proxy.processes import Processes, StartError, free_port, is_port_free
+from tokencake_cli.processes import Processes, StartError, free_port, is_port_free
 
 SERVER = """
 import http.server, sys
@@ -31,7 +31,7 @@ PATIENCE_S = 60
 PARENT = """
 import sys
 from pathlib import Path
-from tokencake_proxy.processes import Processes
+from tokencake_cli.processes import Processes
 with Processes(Path(sys.argv[1])) as processes:
     processes.start("sleeper", [sys.executable, "-c", "import time; time.sleep(600)"])
     print(processes.pid("sleeper"), flush=True)
@@ -83,7 +83,7 @@ def test_a_process_that_never_answers_is_given_up(tmp_path: Path) -> None:
 def test_what_ignores_a_request_to_stop_is_killed_with_its_children(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tokencake_proxy.processes.STOP_GRACE_S", 0.5)
+    monkeypatch.setattr("tokencake_cli.processes.STOP_GRACE_S", 0.5)
     spawn = f"import subprocess, sys; print(subprocess.Popen([sys.executable, '-c', {STUBBORN!r}]).pid, flush=True); "
     with Processes(tmp_path) as processes:
         processes.start("engine", [sys.executable, "-c", spawn + STUBBORN])

@@ -11,7 +11,7 @@ import pytest
 
 from tests.tenancy import SECRET
 from tests.unit.engine.time_bench import Bench
-from tokencake.tenancy import SECRET_VARIABLE
+from tokencake.protocol.tenancy import SECRET_VARIABLE
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"

@@ -15,8 +15,8 @@ pytest.importorskip("vllm", reason="the plug-in's tests need vLLM")
 from tests.unit.engine.test_time_traces import Trace, actions
 from tests.unit.engine.time_bench import PROMPT, Bench, as_json
 from tokencake import protocol
-from tokencake_vllm.block_budget import STATES
 from tokencake_vllm.scheduler import create_scheduler
+from tokencake_vllm.vllm_adapter.block_accounting import STATES
 
 
 def with_space(**values: Any) -> Callable[..., Any]:

@@ -16,8 +16,8 @@ pytest.importorskip("vllm", reason="the plug-in's tests need vLLM")
 from benchmarks.gpu import exactness
 from benchmarks.gpu.report import FAULT, SLOW, Report
 from benchmarks.gpu.worlds import Paper
-from tokencake_vllm import stream_copier
-from tokencake_vllm.slot_transfers import TorchTransfers
+from tokencake_vllm.transfer import stream_copier
+from tokencake_vllm.transfer.slot_transfers import TorchTransfers
 
 ROOT = Path(__file__).resolve().parents[3]
 

@@ -15,10 +15,11 @@ import httpx
 from fastapi import FastAPI
 
 from tests.unit.engine.step_bench import Steps, hint, with_settings
-from tokencake import protocol, views
-from tokencake.host_tier import leading
-from tokencake.timeline import MAX_VISITED, MAX_WEIGHT
-from tokencake_vllm.http import MAX_PAGE, STEPS_PATH, TokenCakeEndpoints
+from tokencake import protocol
+from tokencake.registry import state_view
+from tokencake.registry.timeline import MAX_VISITED, MAX_WEIGHT
+from tokencake.time_scheduler.host_tier import leading
+from tokencake_vllm.api.routes import MAX_PAGE, STEPS_PATH, TokenCakeEndpoints
 from tokencake_vllm.scheduler import create_scheduler
 from tokencake_vllm.step_log import Step
 
@@ -112,7 +113,7 @@ def test_one_answer_costs_a_bounded_number_of_records(
 ) -> None:
     calls(scheduler, [f"c{number}" for number in range(400 if tools else 9_000)], tools=tools)
     shown: list[Any] = []
-    call_view, newest_calls = views.call_view, scheduler.registry.newest_calls
+    call_view, newest_calls = state_view.call_view, scheduler.registry.newest_calls
     looked_at: list[Any] = []
 
     def counted_view(call: Any, when: Any) -> Any:
@@ -124,7 +125,7 @@ def test_one_answer_costs_a_bounded_number_of_records(
             looked_at.append(entry)
             yield entry
 
-    monkeypatch.setattr(views, "call_view", counted_view)
+    monkeypatch.setattr(state_view, "call_view", counted_view)
     monkeypatch.setattr(scheduler.registry, "newest_calls", counted_calls)
     assert Server(scheduler).get(protocol.STATE_PATH, limit=10_000, **query).status_code == 200
     assert len(shown) <= MAX_PAGE

@@ -19,8 +19,8 @@ from vllm.v1.request import RequestStatus
 from tests.tenancy import marked
 from tokencake import protocol
 from tokencake_vllm.scheduler import create_scheduler
-from tokencake_vllm.space_gate import ADMISSIBLE
-from tokencake_vllm.waiting_queue import RankedQueue
+from tokencake_vllm.space_scheduler.admission_gate import ADMISSIBLE
+from tokencake_vllm.space_scheduler.ranked_queue import RankedQueue
 
 
 def hint(app: str, **fields: object) -> str:

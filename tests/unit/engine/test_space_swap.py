@@ -326,7 +326,7 @@ def test_whatever_happens_beside_swaps_every_block_is_accounted_for_and_every_ca
     @settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
     def play(trace: list[tuple[Any, ...]]) -> None:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("tokencake_vllm.space_swap._LOST_SHARE", 1.0)
+            patch.setattr("tokencake_vllm.space_scheduler.swap._LOST_SHARE", 1.0)
             patch.setattr(Trace, "_call", with_an_application_each)
             engine = Bench(tiny_model, patch, create=with_space(**EAGER), num_blocks=30, is_async=is_async)
             play_out(engine, trace, limit=3_000)

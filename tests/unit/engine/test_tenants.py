@@ -26,7 +26,7 @@ from tests.unit.engine.step_bench import Steps, with_settings
 from tokencake import protocol
 from tokencake_proxy.tenants import TenantScope
 from tokencake_proxy.upstream import Call
-from tokencake_vllm.http import TokenCakeEndpoints
+from tokencake_vllm.api.routes import TokenCakeEndpoints
 from tokencake_vllm.scheduler import create_scheduler
 
 SPACE = {"enabled": True, "tenant_mark": "::", "decisions": 40}

@@ -10,7 +10,7 @@ pytest.importorskip("vllm", reason="the plug-in's tests need vLLM")
 
 from tests.unit.engine.time_bench import PROMPT, Bench, long_stall
 from tokencake import protocol
-from tokencake.metric_names import COUNTERS
+from tokencake.registry.metric_names import COUNTERS
 
 OTHER = [900 + place for place in range(100)]
 

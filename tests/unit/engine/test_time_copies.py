@@ -12,11 +12,11 @@ pytest.importorskip("vllm", reason="the plug-in's tests need vLLM")
 
 import torch
 
-from tokencake_vllm import thread_copier
-from tokencake_vllm.block_memory import block_views, host_rows
 from tokencake_vllm.connector import Reports
-from tokencake_vllm.copies import Job, NoCopier, make_copier
-from tokencake_vllm.thread_copier import ThreadCopier
+from tokencake_vllm.transfer import thread_copier
+from tokencake_vllm.transfer.block_memory import block_views, host_rows
+from tokencake_vllm.transfer.copier import Job, NoCopier, make_copier
+from tokencake_vllm.transfer.thread_copier import ThreadCopier
 
 BLOCKS, LAYERS = 6, 3
 PATIENCE_S = 60

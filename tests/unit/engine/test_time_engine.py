@@ -15,7 +15,7 @@ from vllm.v1.request import RequestStatus
 
 from tests.unit.engine.time_bench import BLOCK_SIZE, PROMPT, Bench, as_json, build, long_stall, make_request
 from tokencake import protocol
-from tokencake.roles import Role
+from tokencake.forecast.roles import Role
 
 
 def test_a_finished_call_is_on_the_host_and_its_blocks_are_free(bench: Callable[..., Bench]) -> None:

@@ -17,10 +17,10 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 
 from tests.unit.engine.time_bench import PROMPT, Bench
 from tokencake import protocol
-from tokencake_vllm import host_memory
 from tokencake_vllm.connector import Jobs, Reports, TokenCakeConnector, block_bytes_of, host_slots, unfit
-from tokencake_vllm.copies import Job, NoCopier
-from tokencake_vllm.host_memory import Memory
+from tokencake_vllm.transfer import host_memory
+from tokencake_vllm.transfer.copier import Job, NoCopier
+from tokencake_vllm.transfer.host_memory import Memory
 
 
 def stalled_elsewhere(engine: Bench) -> str:
@@ -63,7 +63,7 @@ def test_a_load_that_could_not_be_queued_fails_instead_of_being_waited_for(
 ) -> None:
     engine = bench()
     name = stalled_elsewhere(engine)
-    monkeypatch.setattr("tokencake_vllm.transfers.Transfers.begin", broken)
+    monkeypatch.setattr("tokencake_vllm.transfer.in_flight.Transfers.begin", broken)
     follow_up = engine.call(engine.follow_up(name), reuse="final")
     engine.step()
     (job,) = engine.worker.jobs
@@ -191,7 +191,7 @@ def test_without_host_memory_every_job_is_reported_as_failed(
         raise RuntimeError("[enforce fail at alloc_cpu.cpp] can't allocate memory")
 
     connector = worker(tiny_model)
-    monkeypatch.setattr("tokencake_vllm.block_memory.new_rows", refuse)
+    monkeypatch.setattr("tokencake_vllm.transfer.block_memory.new_rows", refuse)
     with caplog.at_level(logging.ERROR, "vllm.tokencake"):
         connector.register_kv_caches({"layer": torch.zeros(64, 1, 16, 128)})
     assert isinstance(connector._copier, NoCopier)
@@ -210,7 +210,7 @@ def test_a_worker_tells_once_how_much_host_memory_it_has(tiny_model: Path, monke
     assert [slots_told(connector), slots_told(connector)] == [(200, 200), None]
     connector.shutdown()
     poor = worker(tiny_model)
-    monkeypatch.setattr("tokencake_vllm.block_memory.new_rows", broken)
+    monkeypatch.setattr("tokencake_vllm.transfer.block_memory.new_rows", broken)
     poor.register_kv_caches({"layer": torch.zeros(64, 1, 16, 128)})
     assert slots_told(poor) == (0, 0)
 
@@ -277,7 +277,7 @@ def test_more_host_memory_than_there_is_is_refused_before_it_is_promised(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, memory: Memory, words: str
 ) -> None:
     connector = worker(tiny_model)
-    monkeypatch.setattr("tokencake_vllm.host_memory.host_memory", lambda: memory)
+    monkeypatch.setattr("tokencake_vllm.transfer.host_memory.host_memory", lambda: memory)
     monkeypatch.setattr("tokencake_vllm.connector.make_copier", broken)  # it is not asked
     with caplog.at_level(logging.ERROR, "vllm.tokencake"):
         connector.register_kv_caches({"layer": torch.zeros(64, 1, 16, 128)})

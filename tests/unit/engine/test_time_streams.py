@@ -19,11 +19,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.made_up_streams import Device, Event, Stream
-from tokencake_vllm import block_memory, slot_transfers, stream_copier
-from tokencake_vllm.block_memory import block_views, new_rows, pin
-from tokencake_vllm.copies import Job
-from tokencake_vllm.slot_transfers import DriverTransfers, TorchTransfers, runs
-from tokencake_vllm.stream_copier import StreamCopier
+from tokencake_vllm.transfer import block_memory, slot_transfers, stream_copier
+from tokencake_vllm.transfer.block_memory import block_views, new_rows, pin
+from tokencake_vllm.transfer.copier import Job
+from tokencake_vllm.transfer.slot_transfers import DriverTransfers, TorchTransfers, runs
+from tokencake_vllm.transfer.stream_copier import StreamCopier
 
 BLOCKS, SLOTS, LAYERS = 8, 6, 3
 

@@ -15,10 +15,10 @@ pytest.importorskip("vllm", reason="the plug-in's tests need vLLM")
 from prometheus_client import REGISTRY
 
 from tests.unit.engine.step_bench import Steps, hint
-from tokencake import metric_names
-from tokencake.metric_names import COUNTERS, GAUGES, HISTOGRAMS, LABELLED_GAUGES
-from tokencake.space_policy import REFUSALS, Refusal
-from tokencake_vllm import metrics
+from tokencake.registry import metric_names
+from tokencake.registry.metric_names import COUNTERS, GAUGES, HISTOGRAMS, LABELLED_GAUGES
+from tokencake.space_scheduler.policy import REFUSALS, Refusal
+from tokencake_vllm.api import metrics
 from tokencake_vllm.scheduler import create_scheduler
 
 

@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tokencake.tenancy import SecretError
-from tokencake_proxy import cli
+from tokencake.protocol.tenancy import SecretError
+from tokencake_cli import main as cli
 from tokencake_proxy.secret import tenant_secret
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests.tenancy import SECRET, TENANTS, mark_of, prefix_of
 from tokencake import protocol
 from tokencake.protocol import parse_events, parse_hint
-from tokencake.tenancy import Tenants
+from tokencake.protocol.tenancy import Tenants
 from tokencake_proxy.errors import Refusal
 from tokencake_proxy.event_budget import EventBudget
 from tokencake_proxy.tenants import TenantScope

@@ -4,7 +4,7 @@ import pytest
 
 from tests.small_device import SMALL
 from tokencake_sim import App, Node, Options, Prefix, Tool, Workload, policy_named, simulate
-from tokencake_sim.engine import quiet_vllm
+from tokencake_sim.engine.build import quiet_vllm
 
 quiet_vllm()
 with warnings.catch_warnings():

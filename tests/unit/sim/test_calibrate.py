@@ -3,8 +3,8 @@ import json
 
 import pytest
 
-from tokencake_sim.calibrate import CalibrationError, MeasuredStep, fit, main, mean_error, read_steps
-from tokencake_sim.cost import StepLoad
+from tokencake_sim.capture.calibrate import CalibrationError, MeasuredStep, fit, main, mean_error, read_steps
+from tokencake_sim.device.cost import StepLoad
 from tokencake_sim.errors import SourceError
 
 LOADS = [StepLoad(n * 37 % 400 if n % 3 == 0 else 0, 1 + n % 7, 500 * (1 + n % 11)) for n in range(60)]

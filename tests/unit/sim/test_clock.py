@@ -1,7 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokencake_sim.clock import Clock, virtual_time
+from tokencake_sim.device.clock import Clock, virtual_time
 
 
 @given(st.lists(st.floats(0, 100), max_size=30))

@@ -1,7 +1,7 @@
 import pytest
 
-from tokencake_sim.cost import CostModel, StepLoad
-from tokencake_sim.profiles import PROFILES
+from tokencake_sim.device.cost import CostModel, StepLoad
+from tokencake_sim.device.profiles import PROFILES
 
 
 @pytest.fixture

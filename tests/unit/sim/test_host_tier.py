@@ -1,8 +1,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokencake_sim.host_blocks import HostBlocks
-from tokencake_sim.worker import Links
+from tokencake_sim.baseline.lru_cache import HostBlocks
+from tokencake_sim.device.worker import Links
 
 
 def stored(host, *keys):

@@ -4,9 +4,9 @@ import xml.etree.ElementTree as ET
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.report.page import write_page
+from benchmarks.report.plots import gantt, round_up
 from tokencake_sim import PROFILES, generate, policy_named, simulate
-from tokencake_sim.bench_page import write_page
-from tokencake_sim.plots import gantt, round_up
 
 
 def test_the_page_has_a_cell_for_each_run_and_its_pictures_are_pictures(tmp_path, run, crowd):

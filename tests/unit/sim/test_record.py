@@ -6,10 +6,10 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 
 from tokencake_sim import WorkloadError, load_workload
+from tokencake_sim.capture.from_run import workload_of
+from tokencake_sim.capture.past_calls import read_past
 from tokencake_sim.cli import main
 from tokencake_sim.errors import SourceError
-from tokencake_sim.past_calls import read_past
-from tokencake_sim.record import workload_of
 
 NOON_S = 1_700_000_000.0
 
@@ -257,7 +257,7 @@ def test_all_pages_of_a_state_are_read(monkeypatch, tmp_path):
         "?limit=200&before=1763.5": {"calls": calls[:3], "next": None},
     }
     monkeypatch.setattr(
-        "tokencake_sim.source._fetch",
+        "tokencake_sim.capture.source._fetch",
         lambda url, path, key: json.dumps(pages[path.removeprefix("/v1/tokencake/state")]),
     )
     past = read_past("http://engine")
@@ -276,7 +276,7 @@ def test_an_engine_whose_pages_never_end_is_read_up_to_a_bound(monkeypatch):
         asked.append(path)
         return json.dumps({"calls": [call(f"c{len(asked)}", 0.0, 1.0, 100)], "next": 1.0})
 
-    monkeypatch.setattr("tokencake_sim.source._fetch", fetch)
+    monkeypatch.setattr("tokencake_sim.capture.source._fetch", fetch)
     assert len(read_past("http://engine").calls) == len(asked) == 50
 
 

@@ -3,7 +3,7 @@ from hypothesis import strategies as st
 from vllm.utils.hashing import sha256
 
 from tokencake_sim import App, Node, Prefix, Tool
-from tokencake_sim.tokens import FIRST_TOKEN, Chunk, prompt_ids, texts_of, token_ids
+from tokencake_sim.workload.tokens import FIRST_TOKEN, Chunk, prompt_ids, texts_of, token_ids
 
 
 @given(st.text(max_size=20), st.integers(1, 300), st.integers(1_200, 200_000))

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from tokencake_sim import GENERATORS, App, WorkloadError, generate, load_workload
-from tokencake_sim.arrivals import ARRIVALS, arrival_times
-from tokencake_sim.graph import chains, places
-from tokencake_sim.load import parse_workload, to_json
-from tokencake_sim.tokens import texts_of
+from tokencake_sim.workload.arrivals import ARRIVALS, arrival_times
+from tokencake_sim.workload.graph import chains, places
+from tokencake_sim.workload.load import parse_workload, to_json
+from tokencake_sim.workload.tokens import texts_of
 
 WORKLOADS = Path(__file__).resolve().parents[3] / "benchmarks" / "workloads"
 

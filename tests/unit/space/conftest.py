@@ -2,8 +2,8 @@ from collections.abc import Callable
 
 import pytest
 
-from tokencake.applications import Applications, LiveCall
 from tokencake.protocol import Hint
+from tokencake.space_scheduler.applications import Applications, LiveCall
 
 
 @pytest.fixture

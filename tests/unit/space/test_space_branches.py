@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokencake.applications import Applications, LiveCall
-from tokencake.paths import remaining_s, shape_of
+from tokencake.forecast.topology import remaining_s, shape_of
 from tokencake.protocol import Graph, Hint
+from tokencake.space_scheduler.applications import Applications, LiveCall
 
 DIAMOND = Graph(
     "diamond",

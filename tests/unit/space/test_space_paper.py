@@ -4,12 +4,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokencake.paper_policy import Paper, kind_of
-from tokencake.paper_scores import request_score
-from tokencake.partition import MAX_RATIO, MIN_RATIO, Pools, next_ratio, reserves
-from tokencake.space_policy import Memory
-from tokencake.space_scheduler import policy_of
-from tokencake.space_settings import SpaceSettings
+from tokencake.policies.default_space import policy_of
+from tokencake.policies.paper_partition import MAX_RATIO, MIN_RATIO, Pools, next_ratio, reserves
+from tokencake.policies.paper_scores import request_score
+from tokencake.policies.paper_space import Paper, kind_of
+from tokencake.space_scheduler.policy import Memory
+from tokencake.space_scheduler.settings import SpaceSettings
 
 
 @pytest.mark.parametrize(

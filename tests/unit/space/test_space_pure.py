@@ -4,12 +4,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokencake.decision_log import Decision, DecisionLog
-from tokencake.lengths import AnswerLengths
-from tokencake.promises import Promise, delays, peak_blocks, tokens_until_free
-from tokencake.roles import Role
+from tokencake.forecast.output_lengths import AnswerLengths
+from tokencake.forecast.roles import Role
 from tokencake.settings import SettingsError, section
-from tokencake.space_settings import SpaceSettings
+from tokencake.space_scheduler.decision_log import Decision, DecisionLog
+from tokencake.space_scheduler.growth import Promise, delays, peak_blocks, tokens_until_free
+from tokencake.space_scheduler.settings import SpaceSettings
 
 WRITER = Role("writer")
 

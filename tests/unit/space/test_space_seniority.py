@@ -4,12 +4,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokencake.applications import Applications
-from tokencake.promises import Promise
+from tokencake.policies.default_space import Ours, policy_of
 from tokencake.protocol import Graph, Hint
-from tokencake.space_policy import Memory
-from tokencake.space_scheduler import Ours, policy_of
-from tokencake.space_settings import SpaceSettings
+from tokencake.space_scheduler.applications import Applications
+from tokencake.space_scheduler.growth import Promise
+from tokencake.space_scheduler.policy import Memory
+from tokencake.space_scheduler.settings import SpaceSettings
 
 SETTINGS = SpaceSettings()
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from tokencake.applications import LiveCall
-from tokencake.space_settings import SpaceSettings
-from tokencake.swap import Candidate, Losses, by_seniority, victims
+from tokencake.space_scheduler.applications import LiveCall
+from tokencake.space_scheduler.settings import SpaceSettings
+from tokencake.space_scheduler.swap_victims import Candidate, Losses, by_seniority, victims
 
 SETTINGS = SpaceSettings(swap_oldest=1, swap_from=1)
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokencake.forecast import MAX_KEYS, Forecast
-from tokencake.roles import Role
+from tokencake.forecast.durations import MAX_KEYS, Forecast
+from tokencake.forecast.roles import Role
 
 
 def test_nothing_known_is_about_a_second() -> None:

@@ -6,9 +6,9 @@ from math import inf
 
 import pytest
 
+from tokencake.forecast.costs import Residence
+from tokencake.forecast.reuse import Returns
 from tokencake.protocol import Hint
-from tokencake.rates import Residence
-from tokencake.returns import Returns
 
 
 def at(node: str, reuse: str = "extends") -> Hint:

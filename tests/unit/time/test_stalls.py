@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from tokencake.forecast import Forecast
+from tokencake.forecast.durations import Forecast
+from tokencake.forecast.roles import Role
 from tokencake.protocol import Hint, Stage
-from tokencake.records import Call, Session, ToolCall, Wait
-from tokencake.roles import Role
-from tokencake.stalls import AFTER_TOOLS, ANSWER, Chain, Chains, expected_rest, give_up_after
+from tokencake.registry.records import Call, Session, ToolCall, Wait
+from tokencake.time_scheduler.prefixes import AFTER_TOOLS, ANSWER, Chain, Chains, expected_rest, give_up_after
 
 KEYS = [bytes([number]) * 4 for number in range(10)]
 OTHER = [bytes([100 + number]) * 4 for number in range(10)]

@@ -7,7 +7,7 @@ from math import inf
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokencake.host_tier import HostBlock, HostTier
+from tokencake.time_scheduler.host_tier import HostBlock, HostTier
 
 
 def chain(name: str, length: int) -> list[bytes]:

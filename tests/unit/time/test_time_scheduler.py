@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 
-from tokencake.forecast import Forecast
-from tokencake.host_tier import HostTier
+from tokencake.forecast.costs import Rates
+from tokencake.forecast.durations import Forecast
+from tokencake.forecast.reuse import Returns
+from tokencake.forecast.roles import Role
+from tokencake.policies.eviction import distance_s, distances
 from tokencake.protocol import Hint
-from tokencake.rates import Rates
-from tokencake.replacement import distance_s, distances
-from tokencake.returns import Returns
-from tokencake.roles import Role
 from tokencake.settings import SettingsError, section
-from tokencake.stalls import Chains
-from tokencake.time_scheduler import Finished, Ours, Paper, TimeSettings, policy_of
+from tokencake.time_scheduler.host_tier import HostTier
+from tokencake.time_scheduler.policy import Finished, Ours, Paper, TimeSettings, policy_of
+from tokencake.time_scheduler.prefixes import Chains
 
 SETTINGS = TimeSettings()
 BLOCK_BYTES = 3 * 2**20

@@ -1,0 +1,64 @@
+"""Will anybody extend what this call left?
+
+A hint says what the graph allows: of three branches that end in a join, the prompt behind it begins with one at most.
+So it is counted for each role how often the next call has come.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final, Literal, TypeAlias
+
+from tokencake.forecast.fair_lru import FairLRU
+from tokencake.forecast.roles import Role, role_of
+
+if TYPE_CHECKING:
+    from tokencake.protocol import Hint
+
+Claim: TypeAlias = Literal["final", "over"]
+"""Why no call should come: the last one said so, or its session has ended."""
+
+FADE: Final = 0.9
+"""Weight of the past at each new observation: about the last ten count."""
+PRIOR_WEIGHT: Final = 1.0
+"""What the hint says counts like so many observations."""
+SAID: Final = 1.0
+"""Chance where the hint says that the call will be extended."""
+UNSAID: Final = 0.5
+CLAIMED: Final = 0.0
+"""Chance where a claim says that it will not."""
+MAX_CLAIMED: Final = 0.1
+"""A claim is believed where the next call has come less often than so (our choice)."""
+MAX_KEYS: Final = 4_096
+
+
+@dataclass(slots=True)
+class Returns:
+    """How often calls were extended, by role. In bounded memory."""
+
+    _seen: FairLRU[tuple[Role, Claim | None], tuple[float, float]] = field(default_factory=lambda: FairLRU(MAX_KEYS))
+    """Weight of all observations, and of those in which the next call came."""
+
+    def learn(self, hint: Hint | None, *, came: bool, claim: Claim | None = None) -> None:
+        """A stall is over, or a claim was made: the next call came, or it never will."""
+        if hint is not None:
+            self._learn(role_of(hint), claim, came=came)
+
+    def refute(self, role: Role, claim: Claim) -> None:
+        """The next call came although `claim` had been made."""
+        self._learn(role, claim, came=True)
+
+    def _learn(self, role: Role, claim: Claim | None, *, came: bool) -> None:
+        key = role, claim
+        seen, returned = self._seen.get(key) or (0.0, 0.0)
+        self._seen.put(key, (seen * FADE + 1.0, returned * FADE + came), role.tenant)
+
+    def chance(self, hint: Hint | None, claim: Claim | None = None) -> float:
+        """With this probability the call will be extended; under a `claim` that it will not."""
+        prior = CLAIMED if claim is not None else SAID if hint is not None and hint.reuse == "extends" else UNSAID
+        seen, returned = (self._seen.get((role_of(hint), claim)) if hint is not None else None) or (0.0, 0.0)
+        return (returned + prior * PRIOR_WEIGHT) / (seen + PRIOR_WEIGHT)
+
+    def is_believed(self, hint: Hint | None, claim: Claim) -> bool:
+        """Whether such claims have been true."""
+        return self.chance(hint, claim) < MAX_CLAIMED

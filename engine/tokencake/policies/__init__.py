@@ -1,0 +1,1 @@
+"""Policies that can be chosen by name, and their registries."""

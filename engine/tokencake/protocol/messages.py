@@ -1,0 +1,349 @@
+"""What do the client, the proxy and the engine say to each other?
+
+One JSON contract, version 1: a *hint* rides on every LLM call, *events* travel between calls.
+Everything that comes from outside is parsed here, once: known fields strictly, unknown fields are ignored, sizes are
+bounded. A malformed hint is void (the call is not affected); a malformed event is `invalid` (the others of its body
+count).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any, ClassVar, Final, Literal, TypeAlias
+
+from tokencake.protocol import parsing
+from tokencake.protocol.parsing import MAX_AGO_S, MAX_ID_CHARS, ProtocolError, TooLargeError, UnmarkedError, scoped
+from tokencake.protocol.tenancy import Tenants
+
+__all__ = [
+    "DECISIONS_PATH",
+    "EVENTS_PATH",
+    "HINT_KEY",
+    "MARK_KEY",
+    "MAX_AGO_S",
+    "MAX_BODY_BYTES",
+    "MAX_EVENTS",
+    "MAX_HINT_BYTES",
+    "MAX_ID_CHARS",
+    "SCOPED",
+    "SCOPED_BODY_BYTES",
+    "STATE_PATH",
+    "VERSION",
+    "AppEnd",
+    "Event",
+    "Graph",
+    "Hint",
+    "Outcome",
+    "ProtocolError",
+    "Reuse",
+    "SessionEnd",
+    "Stage",
+    "StallEnd",
+    "StallStart",
+    "TooLargeError",
+    "ToolEnd",
+    "ToolProgress",
+    "ToolStart",
+    "ToolStatus",
+    "UnmarkedError",
+    "check_body_size",
+    "parse_event",
+    "parse_events",
+    "parse_hint",
+    "scoped",
+    "to_wire",
+]
+
+VERSION: Final = 1
+HINT_KEY: Final = "tokencake"
+"""The key inside the OpenAI body's `vllm_xargs` whose value is the hint, a JSON string."""
+MARK_KEY: Final = "mark"
+"""The field of a hint by which a proxy that keeps tenants apart proves that it has scoped the hint's ids."""
+
+EVENTS_PATH: Final = "/v1/tokencake/events"
+STATE_PATH: Final = "/v1/tokencake/state"
+DECISIONS_PATH: Final = "/v1/tokencake/decisions"
+
+MAX_HINT_BYTES: Final = 16_384
+MAX_BODY_BYTES: Final = 262_144
+MAX_EVENTS: Final = 1_000
+"""Events in one body. A client sends batches far smaller; a body beyond this is refused as a whole."""
+SCOPED_HINT_BYTES: Final = MAX_HINT_BYTES + 1_024
+SCOPED_BODY_BYTES: Final = 4 * MAX_BODY_BYTES
+"""The same with a tenant's prefix before every id: the proxy that scopes them counts what the client has sent."""
+
+
+Reuse: TypeAlias = Literal["extends", "final", "unknown"]
+ToolStatus: TypeAlias = Literal["ok", "error", "cancelled"]
+Outcome: TypeAlias = Literal["applied", "duplicate", "late", "unknown", "invalid"]
+"""What became of an event. `late`: overtaken by a later one. `unknown`: its call or session is not known here."""
+
+
+def to_wire(record: Hint | Event | Stage) -> dict[str, Any]:
+    """`record` as the JSON object of the contract; fields that are None are left out."""
+    wire: dict[str, Any] = {} if isinstance(record, Hint | Stage) else {"type": record.type}
+    for name, _, _ in parsing.parsers(type(record)):
+        value = getattr(record, name)
+        if value is not None:
+            wire[name] = [to_wire(stage) for stage in value] if name == "stages" else value
+    return wire
+
+
+_encode: Final = json.JSONEncoder(separators=(",", ":")).encode  # made once: `dumps` would make one for each hint
+
+
+def _check_version(where: str, raw: dict[str, Any]) -> None:
+    version = raw.get("v", VERSION)
+    if version != VERSION:
+        raise parsing.wrong(f"{where}.v", version, f"{VERSION}, the version spoken here")
+
+
+# --- the hint -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Hint:
+    """Who makes an LLM call and what hangs on it. Only `session` is required; times are in seconds."""
+
+    session: str = parsing.needs(parsing.text(), scoped=True)
+    """Whose KV this call extends: thread (or root run) and the agent's checkpoint namespace."""
+    call: str | None = parsing.may(parsing.text(), scoped=True)
+    """Id of this call, the LangChain run id; the engine's request id where absent."""
+    app: str | None = parsing.may(parsing.text(), scoped=True)
+    """The root run: all calls of one application instance."""
+    app_started_ago_s: float | None = parsing.may(parsing.SECONDS)
+    agent: str | None = parsing.may(parsing.text())
+    graph: str | None = parsing.may(parsing.text(), scoped=True)
+    """Hash of the analysed topology."""
+    node: str | None = parsing.may(parsing.text())
+    parent_call: str | None = parsing.may(parsing.text(), scoped=True)
+    """A sub-agent works inside a tool call of this call."""
+    parent_tool_call: str | None = parsing.may(parsing.text())
+    depth: int | None = parsing.may(parsing.count())
+    remaining: int | None = parsing.may(parsing.count())
+    """LLM nodes on the longest path to the end, back edges removed."""
+    max_depth: int | None = parsing.may(parsing.count())
+    out_degree: int | None = parsing.may(parsing.count())
+    fan_out: int | None = parsing.may(parsing.count())
+    fan_index: int | None = parsing.may(parsing.count())
+    join: str | None = parsing.may(parsing.text(), scoped=True)
+    """Id of the join that this branch feeds."""
+    critical: bool | None = parsing.may(parsing.flag)
+    importance: float | None = parsing.may(parsing.number(0, 10))
+    expects_tools: dict[str, float | None] | None = parsing.may(parsing.estimates)
+    """Tools that the model may call, with the expected seconds of each or None."""
+    reuse: Reuse | None = parsing.may(parsing.one_of("extends", "final", "unknown"))
+    expected_output_tokens: int | None = parsing.may(parsing.count())
+    tenant: str = ""
+    """Prefix of the ids, from their mark; empty where tenants are not kept apart. Not on the wire."""
+
+    def to_json(self) -> str:
+        """The value for `vllm_xargs["tokencake"]`."""
+        return _encode({"v": VERSION, **to_wire(self)})
+
+
+def parse_hint(text: object, tenants: Tenants | None = None) -> Hint:
+    """Parse the value of `vllm_xargs["tokencake"]`.
+
+    Args:
+        text: the value.
+        tenants: where tenants are kept apart: what their proxy has marked counts, and nothing else.
+
+    Raises:
+        UnmarkedError: there are `tenants`, and no proof of one.
+        ProtocolError: it is not a JSON object in a string of at most `MAX_HINT_BYTES`, or a known field is malformed.
+    """
+    if not isinstance(text, str):
+        raise parsing.wrong("hint", text, "a JSON object written as a string")
+    limit = MAX_HINT_BYTES if tenants is None else SCOPED_HINT_BYTES
+    if len(text) > limit or len(text.encode(errors="replace")) > limit:
+        raise TooLargeError("hint", f"has more than {MAX_HINT_BYTES} bytes")
+    raw = parsing.load(text, "hint")
+    if not isinstance(raw, dict):
+        raise parsing.wrong("hint", raw, "an object")
+    _check_version("hint", raw)
+    if tenants is None:
+        return parsing.record(Hint, "hint", raw)
+    tenant = tenants.marked(raw.get(MARK_KEY))
+    if tenant is None:
+        raise UnmarkedError(f"hint.{MARK_KEY}", "is not that of a proxy with this engine's tenant secret")
+    return scoped(parsing.record(Hint, "hint", parsing.unscoped(raw, tenant, SCOPED, "hint")), tenant)
+
+
+# --- events -------------------------------------------------------------------------------------
+# `ago_s` says how long ago an event happened when its body was sent: it needs no common clock, and takes the time
+# that the event waited in a queue out of every measured duration.
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One declared stage of a tool (paper 3.1, FuncNode)."""
+
+    name: str = parsing.needs(parsing.text())
+    estimate_s: float | None = parsing.may(parsing.SECONDS)
+
+
+def _stage(where: str, value: Any) -> Stage:
+    return parsing.record(Stage, where, value)
+
+
+@dataclass(frozen=True, slots=True)
+class ToolStart:
+    """A tool call began: the session of `call` is stalled in it."""
+
+    type: ClassVar = "tool_start"
+    call: str = parsing.needs(parsing.text(), scoped=True)
+    tool_call: str = parsing.needs(parsing.text())
+    tool: str = parsing.needs(parsing.text())
+    estimate_s: float | None = parsing.may(parsing.SECONDS)
+    deadline_s: float | None = parsing.may(parsing.SECONDS)
+    stages: tuple[Stage, ...] | None = parsing.may(parsing.list_of(_stage, 32))
+    ago_s: float = parsing.may(parsing.AGO, 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class ToolProgress:
+    """A running tool call reached `stage`, or `fraction` (0 to 1) of its work."""
+
+    type: ClassVar = "tool_progress"
+    call: str = parsing.needs(parsing.text(), scoped=True)
+    tool_call: str = parsing.needs(parsing.text())
+    stage: str | None = parsing.may(parsing.text())
+    fraction: float | None = parsing.may(parsing.number(0, 1))
+    ago_s: float = parsing.may(parsing.AGO, 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class ToolEnd:
+    """A tool call ended. `duration_s` is the client's own measurement and wins over the difference of the events."""
+
+    type: ClassVar = "tool_end"
+    call: str = parsing.needs(parsing.text(), scoped=True)
+    tool_call: str = parsing.needs(parsing.text())
+    tool: str | None = parsing.may(parsing.text())
+    status: ToolStatus = parsing.may(parsing.one_of("ok", "error", "cancelled"), "ok")
+    duration_s: float | None = parsing.may(parsing.SECONDS)
+    ago_s: float = parsing.may(parsing.AGO, 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class StallStart:
+    """`session` waits for something that is no tool: a human, a join, plain code."""
+
+    type: ClassVar = "stall_start"
+    session: str = parsing.needs(parsing.text(), scoped=True)
+    kind: str = parsing.needs(parsing.text())
+    estimate_s: float | None = parsing.may(parsing.SECONDS)
+    ago_s: float = parsing.may(parsing.AGO, 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class StallEnd:
+    """The wait of this `kind` is over."""
+
+    type: ClassVar = "stall_end"
+    session: str = parsing.needs(parsing.text(), scoped=True)
+    kind: str = parsing.needs(parsing.text())
+    ago_s: float = parsing.may(parsing.AGO, 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class SessionEnd:
+    """No later call extends this session."""
+
+    type: ClassVar = "session_end"
+    session: str = parsing.needs(parsing.text(), scoped=True)
+    status: ToolStatus = parsing.may(parsing.one_of("ok", "error", "cancelled"), "ok")
+
+
+@dataclass(frozen=True, slots=True)
+class AppEnd:
+    """The application instance is over, and with it the sessions whose ids begin with its own.
+
+    Others may go on in another instance, as a thread does with its next turn.
+    """
+
+    type: ClassVar = "app_end"
+    app: str = parsing.needs(parsing.text(), scoped=True)
+    status: ToolStatus = parsing.may(parsing.one_of("ok", "error", "cancelled"), "ok")
+
+
+@dataclass(frozen=True, slots=True)
+class Graph:
+    """Topology of a graph, once per graph and engine. `nodes` maps names to what is known of each, in plain values."""
+
+    type: ClassVar = "graph"
+    graph: str = parsing.needs(parsing.text(), scoped=True)
+    nodes: dict[str, dict[str, Any]] = parsing.needs(parsing.object_of(parsing.object_of(parsing.scalar, 16), 256))
+    edges: tuple[tuple[str, str], ...] = parsing.needs(parsing.list_of(parsing.edge, 2_000))
+    joins: dict[str, tuple[str, ...]] | None = parsing.may(
+        parsing.object_of(parsing.list_of(parsing.text(), 256), 256), scoped=True
+    )
+    """Of each join, by its id: the nodes that feed it."""
+    tenant: str = ""
+    """As in `Hint`."""
+
+
+Event: TypeAlias = ToolStart | ToolProgress | ToolEnd | StallStart | StallEnd | SessionEnd | AppEnd | Graph
+
+_EVENTS: Final[dict[str, type[Event]]] = {
+    kind.type: kind for kind in (ToolStart, ToolProgress, ToolEnd, StallStart, StallEnd, SessionEnd, AppEnd, Graph)
+}
+SCOPED: Final = frozenset(
+    name
+    for kind in (Hint, *_EVENTS.values())
+    for name in parsing.scoped_fields(kind)  # from their own definitions
+)
+"""The fields of hints and events that hold ids, or are keyed by ids."""
+
+
+def parse_event(raw: Any, where: str = "event") -> Event:
+    """Parse one event object.
+
+    Raises:
+        ProtocolError: the type is not known or a known field is malformed.
+    """
+    if not isinstance(raw, dict):
+        raise parsing.wrong(where, raw, "an object")
+    kind = raw.get("type")
+    if not isinstance(kind, str) or kind not in _EVENTS:
+        raise parsing.wrong(f"{where}.type", kind, "one of " + ", ".join(_EVENTS))
+    return parsing.record(_EVENTS[kind], where, raw)
+
+
+def check_body_size(size_bytes: int, *, is_scoped: bool = False) -> None:
+    """Raise TooLargeError where a body of events is too long. `is_scoped`: its ids have prefixes."""
+    if size_bytes > (SCOPED_BODY_BYTES if is_scoped else MAX_BODY_BYTES):
+        raise TooLargeError("body", f"has {size_bytes} bytes; at most {MAX_BODY_BYTES} are taken, send smaller batches")
+
+
+def parse_events(body: bytes, tenant: str = "") -> list[Event | ProtocolError]:
+    """Parse the body of `POST /v1/tokencake/events`, one entry per event and in its order.
+
+    Args:
+        body: as it came.
+        tenant: the prefix that every id in it has, and that is taken off; see `scoped`.
+
+    Raises:
+        ProtocolError: the body as a whole is unusable: not JSON, not `{"v": 1, "events": [...]}`, or over
+            `MAX_BODY_BYTES` or `MAX_EVENTS`.
+    """
+    check_body_size(len(body), is_scoped=bool(tenant))
+    raw = parsing.load(body, "body")
+    if not isinstance(raw, dict):
+        raise parsing.wrong("body", raw, 'an object {"v": 1, "events": [...]}')
+    _check_version("body", raw)
+    events = raw.get("events")
+    if not isinstance(events, list):
+        raise parsing.wrong("body.events", events, "a list of events")
+    if len(events) > MAX_EVENTS:
+        raise TooLargeError("body.events", f"has {len(events)} events; at most {MAX_EVENTS} are taken, send batches")
+    parsed: list[Event | ProtocolError] = []
+    for index, event in enumerate(events):
+        try:
+            where = f"events[{index}]"
+            parsed.append(parse_event(parsing.unscoped(event, tenant, SCOPED, where), where))
+        except ProtocolError as error:
+            parsed.append(error)
+    return parsed

@@ -1,0 +1,1 @@
+"""Live calls, sessions and applications, as hints and events describe them."""

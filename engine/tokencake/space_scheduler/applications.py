@@ -1,0 +1,313 @@
+"""What is known of the applications whose calls wait and run? Age, service had, live calls, way to the end.
+
+Ages are the engine's own: an application is as old as its first call *here*. Service is counted in device-seconds: the
+share of the KV blocks that its calls held, times how long they held them. One device-second is the whole memory for
+one second. A call without a hint is an application of its own.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from math import inf
+from typing import Final
+
+from tokencake.forecast.fair_lru import FairLRU
+from tokencake.forecast.graph_stats import Place, Ways
+from tokencake.forecast.output_lengths import AnswerLengths
+from tokencake.forecast.roles import Role, role_of
+from tokencake.protocol import Graph, Hint
+from tokencake.space_scheduler.branches import Branch, Stalled, slacks_s
+from tokencake.space_scheduler.tenant_book import Tenant, TenantBook
+
+_MAX_KEPT: Final = 8_192
+"""Applications without a live call that are remembered, so that their next call finds its place."""
+
+_IDLE_S: Final = 3_600.0
+_UNKNOWN_TOKENS: Final = 512
+"""Length of an answer of which nothing is known; limits are often set far above what is written."""
+
+_LEAST_LIFE_S: Final = 60.0
+"""A branch is waited for at least so long; a longer gap than usual says that it is over."""
+_LONG_GAP: Final = 4.0
+
+
+@dataclass(slots=True)
+class Application:
+    """One application instance as the engine has seen it."""
+
+    id: str
+    tenant: Tenant
+    first_seen_s: float
+    touched_s: float
+    served_s: float = 0.0
+    is_critical: bool = False
+    """Whether a call of it was on a critical path: somebody waits for its end."""
+    live: dict[str, LiveCall] = field(default_factory=dict)
+    root: str = ""
+    """The agent of its first call."""
+    visits: Counter[Place] = field(default_factory=Counter)
+    """How often a call of this graph and node came."""
+    answers: Counter[str] = field(default_factory=Counter)
+    """Live requests of each live call: several with `n` > 1."""
+    stalled: Stalled = field(default_factory=Stalled)
+    measured_version: int = -1
+    """`Applications.version` when its slack was measured."""
+
+
+@dataclass(slots=True)
+class LiveCall:
+    """One request that waits or runs."""
+
+    request_id: str
+    app: Application
+    hint: Hint | None
+    arrived_s: float
+    number: int
+    """Arrivals before it: breaks ties."""
+    prompt_tokens: int
+    max_tokens: int
+    branch: Branch | None
+    """Where it is in its application; None without a hint."""
+    service_s: float
+    """Seconds of calls on the longest way from its begin to the end of its application; 0 where nobody knows."""
+    expected_tokens: int
+    """Length of the answer to be reckoned with."""
+    is_running: bool = False
+    started_s: float | None = None
+    refused_s: float | None = None
+    """When it was first passed over as the first in line, since it last ran."""
+    charged_s: float = 0.0
+    """Up to when its service has been counted."""
+    preemptions: int = 0
+    swaps: int = 0
+    """How often it was swapped out for an older application's call."""
+    swapped_for: Application | None = None
+    """That application, until it runs again."""
+    is_in_vain: bool = False
+    """Whether others gave way to it and it did not start although there was room: nobody does again."""
+    slack_s: float | None = None
+    """As of the last time that `Applications.slack_s` measured its application."""
+
+    @property
+    def remaining_s(self) -> float:
+        """Longest way from its begin to the end of its application, tools included; 0 where nobody knows."""
+        return 0.0 if self.branch is None else self.branch.remaining_s
+
+
+class Applications:
+    """Everything above, kept from what the scheduler does and what hints and graphs tell."""
+
+    def __init__(self, graph_named: Callable[[str], Graph | None], *, answer_quantile: float) -> None:
+        self.calls: dict[str, LiveCall] = {}
+        self.lengths = AnswerLengths()
+        self.version = 0
+        """Changes when a call comes or goes, or when one is started or stopped."""
+        self.tenants = TenantBook(graph_named)
+        self._quantile = answer_quantile
+        self._apps: FairLRU[str, Application] = FairLRU(inf)
+        self._arrivals = 0
+
+    @property
+    def known_apps(self) -> int:
+        """Applications remembered."""
+        return len(self._apps)
+
+    # --- the life of a call -----------------------------------------------------------------------
+
+    def add(
+        self,
+        request_id: str,
+        hint: Hint | None,
+        *,
+        prompt_tokens: int,
+        max_tokens: int,
+        now: float,
+        tenant: str = "",
+    ) -> LiveCall:
+        """A request of `tenant` entered the engine."""
+        app = self._application(request_id, hint, tenant, now)
+        self._arrivals += 1
+        name = request_id if hint is None or hint.call is None else hint.call
+        app.answers[name] += 1
+        branch, service_s = (None, 0.0) if hint is None else self._branch(app, name, hint, now)
+        call = LiveCall(
+            request_id,
+            app,
+            hint,
+            now,
+            self._arrivals,
+            prompt_tokens,
+            max_tokens,
+            branch,
+            service_s,
+            expected_tokens=self._expected_tokens(role_of(hint, tenant), hint, max_tokens),
+        )
+        app.is_critical |= hint is not None and hint.critical is True
+        self.calls[request_id] = app.live[request_id] = call
+        app.tenant.live_calls += 1
+        self.version += 1
+        self._bound(now)
+        return call
+
+    def start(self, request_id: str, now: float) -> None:
+        """The request got a slot."""
+        if (call := self.calls.get(request_id)) is not None and not call.is_running:
+            call.is_running, call.charged_s, call.refused_s, call.swapped_for = True, now, None, None
+            call.started_s = now if call.started_s is None else call.started_s
+            self.version += 1
+
+    def stop(self, request_id: str) -> None:
+        """The request lost its blocks and waits again."""
+        if (call := self.calls.get(request_id)) is not None:
+            call.is_running = False
+            call.preemptions += 1
+            self.version += 1
+
+    def charge(self, request_id: str, share: float, now: float) -> None:
+        """The request has held this share of the blocks since it was last charged."""
+        if (call := self.calls.get(request_id)) is not None and call.is_running:
+            device_s = share * (now - call.charged_s)
+            call.charged_s = now
+            call.app.served_s += device_s
+            call.app.tenant.served_s += device_s
+
+    def end(self, request_id: str, output_tokens: int, *, is_aborted: bool, now: float) -> None:
+        """The request left the engine."""
+        call = self.calls.pop(request_id, None)
+        if call is None:
+            return
+        app = call.app
+        del app.live[request_id]
+        app.answers -= Counter([request_id if call.branch is None else call.branch.call])
+        app.touched_s = now
+        app.tenant.live_calls -= 1
+        self.version += 1
+        if not is_aborted and call.started_s is not None:
+            self._learn(call, now - call.started_s, output_tokens)
+            self._stall(call, now)
+
+    # --- what is learned --------------------------------------------------------------------------
+
+    def _learn(self, call: LiveCall, took_s: float, output_tokens: int) -> None:
+        tenant = call.app.tenant
+        self.lengths.learn(role_of(call.hint, tenant.id), output_tokens)
+        tenant.learn_call(took_s, output_tokens)
+        place = (f"\0{tenant.id}", "") if call.branch is None else call.branch.place
+        tenant.lore.learn_call(place, took_s, call.app.visits[place])
+
+    def _expected_tokens(self, role: Role, hint: Hint | None, max_tokens: int) -> int:
+        learned = self.lengths.quantile(role, self._quantile)
+        told = hint.expected_output_tokens if hint is not None else None
+        # What was measured outweighs what is claimed, and no answer outgrows its limit.
+        known = learned if learned is not None else told
+        return min(_UNKNOWN_TOKENS if known is None else known, max_tokens)
+
+    # --- where a call is in its application ---------------------------------------------------------
+
+    def _branch(self, app: Application, name: str, hint: Hint, now: float) -> tuple[Branch, float]:
+        """The branch of the call `name` that comes, and the seconds of calls on its way."""
+        if not app.visits:
+            app.root = hint.agent or ""
+        place = _place(app, hint)
+        node, lore = place[1], app.tenant.lore
+        ways = lore.ways(place[0])
+        if app.answers[name] == 1:
+            app.visits[place] += 1
+            cause, is_sure = app.stalled.arrive(hint.session, place, hint.join, hint.parent_call, ways)
+            if cause is not None:
+                lore.learn_follower(cause.place, place, now - cause.at_s if is_sure else None)
+        branch = Branch(name, hint.session, place, hint.join, hint.parent_call, now, 0.0)
+        if ways is None or node not in ways.remaining_s or (hint.remaining is not None and not ways.is_described):
+            told_s = (hint.remaining or 0) * lore.call_s
+            return replace(branch, remaining_s=told_s), told_s
+        # Of the rounds of a loop that are expected, those that the application has had are over.
+        rounds = {other: app.visits[place[0], other] - (other == node) for other in ways.loop(node)}
+        service_s, gaps_s = ways.service_s[node], ways.remaining_s[node] - ways.service_s[node]
+        for other, count in rounds.items():
+            service_s -= count * lore.service_s((place[0], other))
+            gaps_s -= count * lore.gap_s((place[0], other))
+        service_s, gaps_s = max(service_s, lore.service_s(place)), max(gaps_s, 0.0)
+        rest_s = self._after_parent(app, branch, ways)
+        return replace(branch, remaining_s=service_s + gaps_s + rest_s), service_s + rest_s
+
+    def _after_parent(self, app: Application, branch: Branch, ways: Ways) -> float:
+        """What is left for the agent that waits for a sub-agent, where the graph does not lead back to it."""
+        parent = app.stalled.of_call(branch.parent)
+        if parent is None:
+            return 0.0
+        (graph, node), (parent_graph, parent_node) = branch.place, parent.place
+        leads_back = graph == parent_graph and parent_node in ways.shape.after[node]
+        return 0.0 if leads_back else parent.remaining_s
+
+    def _stall(self, call: LiveCall, now: float) -> None:
+        """The call is over: its branch waits in a tool, or for others, unless it says that nothing will follow."""
+        branch, hint = call.branch, call.hint
+        if branch is None or hint is None or call.app.answers[branch.call]:
+            return
+        lore = call.app.tenant.lore
+        gap_s = lore.gap_s(branch.place)
+        is_over = hint.reuse == "final" and hint.join is None
+        left_s = max(gap_s, branch.remaining_s - lore.service_s(branch.place))
+        until_s = now if is_over else now + max(_LEAST_LIFE_S, _LONG_GAP * gap_s)
+        call.app.stalled.leave(replace(branch, at_s=now, remaining_s=left_s, until_s=until_s))
+
+    def slack_s(self, call: LiveCall, now: float) -> float | None:
+        """What its branch has to spare at its next join; None where it has no siblings.
+
+        An application is measured when it is asked for, and again when calls have come, gone or changed their state.
+        """
+        app = call.app
+        if app.measured_version != self.version:
+            app.measured_version = self.version
+            self._measure_slack(app, now)
+        return call.slack_s
+
+    def is_critical(self, call: LiveCall, now: float) -> bool:
+        """Whether others of its application wait for it: measured where it has siblings, else as its client says."""
+        slack_s = self.slack_s(call, now)
+        return slack_s == 0.0 if slack_s is not None else call.hint is not None and call.hint.critical is True
+
+    def _measure_slack(self, app: Application, now: float) -> None:
+        live = [(call, call.branch) for call in app.live.values() if call.branch is not None]
+        parents = {branch.parent for _, branch in live}
+        stalled = [branch for branch in app.stalled.living(now) if branch.call not in parents]
+        branches = [branch for _, branch in live]
+        for (call, _), slack_s in zip(live, slacks_s([*branches, *stalled], app.tenant.lore.ways, now), strict=False):
+            call.slack_s = slack_s
+
+    # --- who belongs together ---------------------------------------------------------------------
+
+    def _application(self, request_id: str, hint: Hint | None, tenant: str, now: float) -> Application:
+        owner = self.tenants.arrive(tenant)
+        if hint is None:
+            return Application(f"request {request_id}", owner, now, now)
+        name = hint.app or hint.session
+        app = self._apps.get(name) or Application(name, owner, now, now)
+        app.touched_s = now
+        self._apps.put(name, app, tenant)
+        return app
+
+    def _bound(self, now: float) -> None:
+        """Forget what is idle for too long; where there are too many, of the tenant that has most."""
+        for _ in range(4):
+            is_crowded = len(self._apps) > _MAX_KEPT + len(self.calls)
+            name = self._apps.oldest_of_most() if is_crowded else next(iter(self._apps), None)
+            app = None if name is None else self._apps.get(name)
+            if app is None or not (is_crowded or now - app.touched_s > _IDLE_S):
+                return
+            if app.live:
+                app.touched_s = now
+                self._apps.put(app.id, app, app.tenant.id)
+                continue
+            self._apps.pop(app.id)
+            self.tenants.forget(app.tenant)
+
+
+def _place(app: Application, hint: Hint) -> Place:
+    role = role_of(hint)
+    if role.graph:  # whose description names its nodes
+        return role.graph, role.node or role.agent
+    # Told apart from every graph that has a name: a client's cannot be empty.
+    return f"\0{app.tenant.id}\0{app.root}", role.label

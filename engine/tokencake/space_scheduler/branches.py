@@ -1,0 +1,134 @@
+"""Which branches of an application are alive, and how much time has each to spare at the join that waits for it?
+
+A branch is a call that waits or runs, or an agent in a tool whose next call is still to come. Two branches feed one
+join if they say so, or if the graph leads from both of them to one node. The one that is farthest from the end is what
+the others wait for: its slack is 0, and theirs is the difference.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, TypeAlias
+
+if TYPE_CHECKING:
+    from tokencake.forecast.graph_stats import Place, Ways
+
+MAX_STALLED: Final = 64
+"""Stalled branches remembered of one application."""
+
+MAX_PLACES: Final = 64
+"""An application that is at more places at once has no slack: to compare them all would take too long."""
+
+_Key: TypeAlias = "tuple[str | None, str | None, Place]"
+
+
+@dataclass(frozen=True, slots=True)
+class Branch:
+    """Where one branch is, and how far from the end of its application."""
+
+    call: str
+    session: str
+    place: Place
+    join: str | None
+    parent: str | None
+    """The call in whose tool this branch works."""
+    at_s: float
+    """When its call came, or ended where it is stalled."""
+    remaining_s: float
+    """From then on, by the longest way."""
+    until_s: float = float("inf")
+    """A stalled branch without a call by then is waited for by nobody."""
+
+    def left_s(self, now: float) -> float:
+        """What is left of its way."""
+        return max(0.0, self.remaining_s - (now - self.at_s))
+
+
+class Stalled:
+    """The branches of one application between two calls."""
+
+    def __init__(self) -> None:
+        self._branches: OrderedDict[str, Branch] = OrderedDict()
+        self._last: Branch | None = None
+
+    def leave(self, branch: Branch) -> None:
+        """A call ended, and its branch will go on."""
+        self._last = self._branches[branch.call] = branch
+        if len(self._branches) > MAX_STALLED:
+            self._branches.popitem(last=False)
+
+    def of_call(self, call: str | None) -> Branch | None:
+        """The branch whose last call this was."""
+        return None if call is None else self._branches.get(call)
+
+    def living(self, now: float) -> list[Branch]:
+        """Those that somebody still waits for."""
+        return [branch for branch in self._branches.values() if now < branch.until_s]
+
+    def arrive(
+        self, session: str, place: Place, join: str | None, parent: str | None, ways: Ways | None
+    ) -> tuple[Branch | None, bool]:
+        """A call came: the branches that it continues or joins are over.
+
+        Returns:
+            The call that it waited for, the last to end, as far as can be told, and whether that is sure.
+        """
+        is_known = any(branch.session == session for branch in self._branches.values())
+        over: dict[str, Branch] = {}
+        for branch in self._branches.values():  # an agent comes before those that work in its tool
+            is_own = branch.session == session or branch.parent in over
+            is_beside = branch.parent == parent and branch.call != parent
+            if is_own or (is_beside and _joins(branch, place, join, ways, is_known)):
+                over[branch.call] = branch
+        for name in over:
+            del self._branches[name]
+        if over:
+            return max(over.values(), key=lambda branch: branch.at_s), True
+        return self.of_call(parent) or self._last, False
+
+
+def _joins(branch: Branch, place: Place, join: str | None, ways: Ways | None, is_known: bool) -> bool:
+    """Whether a call of `place` comes behind the join that `branch` feeds."""
+    if ways is None or branch.place[0] != place[0] or place[1] not in ways.shape.after.get(branch.place[1], ()):
+        return False
+    return branch.join != join if branch.join is not None else not is_known
+
+
+def slacks_s(branches: Sequence[Branch], ways_of: Callable[[str], Ways | None], now: float) -> list[float | None]:
+    """Seconds that each branch of one application can be late without its join being so; None for one without siblings.
+
+    Args:
+        branches: all that are alive.
+        ways_of: the measured graph of a name.
+        now: on the engine's clock.
+    """
+    farthest: dict[_Key, float] = {}
+    counts: dict[_Key, int] = {}
+    for branch in branches:
+        key = branch.parent, branch.join, branch.place
+        farthest[key] = max(farthest.get(key, 0.0), branch.left_s(now))
+        counts[key] = counts.get(key, 0) + 1
+    latest: dict[_Key, float | None] = dict.fromkeys(counts)
+    for key, count in counts.items() if len(counts) <= MAX_PLACES else ():
+        others = [left_s for other, left_s in farthest.items() if other != key and _is_together(key, other, ways_of)]
+        latest[key] = max([*others, farthest[key]]) if others or count > 1 else None
+    found: list[float | None] = []
+    for branch in branches:
+        until_s = latest[branch.parent, branch.join, branch.place]
+        found.append(None if until_s is None else max(0.0, until_s - branch.left_s(now)))
+    return found
+
+
+def _is_together(one: _Key, other: _Key, ways_of: Callable[[str], Ways | None]) -> bool:
+    (parent, join, (graph, node)), (other_parent, other_join, (other_graph, other_node)) = one, other
+    if parent != other_parent:
+        return False
+    if join is not None and other_join is not None:
+        return join == other_join
+    ways = ways_of(graph) if graph == other_graph else None
+    if ways is None or node not in ways.shape.after or other_node not in ways.shape.after:
+        return False
+    after, other_after = ways.shape.after[node], ways.shape.after[other_node]
+    return node not in other_after and other_node not in after and not after.isdisjoint(other_after)

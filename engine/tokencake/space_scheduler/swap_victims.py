@@ -1,0 +1,108 @@
+"""Who gives way to an old application whose call does not fit? Calls of much younger ones, where little is lost by it.
+
+A call that is swapped out costs a copy and a load, and its blocks lie idle while they move. So nobody is swapped out
+where the blocks come free by themselves soon, nobody who is nearly done, nobody too often, and nobody in vain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from tokencake.space_scheduler.applications import LiveCall
+    from tokencake.space_scheduler.policy import Rank
+    from tokencake.space_scheduler.settings import SpaceSettings
+
+_FADE_TOKENS: Final = 2**20
+"""Tokens computed after which those before count for half."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A running call that could give way."""
+
+    call: LiveCall
+    private_blocks: int
+    """They come free when it gives way."""
+    shared_blocks: int
+    """They come free when the other calls of its application give way too."""
+    left_tokens: int
+    """Of its answer, as far as can be foreseen."""
+
+
+@dataclass(slots=True)
+class Losses:
+    """How much of what was swapped out had to be computed again, of all that was computed?"""
+
+    computed_tokens: float = 0.0
+    lost_tokens: float = 0.0
+
+    def add(self, computed_tokens: int, lost_tokens: int) -> None:
+        """Of one step."""
+        self.computed_tokens += computed_tokens
+        self.lost_tokens += lost_tokens
+        if self.computed_tokens > _FADE_TOKENS:
+            self.computed_tokens, self.lost_tokens = self.computed_tokens / 2, self.lost_tokens / 2
+
+    def are_within(self, share: float) -> bool:
+        """Whether not more than this share of all tokens was lost."""
+        return self.lost_tokens <= share * self.computed_tokens
+
+
+def by_seniority(ranks: Iterable[tuple[LiveCall, Rank]]) -> list[str]:
+    """Ids of the applications of these calls, the most senior first: by the best rank of their calls."""
+    best: dict[str, Rank] = {}
+    for call, rank in ranks:
+        if call.app.id not in best or rank < best[call.app.id]:
+            best[call.app.id] = rank
+    return sorted(best, key=best.__getitem__)
+
+
+def victims(
+    head: LiveCall,
+    short_blocks: int,
+    running: Iterable[Candidate],
+    apps: Sequence[str],
+    settings: SpaceSettings,
+) -> list[Candidate]:
+    """Whom to swap out so that `head` fits; nobody where all of them would not be enough.
+
+    Args:
+        head: the call that waits first in line.
+        short_blocks: how many blocks it is short of.
+        running: calls that run.
+        apps: ids of the live applications, the most senior first.
+        settings: how old, how young, how near the end, how often.
+    """
+    if short_blocks <= 0 or head.app.id not in apps[: settings.swap_oldest]:
+        return []
+    young = set(apps[max(settings.swap_from, apps.index(head.app.id) + 1) :])
+    by_app = _able(running, young, head.app.first_seen_s, settings)
+    chosen: list[Candidate] = []
+    freed = 0
+    # The youngest application goes first and as a whole: what its calls share comes free with the last of them.
+    for name in reversed(apps):
+        calls = by_app.get(name, [])
+        enough = [candidate for candidate in calls if candidate.private_blocks >= short_blocks - freed]
+        if enough:
+            return [*chosen, min(enough, key=lambda candidate: candidate.private_blocks)]
+        chosen += calls
+        freed += sum(candidate.private_blocks for candidate in calls)
+        freed += max((candidate.shared_blocks for candidate in calls), default=0)
+        if freed >= short_blocks:
+            return chosen
+    return []
+
+
+def _able(
+    running: Iterable[Candidate], young: set[str], since_s: float, settings: SpaceSettings
+) -> Mapping[str, list[Candidate]]:
+    by_app: dict[str, list[Candidate]] = {}
+    for candidate in running:
+        call = candidate.call
+        is_able = call.app.id in young and call.app.first_seen_s > since_s and call.swaps < settings.swaps_per_call
+        if is_able and candidate.left_tokens > settings.swap_patience_tokens:
+            by_app.setdefault(call.app.id, []).append(candidate)
+    return by_app

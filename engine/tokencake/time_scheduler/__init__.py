@@ -1,0 +1,1 @@
+"""Offload and upload of the KV of stalled agents: which prefixes will be used again, and when."""

@@ -1,0 +1,1 @@
+"""Workloads and device profiles read from a running engine."""

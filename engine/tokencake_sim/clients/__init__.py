@@ -1,0 +1,1 @@
+"""Modelled clients: applications that call the engine, and the hints that they send."""

@@ -1,0 +1,1 @@
+"""The modelled device: clock, step cost, host link and the worker side of connectors."""

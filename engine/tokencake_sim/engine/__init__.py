@@ -1,0 +1,1 @@
+"""vLLM's own scheduler in virtual time."""

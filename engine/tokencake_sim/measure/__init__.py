@@ -1,0 +1,1 @@
+"""What a run measures: KV occupancy, steps and latency."""

@@ -1,0 +1,1 @@
+"""Workloads: applications, their graphs, prompts and arrivals."""

@@ -1,0 +1,153 @@
+"""Running calls of young applications are swapped out to the host for the call of an old one that does not fit.
+
+To vLLM it is a preemption, like its own; the Time Scheduler's host memory brings the blocks back. Until the call that
+they gave way to has started, nobody else may take what they gave.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Final
+
+from vllm.v1.core.sched.interface import PauseState
+
+from tokencake.space_scheduler.growth import Promise, tokens_until_free
+from tokencake.space_scheduler.swap_victims import Candidate, Losses, by_seniority, victims
+from tokencake_vllm.space_scheduler.admission_gate import ADMISSIBLE
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.request import Request
+
+    from tokencake.space_scheduler.applications import Applications, LiveCall
+    from tokencake.space_scheduler.policy import Rank
+    from tokencake.space_scheduler.settings import SpaceSettings
+    from tokencake_vllm.space_scheduler.admission_gate import Gate
+    from tokencake_vllm.space_scheduler.component import SpaceMixin
+    from tokencake_vllm.vllm_adapter.block_pool import BlockView
+
+_LOST_SHARE: Final = 0.005
+"""Nobody is swapped out while more than this share of all tokens was computed again for calls that were."""
+_START_S: Final = 1.0
+"""Whom others gave way to starts within so long, or not at all: vLLM has reasons of its own to pass a call over."""
+
+
+class Swap:
+    """Chooses whom to swap out, keeps the room for whom it was made, and remembers what it has cost."""
+
+    def __init__(
+        self, scheduler: SpaceMixin, settings: SpaceSettings, applications: Applications, view: BlockView, gate: Gate
+    ) -> None:
+        self._scheduler = scheduler
+        self._settings = settings
+        self._calls = applications.calls
+        self._view = view
+        self._gate = gate
+        self._losses = Losses()
+        self._heir: str | None = None
+        """The call that others have given way to and that has not started yet."""
+        self._until_s = 0.0
+        self._away: set[str] = set()
+        """Calls that were swapped out and have not come back."""
+
+    def choose(self, ages: Mapping[str, Rank], now: float) -> list[Request]:
+        """The running requests to swap out for the first in line; `ages` are ranks as if nobody had siblings."""
+        head = self._head(now)
+        if head is None:
+            return []
+        request = self._scheduler.requests[head.request_id]
+        need = self._view.needed_blocks(request)
+        free = self._view.free_blocks + self._coming_blocks()
+        if need <= free or need < self._settings.swap_share * self._view.total_blocks:
+            return []
+        apps = by_seniority((self._calls[name], rank) for name, rank in ages.items() if name in self._calls)
+        if head.app.id not in apps[: self._settings.swap_oldest]:
+            return []
+        admitted = self._scheduler.admitted()
+        promises = [self._promise(other) for other in admitted]
+        if tokens_until_free(promises, need, free, self._view.block_tokens) <= self._settings.swap_patience_tokens:
+            return []
+        # Each call that runs may want one more block before the copies are over.
+        margin = len(admitted) + self._scheduler.kv_cache_manager.watermark_blocks
+        short = need + margin + sum(promise.pending_blocks for promise in promises) - free
+        chosen = victims(head, short, self._candidates(), apps, self._settings)
+        names = {candidate.call.request_id for candidate in chosen}
+        if not names or self._view.freed_by(names, request) < short:
+            return []
+        for candidate in chosen:
+            candidate.call.swaps += 1
+            candidate.call.swapped_for = head.app
+        self._heir, self._until_s = head.request_id, now + _START_S
+        self._away |= names
+        return [other for other in self._scheduler.running if other.request_id in names]
+
+    def _head(self, now: float) -> LiveCall | None:
+        """The first in line, if somebody may be swapped out for it at all."""
+        scheduler, settings = self._scheduler, self._settings
+        if settings.policy != "ours" or not settings.swap_oldest or self._is_kept(now) or not scheduler.waiting:
+            return None
+        if not self._losses.are_within(_LOST_SHARE) or not scheduler.can_restore():
+            return None
+        request = scheduler.waiting.peek_request()
+        head = self._calls.get(request.request_id)
+        is_able = request.status in ADMISSIBLE and scheduler.pause_state == PauseState.UNPAUSED
+        return head if is_able and head is not None and head.hint is not None and not head.is_in_vain else None
+
+    def may_start(self, request_id: str, now: float) -> bool:
+        """Whether this waiting call may take blocks: not what others gave for somebody else."""
+        return not self._is_kept(now) or request_id == self._heir
+
+    def _is_kept(self, now: float) -> bool:
+        request = None if self._heir is None else self._scheduler.requests.get(self._heir)
+        if request is None or request.status not in ADMISSIBLE:  # it is gone, or has its blocks
+            self._heir = None
+        elif now > self._until_s:
+            self._heir = None
+            has_room = self._view.blocks_of(request.num_tokens) <= self._view.free_blocks
+            call = self._calls.get(request.request_id)
+            if call is not None and has_room and self._scheduler.pause_state == PauseState.UNPAUSED:
+                call.is_in_vain = True
+        return self._heir is not None
+
+    def note_step(self, output: SchedulerOutput) -> None:
+        """The step is scheduled: what had calls that come back to compute again?"""
+        lost = 0
+        for name in [name for name in self._away if name in output.num_scheduled_tokens or name not in self._calls]:
+            self._away.discard(name)
+            if (request := self._scheduler.requests.get(name)) is not None:
+                lost += request.num_tokens - request.num_computed_tokens + output.num_scheduled_tokens.get(name, 0)
+        self._losses.add(output.total_num_scheduled_tokens, lost)
+
+    def _coming_blocks(self) -> int:
+        """Blocks that come free without anybody's end: the step under way or a copy to the host still has them."""
+        holds = Counter(self._scheduler.storing())
+        holds.update(block.block_id for _, blocks in self._scheduler.deferred_frees for block in blocks)
+        return self._view.held_only_by(holds)
+
+    def _left_tokens(self, request: Request) -> int:
+        """As the gate sees it; but who has written more than was expected may go on for as long as it is allowed to."""
+        call = self._calls.get(request.request_id)
+        is_overdue = call is None or request.num_output_tokens >= call.expected_tokens
+        return request.max_tokens - request.num_output_tokens if is_overdue else self._gate.left_tokens(request)
+
+    def _promise(self, request: Request) -> Promise:
+        return replace(self._gate.promise(request), left_tokens=self._left_tokens(request))
+
+    def _candidates(self) -> list[Candidate]:
+        running = [(self._calls[r.request_id], r) for r in self._scheduler.running if r.request_id in self._calls]
+        able = [(call, request) for call, request in running if call.hint is not None and _has_its_prompt(request)]
+        sizes = Counter(call.app.id for call, _ in able)
+        return [self._candidate(call, request, sizes[call.app.id]) for call, request in able]
+
+    def _candidate(self, call: LiveCall, request: Request, size: int) -> Candidate:
+        private = self._view.private_blocks(call.request_id)
+        # What calls of other applications hold too does not come free with those of its own.
+        shared = self._view.private_blocks(call.request_id, holders=size) - private
+        return Candidate(call, private, shared, self._left_tokens(request))
+
+
+def _has_its_prompt(request: Request) -> bool:
+    """Whether its prompt is computed: what has just begun has nothing that the host could bring back."""
+    return request.num_computed_tokens - request.num_in_flight_tokens >= request.num_prompt_tokens

@@ -1,0 +1,423 @@
+"""What does the Time Scheduler do when a call comes, runs, ends or is preempted, and when an event tells of its stall?
+
+What is expected comes from `StallBook`, decisions from `tokencake.policies`; copies go through `HostCache`,
+uploads through `Uploads`, the order of free blocks is kept by `FreeOrder`. Here is what joins them.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections import deque
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+from vllm.v1.request import Request, RequestStatus
+
+from tokencake.policies.eviction import distances, least_recent, unbounded
+from tokencake.registry.metric_names import CounterName, CountKey
+from tokencake.time_scheduler.host_tier import Distance
+from tokencake.time_scheduler.policy import CHURN_STEPS, MIN_CHANCE, Decision, Finished, TimeSettings, policy_of
+from tokencake.time_scheduler.stall_tracker import StallBook
+from tokencake_vllm.step_clock import StepClock
+from tokencake_vllm.time_scheduler.free_queue import FreeOrder
+from tokencake_vllm.time_scheduler.uploads import GROWTH_BLOCKS, QUEUE_SCAN, Uploads, demand
+from tokencake_vllm.time_scheduler.wakeup import Alarm
+
+if TYPE_CHECKING:
+    from vllm.v1.core.kv_cache_utils import KVCacheBlock
+
+    from tokencake.forecast.durations import Stall
+    from tokencake.time_scheduler.prefixes import Chain
+    from tokencake_vllm.scheduler import TokenCakeMixin
+    from tokencake_vllm.transfer.host_cache import HostCache
+
+_ENDED_WELL: Final = (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
+_PAPER_BACKOFF_STEPS: Final = 8
+_PREFILL_STEP_TOKENS: Final = 256
+"""A step with at least so many tokens tells how fast prefill is."""
+LOOK_AGAIN_S: Final = 0.5
+"""After so long at the earliest, where an upload was not worth its copy yet."""
+IDLE_STEPS: Final = 16
+SHOWN_CHAINS: Final = 4
+"""Of a session, in the state."""
+AHEAD: Final = 4
+"""So often, and at so many stalled agents, is looked while the device has room."""
+
+
+class TimeEngine:
+    """The Time Scheduler of one vLLM scheduler. Lives on the engine loop."""
+
+    def __init__(self, scheduler: TokenCakeMixin, cache: HostCache, settings: TimeSettings) -> None:
+        self.cache = cache
+        self.settings = settings
+        self.book = StallBook(scheduler.registry, scheduler.kv_cache_manager.block_pool.num_gpu_blocks)
+        self.chains = self.book.chains
+        self.alarm = Alarm()
+        self.is_resetting = False
+        self._scheduler = scheduler
+        self._registry = scheduler.registry
+        self._pool = scheduler.kv_cache_manager.block_pool
+        self._policy = policy_of(settings)
+        self._order = FreeOrder(scheduler, cache, self.chains, self.book.dropped)
+        self.uploads = Uploads(scheduler, cache, self.chains, self._order, self._is_worth, self.count)
+        self._parents: dict[str, Chain] = {}
+        """Of a waiting call: the chain that it extends, and whose pins it takes over."""
+        self._steps = 0
+        self._stored_at_step: deque[int] = deque()
+        self._clock = StepClock()
+        self._now = 0.0
+        """Of the newest step or event, for what happens within."""
+        self._admitted_s: float | None = None
+        cache.count = self._add
+
+    # --- a call comes -----------------------------------------------------------------------------------
+
+    def arrive(self, request: Request, now: float) -> None:
+        """See whose stall this call ends."""
+        hint = self._registry.hint_of(request.request_id)
+        tenant = self._scheduler.tenant_of(request)
+        keys = list(request.block_hashes)
+        parent = self.book.arrive(request.request_id, keys, hint, now, tenant)
+        self._order.renew_keys(self.book.wake(keys, request.request_id, hint))
+        if hint is not None and hint.reuse == "final" and hint.parent_call is not None:
+            # The last call of a sub-agent: whoever waits for it is back soon.
+            for employer in self.book.stalled_at(hint.parent_call):
+                self._refine(employer, now)
+        if parent is None:
+            return
+        self._parents[request.request_id] = parent
+        parent.due_s = None
+        self.uploads.cancel(parent.id)
+        if self.uploads.is_late(parent):
+            self.count("kv_uploads", "late")
+
+    def start(self, request: Request, now: float) -> None:
+        """A call has its first slot, and with it its own hold on what it hit."""
+        self.book.start(request.request_id, now)
+        self.cache.rates.residence.take(-(-request.num_tokens // self.cache.rates.block_tokens), now)
+        stats = request.prefill_stats
+        local, external = (stats.num_local_cached_tokens, stats.num_external_cached_tokens) if stats else (0, 0)
+        self.count("kv_tokens_saved", "load", by=external)
+        parent = self._parents.pop(request.request_id, None)
+        if parent is not None:
+            blocks = local // self.cache.rates.block_tokens
+            if parent.id not in self.cache.held and not self.uploads.has_brought(parent.id):
+                was_there = blocks >= len(parent.keys) - 1
+                self.cache.rates.residence.learn(now - parent.since_s, was_there=was_there)
+            gained = self.uploads.settle(parent.id, blocks)
+            self.count("kv_tokens_saved", "upload", by=gained * self.cache.rates.block_tokens)
+            self.cache.release(parent.id)
+
+    @property
+    def can_restore(self) -> bool:
+        """Whether `preempt` copies to the host, as far as there is room."""
+        return self.settings.policy != "paper" and self.cache.tier.capacity > 0 and not self.cache.is_off
+
+    def preempt(self, request: Request) -> None:
+        """A call is about to lose its blocks: what it computed goes to the host."""
+        chain = self.chains.by_id.get(request.request_id)
+        if chain is not None:
+            keys, blocks = self._computed(request)
+            self.chains.give_way(chain, keys)
+            if not self.is_resetting and self.can_restore:
+                self._store(chain, keys, blocks)
+
+    # --- a call ends ------------------------------------------------------------------------------------
+
+    def finish(self, request: Request, now: float) -> dict[str, Any] | None:
+        """The call still holds its blocks; returns what the client is told of them."""
+        name = request.request_id
+        if (parent := self._parents.pop(name, None)) is not None:
+            self.uploads.settle(parent.id, None)
+            self.cache.release(parent.id)
+        if request.status not in _ENDED_WELL:
+            self.chains.remove(name)
+            return None
+        keys, blocks = self._computed(request)
+        stalled = self.book.finish(name, keys, now)
+        if stalled is None:
+            return None
+        chain, rest = stalled
+        decision = self._policy.at_finish(self._finished(chain, rest), self.cache.rates, self.settings)
+        stored = self._do(decision, chain, blocks, rest, now)
+        for old in self.chains.overflow():
+            self.chains.remove(old.id)
+            self._let_go(old)
+        return None if chain.hint is None else {"tokencake": self._told(chain, decision, stored, rest)}
+
+    def _told(self, chain: Chain, decision: Decision, stored: int, rest: Stall) -> dict[str, Any]:
+        """What goes back with the answer."""
+        call = self.book.call_of(chain)
+        return {
+            "decision": decision.action,
+            "why": decision.why,
+            "blocks": len(chain.keys),
+            "stored_blocks": stored,
+            "expected_stall_s": round(rest.quantile(0.5), 3),
+            "prefix_tokens": {"device": call.cached_device_tokens, "host": call.cached_host_tokens} if call else None,
+            "queued_s": round(call.scheduled_s - call.arrived_s, 3) if call and call.scheduled_s is not None else None,
+        }
+
+    def _do(self, decision: Decision, chain: Chain, blocks: list[KVCacheBlock], rest: Stall, now: float) -> int:
+        """Act on a decision; returns how many blocks are copied."""
+        self.count("kv_decisions", decision.action, decision.why)
+        chain.outcome = decision.action
+        if decision.action == "drop":
+            self._drop(chain)
+            return 0
+        stored = 0
+        if decision.action == "keep":
+            self.cache.hold(chain.id, blocks)
+            chain.keep_until_s = now + rest.quantile(0.95) + self.settings.short_stall_s
+            self.alarm.set(chain.id, chain.keep_until_s)
+        elif decision.action == "offload":
+            stored = self._store(chain, chain.keys, blocks)
+            self.cache.part(chain.id, chain.keys)
+        self._plan_upload(chain, now, rest)
+        self.alarm.set(chain.id, chain.give_up_s or now)
+        return stored
+
+    def _computed(self, request: Request) -> tuple[list[bytes], list[KVCacheBlock]]:
+        """The full blocks of a call that are surely computed: hashes come earlier, at scheduling."""
+        count = max(0, request.num_computed_tokens - request.num_in_flight_tokens) // self._scheduler.block_size
+        held = self._scheduler.kv_cache_manager.coordinator.get_blocks(request.request_id)
+        blocks = list(held[0][:count]) if held else []
+        keys: list[bytes] = list(request.block_hashes[: len(blocks)])
+        return keys, blocks[: len(keys)]
+
+    def _finished(self, chain: Chain, rest: Stall) -> Finished:
+        hint, cache = chain.hint, self.cache
+        waiting_calls, waiting_blocks, fitting_blocks = demand(self._scheduler)
+        while self._stored_at_step and self._stored_at_step[0] < self._steps - CHURN_STEPS:
+            self._stored_at_step.popleft()
+        return Finished(
+            claim=self.book.believed_claim(chain),
+            rest=rest,
+            queue_s=waiting_calls * cache.rates.admission.seconds,
+            blocks=len(chain.keys),
+            missing=len(chain.keys) - cache.tier.known(chain.keys),
+            host_free=cache.tier.free_slots,
+            device_blocks=self._pool.num_gpu_blocks - 1,
+            free_blocks=self._pool.get_num_free_blocks(),
+            pinned_blocks=cache.pinned_blocks,
+            waiting_calls=waiting_calls,
+            waiting_blocks=waiting_blocks,
+            fitting_blocks=fitting_blocks,
+            importance=(hint.importance if hint else None) or 0.0,
+            is_near_end=bool(hint and hint.max_depth and hint.remaining is not None and hint.remaining <= 1),
+            recent_stores=len(self._stored_at_step),
+            residence_s=self._residence_s(),
+        )
+
+    def _store(self, chain: Chain, keys: Sequence[bytes], blocks: Sequence[KVCacheBlock]) -> int:
+        cache, now = self.cache, self._now
+        distance: Distance = unbounded
+        own_s = 0.0
+        if cache.tier.free_slots < len(keys):
+            if self.settings.policy == "lru":
+                distance, own_s = least_recent(now), -1.0
+            else:
+                line = itertools.chain(self._scheduler.kv_holding_waiting, self._scheduler.waiting)
+                places = {request.request_id: place for place, request in enumerate(line)}
+                pace_s = cache.rates.admission.seconds
+                distance, own_s = distances(self.chains, cache.tier, places, chain, self.book.returns, now, pace_s)
+        stored = cache.store(keys, blocks, now, distance, own_s)
+        if stored:
+            self._stored_at_step.append(self._steps)
+        return stored
+
+    # --- nobody will come -------------------------------------------------------------------------------
+
+    def _drop(self, chain: Chain) -> None:
+        """Nothing will extend it: what only it wanted is the first to be reused, and stays a hit until then."""
+        self.book.drop(chain)
+        self._let_go(chain)
+
+    def _let_go(self, chain: Chain) -> None:
+        """No call is expected: nothing is held or uploaded for it, and its blocks age as any others."""
+        self.uploads.settle(chain.id, None)
+        self.cache.release(chain.id)
+
+    # --- events -----------------------------------------------------------------------------------------
+
+    def hear(self, event: dict[str, Any], now: float) -> None:
+        """The registry has taken `event` in: see whose stall it changes."""
+        told, ended = self.book.hear(event)
+        for chain in told:
+            self._refine(chain, now)
+        for chain in ended:
+            self._drop(chain)
+
+    def _refine(self, chain: Chain, now: float) -> None:
+        rest = self.book.refine(chain, now)
+        self.alarm.set(chain.id, chain.give_up_s or now)
+        self._plan_upload(chain, now, rest)
+
+    # --- the step ---------------------------------------------------------------------------------------
+
+    def before_step(self, now: float) -> None:
+        """What is due, and room for those who wait."""
+        self._steps += 1
+        self._clock.schedule(now)
+        self._now = now
+        self._order.put_dropped_first()
+        for name in self.alarm.take_due(now):
+            chain = self.chains.by_id.get(name)
+            if chain is not None and chain.phase == "stalled":
+                self._look(chain, now)
+        if self._policy.does_wait_for_demand and self._steps % _PAPER_BACKOFF_STEPS == 0 and self._scheduler.waiting:
+            self._ask_again(now)
+        if self.cache.held:
+            self.yield_pins()
+        if len(self.uploads):
+            self.uploads.start(self._steps, now)
+        if self._steps % IDLE_STEPS == 0 and self.uploads.is_idle():
+            self._look_ahead(now)
+
+    def _look(self, chain: Chain, now: float) -> None:
+        if chain.give_up_s is not None and chain.give_up_s <= now:
+            self.count("kv_stalls", "given_up")
+            self.book.give_up(chain)
+            self._let_go(chain)
+            return
+        if chain.due_s is not None and chain.due_s <= now:
+            chain.due_s = None
+            self._learn_residence(chain, now)
+            self.uploads.want(chain.id)
+        if chain.keep_until_s is not None and chain.keep_until_s <= now:
+            self._stop_keeping(chain)
+
+    def _is_worth(self, chain: Chain) -> bool:
+        """Whether an upload now will be there still when the agent is back; if not, when to ask again."""
+        rest = self.book.rest(chain, self._now)
+        chance, residence_s = self.book.returns.chance(chain.hint), self._residence_s()
+        if not self.book.may_last(chain) and self._policy.may_upload(rest, chance, residence_s):
+            return True
+        if chance >= MIN_CHANCE:
+            chain.due_s = self._now + max(LOOK_AGAIN_S, rest.quantile(self.settings.upload_quantile))
+            self.alarm.set(chain.id, chain.due_s)
+        return False
+
+    def _residence_s(self) -> float:
+        return self.cache.rates.residence.from_now_s(self._pool.get_num_free_blocks(), self._now)
+
+    def _learn_residence(self, chain: Chain, now: float) -> None:
+        """See whether its blocks, which nobody has touched since, are still on the device."""
+        if chain.id not in self.cache.held and not self.uploads.has_brought(chain.id):
+            self.cache.rates.residence.learn(now - chain.since_s, was_there=self._is_here(chain))
+
+    def _plan_upload(self, chain: Chain, now: float, rest: Stall) -> None:
+        """Time the upload by the forecast."""
+        if self.settings.upload and not chain.is_uploaded:
+            chain.due_s = now + self._policy.upload_in_s(rest, len(chain.keys), self.cache.rates, self.settings)
+            self.alarm.set(chain.id, chain.due_s)
+
+    def _look_ahead(self, now: float) -> None:
+        """The device has room: those who are back next need not wait until their upload is due."""
+        planned = [c for c in self.chains if c.due_s is not None and not c.is_uploaded and not self._is_here(c)]
+        for chain in heapq.nsmallest(AHEAD, planned, key=lambda c: c.rest_s(now)):
+            self._learn_residence(chain, now)
+            self.uploads.want(chain.id)
+
+    def _is_here(self, chain: Chain) -> bool:
+        """Whether its end is on the device: the ends go first."""
+        return bool(self.cache.on_device(chain.keys[-1:]))
+
+    def _stop_keeping(self, chain: Chain) -> None:
+        """A short stall has become a long one, or somebody needs the room: copy, then let go."""
+        blocks = self.cache.held.get(chain.id)
+        if blocks and not self.uploads.has_brought(chain.id):
+            self._store(chain, chain.keys[: len(blocks)], blocks)
+        self.cache.release(chain.id)
+        self.cache.part(chain.id, chain.keys)
+        chain.outcome, chain.keep_until_s = "offload", None
+
+    def yield_pins(self) -> None:
+        """Pins go before anybody has to wait or to be preempted for them."""
+        need = GROWTH_BLOCKS * len(self._scheduler.running)
+        heir = None
+        for request in itertools.islice(self._scheduler.waiting, 1):
+            need += -(-request.num_tokens // self._scheduler.block_size)
+            parent = self._parents.get(request.request_id)
+            heir = parent.id if parent is not None else None
+        for name in sorted(self.cache.held, key=lambda name: name == heir):
+            if self._pool.get_num_free_blocks() >= need:
+                return
+            chain = self.chains.by_id.get(name)
+            if chain is not None and chain.keep_until_s is not None:
+                self._stop_keeping(chain)
+            else:
+                self.cache.release(name)
+            self.count("kv_pins", "yielded")
+
+    def _ask_again(self, now: float) -> None:
+        """The published gate looks again at what it refused, while the blocks are still there."""
+        refused = (c for c in self.chains if c.phase == "stalled" and c.outcome == "leave")
+        for chain in list(itertools.islice(refused, QUEUE_SCAN)):
+            here = self.cache.on_device(chain.keys)
+            if len(here) < len(chain.keys):
+                continue
+            rest = self.book.rest(chain, now)
+            decision = self._policy.at_finish(self._finished(chain, rest), self.cache.rates, self.settings)
+            if decision.action == "offload":
+                self._do(decision, chain, here, rest, now)
+
+    def after_step(self, started: Sequence[Request], resumed: Sequence[str], now: float) -> None:
+        """Some calls got a slot."""
+        for request in started:
+            self.start(request, now)
+        for name in resumed:
+            self.book.start(name, now)
+        if started:
+            is_queue = bool(self._scheduler.waiting)
+            if is_queue and self._admitted_s is not None:
+                self.cache.rates.admission.learn(len(started), now - self._admitted_s)
+            self._admitted_s = now if is_queue else None
+
+    def complete_step(self, tokens: int, now: float) -> None:
+        """The device is through with a step of so many tokens."""
+        took_s = self._clock.complete(now)
+        if tokens >= _PREFILL_STEP_TOKENS:
+            self.cache.rates.prefill.learn(tokens, took_s)
+
+    def is_stalled(self, chain_id: str) -> bool:
+        """Whether this chain still waits for somebody."""
+        chain = self.chains.by_id.get(chain_id)
+        return chain is not None and chain.phase == "stalled"
+
+    # --- the rest -----------------------------------------------------------------------------------------
+
+    def reset(self) -> None:
+        """Give back everything that is held; what the host has is as old as what the device had."""
+        self.uploads.reset()
+        self.book.dropped.clear()
+        self.cache.reset()
+
+    def held_for(self, tenant: str) -> list[list[KVCacheBlock]]:
+        """The pinned blocks of each stalled chain of one tenant."""
+        chains = ((self.chains.by_id.get(name), blocks) for name, blocks in self.cache.held.items())
+        return [list(blocks) for chain, blocks in chains if chain is not None and chain.tenant == tenant]
+
+    def residency(self, session: str) -> list[dict[str, Any]]:
+        """Where the KV of a session's newest calls is, in blocks."""
+        return [
+            {
+                "call": (chain.hint.call if chain.hint else None) or chain.id,
+                "phase": chain.phase,
+                "decision": chain.outcome,
+                "blocks": len(chain.keys),
+                "on_device": self.cache.count_on_device(chain.keys),
+                "on_host": self.cache.tier.loadable(chain.keys),
+                "pinned": len(self.cache.held.get(chain.id, ())),
+            }
+            for chain in heapq.nlargest(SHOWN_CHAINS, self.chains.of_session(session), key=lambda chain: chain.since_s)
+        ]
+
+    def count(self, name: CounterName, /, *labels: str, by: float = 1) -> None:
+        """Add to a counter."""
+        self._add((name, *labels), by)
+
+    def _add(self, key: CountKey, by: float) -> None:
+        if by:
+            self._registry.counts[key] += by  # type: ignore[assignment]  # seconds and bytes are counted, too

@@ -1,0 +1,178 @@
+"""Which stalled agent's KV comes back before the agent does, where does it find room, and was it of use?
+
+An upload takes free blocks only, beyond what waiting calls need: such as nobody wants, or as an agent wants who is
+expected back far later and has them on the host. What it brought is not pinned. It is the newest of what is free, so
+that it goes last, and a call that needs the room never waits for it. There is one upload for each stall: a wrong
+forecast costs one copy.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vllm.v1.core.kv_cache_utils import KVCacheBlock
+
+    from tokencake.registry.metric_names import CountByName
+    from tokencake.time_scheduler.prefixes import Chain, Chains
+    from tokencake_vllm.scheduler import TokenCakeMixin
+    from tokencake_vllm.time_scheduler.free_queue import FreeOrder
+    from tokencake_vllm.transfer.host_cache import HostCache
+
+PER_STEP: Final = 4
+RETRY_STEPS: Final = 4
+"""A chain for which there was no room is looked at again so many steps later."""
+QUEUE_SCAN: Final = 32
+"""Waiting calls looked at for their demand: those behind will not get room in this step."""
+IDLE_SHARE: Final = 0.5
+"""A device with so much of it free has room to look ahead (our choice)."""
+GROWTH_BLOCKS: Final = 2
+"""Left free for each running call."""
+
+
+def demand(scheduler: TokenCakeMixin) -> tuple[int, int, int]:
+    """Calls that wait, the blocks that those at the head need, and how many of these could be had now."""
+    blocks, fitting = 0, 0
+    free = scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
+    for request in itertools.islice(scheduler.waiting, QUEUE_SCAN):
+        need = -(-request.num_tokens // scheduler.block_size)
+        blocks += need
+        if fitting + need <= free:
+            fitting += need
+    return len(scheduler.waiting), blocks, fitting
+
+
+class Uploads:
+    """Request-free copies to the device."""
+
+    def __init__(
+        self,
+        scheduler: TokenCakeMixin,
+        cache: HostCache,
+        chains: Chains,
+        order: FreeOrder,
+        is_worth: Callable[[Chain], bool],
+        count: CountByName,
+    ) -> None:
+        self._scheduler, self._cache, self._chains = scheduler, cache, chains
+        self._order, self._is_worth, self._count = order, is_worth, count
+        self._pool = scheduler.kv_cache_manager.block_pool
+        self._ready: dict[str, int] = {}
+        """Chains whose upload is due; the step at which one was refused for want of room, or 0."""
+        self._spans: dict[str, tuple[int, int]] = {}
+        """First and last block of what was uploaded for a chain and has not been used."""
+
+    def __len__(self) -> int:
+        return len(self._ready)
+
+    def want(self, chain_id: str) -> None:
+        """Its time has come."""
+        self._ready.setdefault(chain_id, 0)
+
+    def cancel(self, chain_id: str) -> None:
+        """Start nothing more for it."""
+        self._ready.pop(chain_id, None)
+
+    def has_brought(self, chain_id: str) -> bool:
+        """Whether blocks were uploaded for it, or are on their way."""
+        return chain_id in self._spans
+
+    def is_late(self, chain: Chain) -> bool:
+        """Whether its blocks are still on their way."""
+        span = self._spans.get(chain.id)
+        return span is not None and any(key in self._cache.loading for key in chain.keys[span[0] : span[1]])
+
+    def settle(self, chain_id: str, local_blocks: int | None) -> int:
+        """The call came and hit `local_blocks` on the device, or (None) it will not come.
+
+        Returns:
+            How many of the blocks it hit the upload had brought.
+        """
+        self.cancel(chain_id)
+        span = self._spans.pop(chain_id, None)
+        if span is None:
+            return 0
+        gained = 0 if local_blocks is None else max(0, min(local_blocks, span[1]) - span[0])
+        self._count("kv_uploads", "used" if gained else "wasted")
+        return gained
+
+    def reset(self) -> None:
+        """Forget all."""
+        self._ready.clear()
+        self._spans.clear()
+
+    # --- start --------------------------------------------------------------------------------------
+
+    def start(self, step: int, now: float) -> None:
+        """Start what is due and finds room."""
+        due = [name for name, refused in self._ready.items() if not refused or step - refused >= RETRY_STEPS]
+        room = self._spare() if due else 0
+        for name in due[:PER_STEP]:
+            chain = self._chains.by_id.get(name)
+            if chain is None or chain.is_uploaded:
+                self.cancel(name)
+                continue
+            here = self._cache.on_device(chain.keys)
+            left = len(self._cache.tier.ready(chain.keys[len(here) :]))
+            if not left or len(here) < self._spans.get(name, (0, 0))[1]:
+                # There is nothing to bring, or what was brought has been displaced: once is enough.
+                chain.is_uploaded = name in self._spans
+                self.cancel(name)
+                self._order.renew(here)
+                continue
+            if name not in self._spans and not self._is_worth(chain):
+                self.cancel(name)
+                continue
+            # Gradually, half of what is missing at a time (paper 4.3); every piece is a hit of its own.
+            piece = (left + 1) // 2 if left > self._cache.job_blocks else left
+            found = self._order.worth_less(chain, min(piece, room), now) if room > 0 else []
+            if len(found) < min(piece, self._cache.job_blocks):
+                self._refuse(name, step)
+                break
+            room -= len(found)
+            self.cancel(name)
+            self._upload(chain, here, found)
+
+    def _refuse(self, name: str, step: int) -> None:
+        if not self._ready[name]:
+            self._count("kv_uploads", "no_room")
+        self._ready[name] = step
+
+    def _upload(self, chain: Chain, here: list[KVCacheBlock], found: list[KVCacheBlock]) -> None:
+        cache = self._cache
+        is_first = chain.id not in self._spans
+        self._order.prefer(found)
+        cache.release(chain.id)
+        cache.hold(chain.id, here)
+
+        def landed(ok: bool) -> None:  # a callback has no keywords
+            cache.release(chain.id)
+            if chain.id in self._chains.by_id and ok:
+                self.want(chain.id)  # perhaps there is more of it
+            elif not ok:
+                self._spans.pop(chain.id, None)
+                self._count("kv_uploads", "failed")
+
+        started = cache.upload(chain.id, chain.keys, len(here), len(found), landed)
+        if not started:
+            cache.release(chain.id)
+            return
+        if is_first:
+            self._count("kv_uploads", "started")
+        first = self._spans.get(chain.id, (len(here), 0))[0]
+        self._spans[chain.id] = (first, len(here) + started)
+
+    # --- room ---------------------------------------------------------------------------------------
+
+    def _spare(self) -> int:
+        """Free blocks beyond what waits and what grows."""
+        _, waiting_blocks, _ = demand(self._scheduler)
+        return int(self._pool.get_num_free_blocks() - waiting_blocks - GROWTH_BLOCKS * len(self._scheduler.running))
+
+    def is_idle(self) -> bool:
+        """Whether nobody waits, nothing is on its way and half of the device is free."""
+        is_free = self._pool.get_num_free_blocks() >= IDLE_SHARE * self._pool.num_gpu_blocks
+        return is_free and not self._scheduler.waiting and not self._cache.loading and not self._ready

@@ -1,0 +1,270 @@
+"""Which KV goes to host memory, which comes back, and where is it found?
+
+The scheduler's side of every copy; `Transfers` knows those under way. A store pins the device blocks it reads. A
+request-free upload owns fresh device blocks, which become prefix-cache hits only when all ranks have reported it done.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Final
+
+from vllm.logger import init_logger
+from vllm.v1.core.kv_cache_utils import BlockHash, make_block_hash_with_group_id
+
+from tokencake.registry.metric_names import Count, CountKey
+from tokencake.time_scheduler.host_tier import Distance, HostBlock, HostTier, leading
+from tokencake_vllm.transfer.in_flight import MAX_FAILURES, Transfers
+
+if TYPE_CHECKING:
+    from vllm.v1.core.block_pool import BlockPool
+    from vllm.v1.core.kv_cache_utils import KVCacheBlock
+
+    from tokencake.forecast.costs import Rates
+
+logger = init_logger("vllm.tokencake")
+
+_GROUP: Final = 0
+
+
+def _uncounted(key: CountKey, by: float) -> None:
+    """Until somebody counts."""
+
+
+class HostCache:
+    """What one engine's block pool and its host tier hold for each other."""
+
+    def __init__(
+        self,
+        tier: HostTier,
+        pool: BlockPool,
+        rates: Rates,
+        world_size: int,
+        job_blocks: int,
+        clock: Callable[[], float],
+    ) -> None:
+        self.tier, self.pool, self.rates, self.job_blocks = tier, pool, rates, job_blocks
+        self.count: Count = _uncounted
+        self.held: dict[str, list[KVCacheBlock]] = {}
+        """Device blocks pinned for a chain, by its id."""
+        self.transfers = Transfers(tier, pool, rates, world_size, self._count)
+        self._clock = clock
+        self._matched: dict[str, tuple[int, list[HostBlock]]] = {}
+        self._waiting: set[str] = set()
+        """Calls that wait while somebody else's copy brings their prefix."""
+        self._mismatch: str | None = None
+        self._parted: dict[str, tuple[int, float]] = {}
+        """Blocks of a stalled chain that need not stay on the device, and since when."""
+        tier.on_evict = self._count_eviction
+
+    def _count(self, key: CountKey, by: float) -> None:
+        self.count(key, by)  # which is set later
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a copy is queued or under way."""
+        return len(self.transfers) > 0
+
+    @property
+    def off_reason(self) -> str | None:
+        """Why nothing is copied any more, or None."""
+        if self.transfers.is_broken:
+            return f"{MAX_FAILURES} copies in a row failed; the workers' logs say why"
+        return self._mismatch
+
+    @property
+    def is_off(self) -> bool:
+        """Whether nothing is copied any more."""
+        return self._mismatch is not None or self.transfers.is_broken
+
+    def compare_slots(self, fewest: int, most: int, host_kv_gib: float) -> None:
+        """The workers tell how many slots of host memory they have: the tier's number, or nothing is copied."""
+        capacity = self.tier.capacity
+        if fewest == most == capacity:
+            return
+        have = f"{fewest}" if fewest == most else f"{fewest} to {most}"
+        self._mismatch = f"the workers have host memory for {have} KV blocks, the scheduler counts on {capacity}"
+        if not fewest:
+            self._mismatch = (
+                f"a worker has no host memory for {capacity} KV blocks, and its log says why; "
+                f"`time.host_kv_gib` is {host_kv_gib:g}, less may do"
+            )
+        logger.error("TokenCake: the Time Scheduler is off: %s", self._mismatch)
+
+    @property
+    def holds_blocks(self) -> bool:
+        """Whether a copy under way will set device blocks free."""
+        return any(True for _ in self.transfers.held_blocks())
+
+    @property
+    def loading(self) -> Counter[bytes]:
+        """Blocks on their way to the device."""
+        return self.transfers.loading
+
+    @property
+    def pinned_blocks(self) -> int:
+        """Device blocks pinned for chains; shared ones count for each."""
+        return sum(len(blocks) for blocks in self.held.values())
+
+    # --- out ----------------------------------------------------------------------------------------
+
+    def store(
+        self,
+        keys: Sequence[bytes],
+        blocks: Sequence[KVCacheBlock],
+        now_s: float,
+        distance: Distance,
+        own_distance: float,
+    ) -> int:
+        """Copy what the host does not have of the chain `keys`, computed in `blocks`; returns how many blocks."""
+        self.tier.touch(keys, now_s)
+        if self.is_off:
+            return 0
+        taken = self.tier.reserve(keys, now_s, distance, own_distance=own_distance)
+        if not taken:
+            return 0
+        first = self.tier.known(keys) - len(taken)
+        for begin in range(0, len(taken), self.job_blocks):
+            host = taken[begin : begin + self.job_blocks]
+            device = list(blocks[first + begin : first + begin + len(host)])
+            self.pool.touch(device)
+            self.transfers.begin("store", host, device)
+        self.count(("kv_stores", "queued"), 1)
+        self.count(("kv_offloads", "stored"), len(taken))
+        return len(taken)
+
+    def part(self, chain_id: str, keys: Sequence[bytes]) -> None:
+        """From now on the blocks of a stalled chain that the host has need not stay on the device."""
+        self._parted[chain_id] = (self.tier.known(keys), self._clock())
+
+    def _rejoin(self, chain_id: str) -> None:
+        blocks, since_s = self._parted.pop(chain_id, (0, 0.0))
+        if blocks:
+            self.count(("kv_freed_block_seconds",), blocks * (self._clock() - since_s))
+
+    def _count_eviction(self, block: HostBlock) -> None:
+        self.count(("kv_evictions", "host"), 1)
+        if not block.was_read:
+            self.count(("kv_offloads", "spare" if block.was_hit else "wasted"), 1)
+
+    # --- in, for a call -----------------------------------------------------------------------------
+
+    def match(self, request_id: str, keys: Sequence[bytes], first: int) -> int | None:
+        """How many of `keys[first:]` can be loaded; None while they are on their way for somebody else."""
+        wanted = keys[first:]
+        if wanted and wanted[0] in self.loading:
+            if request_id not in self._waiting:
+                self._waiting.add(request_id)
+                self.count(("kv_loads", "waited"), 1)
+                self.transfers.hurry(wanted[0])
+            return None
+        self._waiting.discard(request_id)
+        found = [] if self.is_off else self.tier.ready(wanted)
+        self._matched[request_id] = (first, found)
+        return len(found)
+
+    def admit(self, request_id: str, keys: Sequence[bytes], device_ids: Sequence[int], count: int) -> bool:
+        """The call gets room: load the first `count` matched blocks into the blocks `device_ids` of its table.
+
+        Returns:
+            False where a matched block has left the host since; then nothing is loaded.
+        """
+        first, found = self._matched.pop(request_id, (0, []))
+        self._waiting.discard(request_id)
+        self.tier.hit(keys[:first])
+        if not count:
+            return True
+        host = found[:count]
+        if len(host) < count:
+            raise RuntimeError(f"{request_id} was promised {count} blocks and matched {len(host)}")
+        if any(block.is_gone or not block.is_ready for block in host):
+            self.count(("kv_loads", "gone"), 1)
+            return False
+        self.tier.touch([block.key for block in host], self._clock())
+        self.transfers.begin("load", host, [], request=request_id, device_ids=device_ids[first : first + count])
+        self.count(("kv_loads", "queued"), 1)
+        return True
+
+    def forget_match(self, request_id: str) -> None:
+        """The call has ended."""
+        self._waiting.discard(request_id)
+        self._matched.pop(request_id, None)
+
+    # --- in, for nobody yet ---------------------------------------------------------------------------
+
+    def on_device(self, keys: Sequence[bytes]) -> list[KVCacheBlock]:
+        """The leading blocks of the chain that are in the device's prefix cache."""
+        find = self.pool.cached_block_hash_to_block.get_one_block
+        found = []
+        for key in keys:
+            block = find(make_block_hash_with_group_id(BlockHash(key), _GROUP))
+            if block is None:
+                break
+            found.append(block)
+        return found
+
+    def count_on_device(self, keys: Sequence[bytes]) -> int:
+        """About how many leading blocks of the chain are in the device's prefix cache; vLLM evicts its end first."""
+        find = self.pool.cached_block_hash_to_block.get_one_block
+        return leading(keys, lambda key: find(make_block_hash_with_group_id(BlockHash(key), _GROUP)) is not None)
+
+    def hold(self, chain_id: str, blocks: Sequence[KVCacheBlock]) -> None:
+        """Pin device blocks for a chain."""
+        if blocks:
+            self._rejoin(chain_id)
+            self.pool.touch(blocks)
+            self.held.setdefault(chain_id, []).extend(blocks)
+
+    def release(self, chain_id: str) -> int:
+        """Unpin them; they stay cached until somebody needs the room. Returns how many there were."""
+        self._rejoin(chain_id)
+        blocks = self.held.pop(chain_id, [])
+        self.pool.free_blocks(reversed(blocks))
+        return len(blocks)
+
+    def upload(self, chain_id: str, keys: Sequence[bytes], first: int, limit: int, then: Callable[[bool], None]) -> int:
+        """Bring up to `limit` blocks from `keys[first]` on to the device and hold them; returns how many."""
+        host = self.tier.ready(keys[first : first + limit])
+        if not host or self.is_off or host[0].key in self.loading:
+            return 0
+        self._rejoin(chain_id)
+        device = self.pool.get_new_blocks(len(host))
+
+        def finish(ok: bool) -> None:  # a callback
+            if ok:
+                for index, (block, source) in enumerate(zip(device, host, strict=True)):
+                    key = make_block_hash_with_group_id(BlockHash(source.key), _GROUP)
+                    tokens = (first + index + 1) * self.rates.block_tokens
+                    self.pool._insert_block_hash(key, block, num_tokens=tokens)  # noqa: SLF001  # the public way wants a request
+                self.held.setdefault(chain_id, []).extend(device)
+            else:
+                self.pool.free_blocks(reversed(device))
+            then(ok)
+
+        self.transfers.begin("load", host, device, then=finish)
+        return len(host)
+
+    # --- all of it ------------------------------------------------------------------------------------
+
+    def wipe(self) -> int:
+        """Overwrite every free device block that holds nothing anybody references: a test's proof."""
+        blocks = self.pool.get_new_blocks(self.pool.get_num_free_blocks())
+        if blocks:
+            self.transfers.begin("wipe", [], blocks)
+        return len(blocks)
+
+    def reset(self) -> None:
+        """Forget the host's blocks and give back every device block that no worker is writing."""
+        for chain_id in list(self.held):
+            self.release(chain_id)
+        self._parted.clear()
+        self.transfers.reset()
+        self.tier.reset()
+
+    @contextmanager
+    def lent(self) -> Iterator[None]:
+        """Meanwhile the pool counts blocks that only a copy holds as free; nobody may allocate."""
+        with self.transfers.lent():
+            yield

@@ -1,0 +1,1 @@
+"""What is read of vLLM's private state: the block pool and the requests."""
