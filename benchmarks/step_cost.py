@@ -23,8 +23,8 @@ os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "engine"), str(ROOT / "proxy")]
 
-from tests.tiny_model import make_tiny_model  # noqa: E402  # the path comes first
-from tests.unit.engine.time_bench import build, make_request  # noqa: E402
+from tests.harness.stall_bench import build, make_request  # noqa: E402
+from tests.harness.tiny_model import make_tiny_model  # noqa: E402  # the path comes first
 from tokencake import protocol  # noqa: E402
 
 RUNNING, WAITING, STALLED = 64, 200, 500

@@ -25,7 +25,7 @@ import httpx
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "engine"), str(ROOT / "proxy")]
 
-from tests.tiny_model import make_tiny_model  # noqa: E402  # the path comes first
+from tests.harness.tiny_model import make_tiny_model  # noqa: E402  # the path comes first
 from tokencake import protocol  # noqa: E402
 from tokencake_cli.processes import STOCK_ENV, Processes, engine_command, free_port, stock_command  # noqa: E402
 

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests.tiny_model import make_tiny_model
+from tests.harness.tiny_model import make_tiny_model
 
 # A shared machine is no stopwatch: hypothesis must not fail a test for being slow.
 settings.register_profile("shared", deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias, assert_never
 
 from benchmarks.gpu.report import Report
-from tests.passive_connector import PASSIVE
+from tests.harness.passive_connector import PASSIVE
 from tokencake import protocol
 from tokencake_vllm.plugin import register
 from tokencake_vllm.serve import SCHEDULER, connector_config

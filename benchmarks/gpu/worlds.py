@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
 
-from tests.made_up_streams import DeafStream, Device, EarlyEvent, Event, Stream
+from tests.harness.made_up_streams import DeafStream, Device, EarlyEvent, Event, Stream
 
 Fault: TypeAlias = Literal["waits for nothing", "ends at once"] | None
 """What is wrong with the streams or events of a negative control."""

@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from tests.e2e.conftest import ENV, FLAGS, PATIENCE_S
-from tests.tenancy import SECRET, prefix_of
+from tests.harness.tenancy import SECRET, prefix_of
 from tokencake.protocol.tenancy import SECRET_VARIABLE
 from tokencake_cli.processes import Processes, engine_command, free_port, proxy_command
 

@@ -17,7 +17,7 @@ import pytest
 pytest.importorskip("vllm", reason="needs vLLM")
 
 from tests.e2e.conftest import PATIENCE_S, wait_until
-from tests.passive_connector import PASSIVE
+from tests.harness.passive_connector import PASSIVE
 from tokencake import protocol
 from tokencake_vllm.serve import SCHEDULER, connector_config
 

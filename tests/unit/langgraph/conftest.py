@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import tiktoken
-from scripted_engine import ScriptedEngine
+
+from tests.unit.langgraph.scripted_engine import ScriptedEngine
 
 os.environ["LANGSMITH_TRACING"] = "false"
 

@@ -13,7 +13,7 @@ import os
 import sys
 import traceback
 
-import lazy_apps
+import lazy_apps  # a program: its own folder is on the path
 
 
 def play(order: dict[str, str]) -> None:

@@ -2,7 +2,7 @@ import warnings
 
 import pytest
 
-from tests.small_device import SMALL
+from tests.harness.small_device import SMALL
 from tokencake_sim import App, Node, Options, Prefix, Tool, Workload, policy_named, simulate
 from tokencake_sim.engine.build import quiet_vllm
 

@@ -1,0 +1,414 @@
+"""Tools raise, are cancelled, time out or ask a human; calls fail; the server goes away. The app goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import openai
+import pytest
+from langchain.agents import create_agent
+from langchain.agents.middleware import HumanInTheLoopMiddleware
+from langchain_core.messages import HumanMessage
+from langchain_core.runnables import RunnableConfig
+from langchain_core.tools import BaseTool, tool
+from langgraph.checkpoint.memory import InMemorySaver
+from langgraph.errors import GraphInterrupt, NodeTimeoutError
+from langgraph.graph import START, MessagesState, StateGraph
+from langgraph.prebuilt import ToolNode, tools_condition
+from langgraph.types import Command, interrupt
+
+from tests.unit.langgraph.scripted_engine import ScriptedEngine
+from tokencake_langgraph import ChatTokencake, flush, stats
+from tokencake_langgraph.calls import CallTable
+from tokencake_langgraph.handler import LIFECYCLE, TokencakeHandler
+
+THREAD: RunnableConfig = {"configurable": {"thread_id": "T"}}
+HELLO = {"messages": [("user", "hello")]}
+
+
+@tool
+def quick(q: str) -> str:
+    """Quick."""
+    return q
+
+
+@tool
+def broken(q: str) -> str:
+    """Broken."""
+    raise ValueError(q)
+
+
+@tool
+async def abroken(q: str) -> str:
+    """Broken, too."""
+    raise ValueError(q)
+
+
+@tool
+def ask(q: str) -> str:
+    """Ask a human."""
+    return str(interrupt(q))
+
+
+class Slow:
+    """A tool that says when it runs, and runs until it is told to stop."""
+
+    def __init__(self) -> None:
+        self.is_running = threading.Event()
+        self.stop = threading.Event()
+
+    def sync(self) -> BaseTool:
+        @tool
+        def slow(q: str) -> str:
+            """Slow."""
+            self.is_running.set()
+            self.stop.wait(20)
+            return q
+
+        return slow
+
+    def on_loop(self) -> BaseTool:
+        @tool
+        async def slow(q: str) -> str:
+            """Slow."""
+            self.is_running.set()
+            await asyncio.sleep(20)
+            return q
+
+        return slow
+
+
+@pytest.fixture
+def slow() -> Any:
+    slow = Slow()
+    yield slow
+    slow.stop.set()
+
+
+def agent(model: ChatTokencake, *tools: BaseTool, **settings: Any) -> Any:
+    names = ",".join(tool.name for tool in tools)
+    return create_agent(model, list(tools), system_prompt=f"CALL[{names}]", name="a", **settings)
+
+
+def outcome(engine: ScriptedEngine) -> list[tuple[str, str]]:
+    flush()
+    return sorted((name, status) for name, _, status in engine.tool_story)
+
+
+# --- tools ----------------------------------------------------------------------------------------
+
+
+def test_a_tool_that_raises_is_reported_as_an_error(model: ChatTokencake, engine: ScriptedEngine) -> None:
+    with pytest.raises(ValueError, match="x"):
+        agent(model, broken).invoke(HELLO, THREAD)
+    assert outcome(engine) == [("broken", "error")]
+    assert [event["status"] for event in engine.of_type("app_end")] == ["error"]
+
+
+async def test_an_async_tool_that_raises_is_reported_as_an_error(model: ChatTokencake, engine: ScriptedEngine) -> None:
+    with pytest.raises(ValueError, match="x"):
+        await agent(model, abroken).ainvoke(HELLO, THREAD)
+    assert outcome(engine) == [("abroken", "error")]
+
+
+def test_an_error_that_becomes_an_answer_for_the_model_is_an_error(
+    model: ChatTokencake, engine: ScriptedEngine
+) -> None:
+    @tool
+    def picky(q: int) -> str:
+        """Picky."""
+        raise ValueError(q)
+
+    picky.handle_tool_error = True
+    bound = model.bind_tools([picky])
+    graph = StateGraph(MessagesState)
+    graph.add_node("agent", lambda state: {"messages": [bound.invoke(state["messages"])]})
+    graph.add_node("tools", ToolNode([picky], handle_tool_errors=True))
+    graph.add_edge(START, "agent")
+    graph.add_conditional_edges("agent", tools_condition)
+    graph.add_edge("tools", "agent")
+    graph.compile().invoke({"messages": [("user", "CALL[picky]")]}, THREAD)
+    assert outcome(engine) == [("picky", "error")]
+    assert [event["status"] for event in engine.of_type("app_end")] == ["ok"]
+
+
+@pytest.mark.parametrize("is_async_tool", [True, False])
+async def test_a_tool_cancelled_with_its_task_is_reported_as_cancelled(
+    model: ChatTokencake, engine: ScriptedEngine, slow: Slow, *, is_async_tool: bool
+) -> None:
+    run = asyncio.create_task(agent(model, slow.on_loop() if is_async_tool else slow.sync()).ainvoke(HELLO, THREAD))
+    await asyncio.to_thread(slow.is_running.wait, 10)
+    run.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await run
+    assert outcome(engine) == [("slow", "cancelled")]
+    assert [event["status"] for event in engine.of_type("app_end")] == ["cancelled"]
+
+
+async def test_a_tool_that_times_out_is_reported_as_cancelled(
+    model: ChatTokencake, engine: ScriptedEngine, slow: Slow
+) -> None:
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(agent(model, slow.on_loop()).ainvoke(HELLO, THREAD), 2.0)
+    assert outcome(engine) == [("slow", "cancelled")]
+
+
+async def test_a_step_that_times_out_cancels_its_async_tool(
+    model: ChatTokencake, engine: ScriptedEngine, slow: Slow
+) -> None:
+    graph = agent(model, slow.on_loop())
+    graph.step_timeout = 0.3
+    with pytest.raises(TimeoutError):
+        await graph.ainvoke(HELLO, THREAD)
+    assert outcome(engine) == [("slow", "cancelled")]
+
+
+def test_a_step_that_times_out_lets_its_sync_tool_run_on(
+    model: ChatTokencake, engine: ScriptedEngine, slow: Slow
+) -> None:
+    graph = agent(model, slow.sync())
+    graph.step_timeout = 0.3
+    threading.Timer(0.5, slow.stop.set).start()  # threads cannot be cancelled: LangGraph waits for the tool
+    with pytest.raises(TimeoutError):
+        graph.invoke(HELLO, THREAD)
+    ((name, _),) = outcome(engine)
+    assert name == "slow"
+
+
+async def test_the_sibling_of_a_tool_that_raises_is_reported_as_cancelled(
+    model: ChatTokencake, engine: ScriptedEngine, slow: Slow
+) -> None:
+    @tool
+    async def fails(q: str) -> str:
+        """Fail."""
+        await asyncio.to_thread(slow.is_running.wait, 10)
+        raise ValueError(q)
+
+    with pytest.raises(ValueError, match="x"):
+        await agent(model, slow.on_loop(), fails).ainvoke(HELLO, THREAD)
+    assert outcome(engine) == [("fails", "error"), ("slow", "cancelled")]
+
+
+# --- calls ----------------------------------------------------------------------------------------
+
+
+async def test_a_call_cancelled_in_flight_leaves_no_run_open(model: ChatTokencake, engine: ScriptedEngine) -> None:
+    for work in (agent(model, quick).ainvoke({"messages": [("user", "HOLD")]}), model.ainvoke("HOLD")):
+        seen = len(engine.requests)
+        run = asyncio.create_task(work)
+        await asyncio.to_thread(engine.wait_for, lambda seen=seen: len(engine.requests) > seen)
+        run.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await run
+        assert LIFECYCLE.open_runs == 0
+
+
+async def test_a_node_that_times_out_with_a_call_in_flight_leaves_no_run_open(
+    model: ChatTokencake, engine: ScriptedEngine
+) -> None:
+    async def think(state: MessagesState) -> dict[str, Any]:
+        await model.ainvoke("HOLD")
+        return {}
+
+    graph = StateGraph(MessagesState)
+    graph.add_node("think", think, timeout=2.0)
+    graph.add_edge(START, "think")
+    with pytest.raises(NodeTimeoutError):
+        await graph.compile().ainvoke(HELLO, THREAD)
+    await asyncio.to_thread(flush)
+    assert [event["status"] for event in engine.of_type("app_end")] == ["error"]
+
+
+def test_a_call_that_fails_leaves_no_run_open(model: ChatTokencake) -> None:
+    for call in (model.invoke, lambda text: list(model.stream(text))):
+        with pytest.raises(openai.BadRequestError):
+            call("FAIL")
+        assert LIFECYCLE.open_runs == 0
+
+
+async def test_a_stream_left_early_leaves_no_run_open(model: ChatTokencake) -> None:
+    stream = model.stream("hello")
+    next(stream)
+    stream.close()
+    astream = model.astream("hello")
+    await anext(astream)
+    await astream.aclose()
+    graph = agent(model, quick).astream(HELLO, stream_mode="messages")
+    await anext(graph)
+    await graph.aclose()
+
+
+# --- humans ---------------------------------------------------------------------------------------
+
+
+def test_a_tool_that_asks_a_human_keeps_its_session_waiting(model: ChatTokencake, engine: ScriptedEngine) -> None:
+    graph = agent(model, ask, quick, checkpointer=InMemorySaver())
+    graph.invoke(HELLO, THREAD)
+    assert outcome(engine) == [("ask", "cancelled"), ("quick", "ok")]
+    assert [(event["session"], event["kind"]) for event in engine.of_type("stall_start")] == [("T//a", "interrupt")]
+    assert engine.of_type("app_end") == []
+    engine.events.clear()
+    graph.invoke(Command(resume="yes"), THREAD)
+    assert outcome(engine) == [("ask", "ok")]
+    assert engine.tool_story[0][1] == engine.hints[0].call
+    assert len(engine.of_type("app_end")) == 1
+
+
+@pytest.mark.parametrize("is_prebuilt", [True, False])
+def test_after_a_restart_a_tool_still_finds_the_call_that_asked_for_it(
+    model: ChatTokencake, engine: ScriptedEngine, monkeypatch: pytest.MonkeyPatch, *, is_prebuilt: bool
+) -> None:
+    if is_prebuilt:
+        graph = agent(model, ask, checkpointer=InMemorySaver())
+    else:
+        bound = model.bind_tools([ask])
+        builder = StateGraph(MessagesState)
+        builder.add_node(
+            "agent", lambda state: {"messages": [bound.invoke([HumanMessage("CALL[ask]"), *state["messages"]])]}
+        )
+        builder.add_node("tools", ToolNode([ask]))
+        builder.add_edge(START, "agent")
+        builder.add_conditional_edges("agent", tools_condition)
+        builder.add_edge("tools", "agent")
+        graph = builder.compile(checkpointer=InMemorySaver(), name="a")
+    graph.invoke(HELLO, THREAD)
+    flush()
+    engine.events.clear()
+    monkeypatch.setattr(LIFECYCLE, "_calls", CallTable())
+    graph.invoke(Command(resume="yes"), THREAD)
+    flush()
+    assert engine.tool_story == [("ask", engine.hints[0].call, "ok")]
+
+
+def test_a_middleware_that_asks_a_human_keeps_the_session_waiting(model: ChatTokencake, engine: ScriptedEngine) -> None:
+    middleware = [HumanInTheLoopMiddleware(interrupt_on={"quick": True})]
+    graph = agent(model, quick, checkpointer=InMemorySaver(), middleware=middleware)
+    graph.invoke(HELLO, THREAD)
+    flush()
+    assert [(event["type"], event["session"]) for event in engine.events] == [("stall_start", "T//a")]
+    graph.invoke(Command(resume={"decisions": [{"type": "approve"}]}), THREAD)
+    assert outcome(engine) == [("quick", "ok")]
+
+
+def test_an_interrupt_below_a_sub_agent_keeps_both_waiting(model: ChatTokencake, engine: ScriptedEngine) -> None:
+    helper = create_agent(model, [ask], system_prompt="CALL[ask]", name="helper")
+
+    @tool
+    def delegate(q: str) -> str:
+        """Delegate."""
+        return helper.invoke({"messages": [("user", q)]})["messages"][-1].text
+
+    agent(model, delegate, checkpointer=InMemorySaver()).invoke(HELLO, THREAD)
+    assert outcome(engine) == [("ask", "cancelled"), ("delegate", "cancelled")]
+    assert {event["session"] for event in engine.of_type("stall_start")} == engine.sessions
+    assert len(engine.sessions) == 2
+
+
+# --- the server -----------------------------------------------------------------------------------
+
+
+def test_an_engine_without_the_endpoint_serves_the_app_and_is_asked_once(
+    model: ChatTokencake, engine: ScriptedEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine.events_status = 404
+    graph = agent(model, quick)
+    with caplog.at_level("INFO", logger="tokencake_langgraph"):
+        for _ in range(3):
+            assert graph.invoke(HELLO)["messages"][-1].text == "all is well"
+            flush()
+    assert len(engine.event_headers) == 1
+    assert [record.levelname for record in caplog.records] == ["INFO"]
+    (target,) = stats()
+    assert (target.sent, target.dropped, target.is_off) == (0, 9, True)
+
+
+def test_a_proxy_that_is_down_for_events_does_not_touch_the_app(
+    model: ChatTokencake, engine: ScriptedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        closed_port = probe.getsockname()[1]
+    monkeypatch.setattr("tokencake_langgraph.chat_model.events_url", lambda _: f"http://127.0.0.1:{closed_port}/e")
+    model = ChatTokencake(model="fake", base_url=engine.base_url)
+    assert agent(model, quick).invoke(HELLO)["messages"][-1].text == "all is well"
+    assert flush(10)
+    (target,) = [target for target in stats() if str(closed_port) in target.url]
+    assert (target.sent, target.dropped) == (0, 3)
+
+
+async def test_an_endpoint_that_hangs_blocks_neither_the_app_nor_its_loop(
+    model: ChatTokencake, engine: ScriptedEngine
+) -> None:
+    engine.is_events_held = True
+    graph = agent(model, quick)
+    longest_s = 0.0
+
+    async def watch() -> None:
+        nonlocal longest_s
+        while True:
+            before = time.monotonic()
+            await asyncio.sleep(0)
+            longest_s = max(longest_s, time.monotonic() - before)
+
+    watcher = asyncio.create_task(watch())
+    for _ in range(5):
+        assert (await graph.ainvoke(HELLO))["messages"][-1].text == "all is well"
+    watcher.cancel()
+    assert longest_s < 1.0
+    assert not flush(0.05)
+    engine.release()
+    assert await asyncio.to_thread(flush, 10)
+
+
+def test_an_error_inside_of_the_handler_stays_there(
+    model: ChatTokencake, engine: ScriptedEngine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError(args, kwargs)
+
+    for name in ("open_chain", "open_call", "open_tool", "claim_call"):
+        monkeypatch.setattr(LIFECYCLE, name, fail)
+    assert agent(model, quick).invoke(HELLO)["messages"][-1].text == "all is well"
+    assert all("vllm_xargs" not in request.body for request in engine.requests)
+    assert "TokenCake" in caplog.text
+
+
+def test_ends_that_were_never_started_are_ignored() -> None:
+    from uuid import uuid4
+
+    handler = TokencakeHandler()
+    handler.on_chain_end({}, run_id=uuid4())
+    handler.on_chain_error(ValueError(), run_id=uuid4())
+    handler.on_tool_end("x", run_id=uuid4())
+    handler.on_tool_error(GraphInterrupt(), run_id=uuid4())
+    handler.on_llm_error(ValueError(), run_id=uuid4())
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+@pytest.mark.filterwarnings("ignore:This process")
+def test_a_forked_child_sends_its_own_events_and_not_its_parents(model: ChatTokencake, engine: ScriptedEngine) -> None:
+    graph = agent(model, quick)
+    graph.invoke(HELLO, THREAD)
+    child = os.fork()
+    if child == 0:
+        try:
+            graph.invoke(HELLO, {"configurable": {"thread_id": "child"}})
+            os._exit(0 if flush(10) else 1)
+        finally:
+            os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    flush()
+    session_of = {hint.call: hint.session for hint in engine.hints}
+    assert sorted(session_of[event["call"]] for event in engine.of_type("tool_end")) == ["T//a", "child//a"]
+
+
+def test_many_models_share_one_sender(make_model: Callable[..., ChatTokencake]) -> None:
+    models = [make_model(), make_model(), make_model(api_key="another")]
+    assert len(stats()) == 2
+    del models

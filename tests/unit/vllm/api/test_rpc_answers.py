@@ -1,0 +1,58 @@
+"""What the scheduler answers reaches the API server, also where the operator lets vLLM serialize anything."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm", reason="the plug-in's tests need vLLM")
+
+from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder, UtilityResult
+
+from tests.harness.stall_bench import Bench, long_stall
+from tests.harness.steps import Steps, hint
+from tokencake import protocol
+from tokencake_vllm.scheduler import create_scheduler
+
+
+def through_vllm(answer: Any) -> Any:
+    frames = MsgpackEncoder().encode(UtilityResult(answer))
+    return MsgpackDecoder(UtilityResult).decode(frames).result
+
+
+def answers_of(scheduler: Any, call: str) -> dict[str, Any]:
+    events = [
+        protocol.to_wire(protocol.ToolStart(call, "t", "build")),
+        protocol.to_wire(protocol.ToolEnd(call, "t", duration_s=2.0)),
+    ]
+    return {
+        "events": scheduler.tokencake_events(events, time.time()),
+        "state": scheduler.tokencake_state(None, None, 100),
+        "decisions": scheduler.tokencake_decisions(None, None, 100),
+        "steps": scheduler.tokencake_steps(100),
+        "metrics": scheduler.tokencake_metrics(),
+    }
+
+
+@pytest.mark.parametrize("serializes_anything", ["0", "1"])
+def test_every_answer_arrives_as_it_was_given(
+    serializes_anything: str,
+    bench: Callable[..., Bench],
+    make_scheduler: Callable[..., Any],
+    make_request: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", serializes_anything)
+    engine = bench()
+    with_time = answers_of(engine.scheduler, long_stall(engine))
+    steps = Steps(make_scheduler(create_scheduler, num_blocks=20))
+    steps.add(*(make_request(f"r{n}", [n] * 100, hint(f"app{n}", call=f"c{n}", agent="a")) for n in range(8)))
+    steps.run()
+    with_space = answers_of(steps.scheduler, "c1")
+    assert with_time["metrics"]["observed"]
+    assert with_space["decisions"]["decisions"]
+    for answers in (with_time, with_space):
+        assert {name: through_vllm(answer) for name, answer in answers.items()} == answers
