@@ -31,7 +31,7 @@ def section(config: object, name: str, kind: type[_Section]) -> _Section:
     """
     ours = config.get("tokencake", {}) if isinstance(config, Mapping) else {}
     if not isinstance(ours, dict):
-        raise SettingsError(f"additional-config tokencake is {parsing.shown(ours)}; expected an object")
+        raise SettingsError(f"additional-config tokencake is {parsing.short_repr(ours)}; expected an object")
     known_sections = ("measure", "registry", "space", "time")
     for key in ours:
         if key not in known_sections:
@@ -43,7 +43,7 @@ def section(config: object, name: str, kind: type[_Section]) -> _Section:
             if key not in known:
                 raise SettingsError(f"tokencake.{name}.{key} is not known; the settings are {', '.join(known)}")
     try:
-        return parsing.record(kind, f"tokencake.{name}", raw)
+        return parsing.parse_record(kind, f"tokencake.{name}", raw)
     except ProtocolError as error:
         raise SettingsError(str(error)) from None
 
@@ -52,5 +52,5 @@ def section(config: object, name: str, kind: type[_Section]) -> _Section:
 class MeasureSettings:
     """The section `measure`: what the engine writes down of itself for `tokencake sim calibrate`."""
 
-    steps: int = parsing.may(parsing.count(100_000), 0)
+    steps: int = parsing.optional(parsing.count(100_000), 0)
     """So many of the newest steps are kept with their lengths, for `GET /v1/tokencake/steps`. Default 0: none."""

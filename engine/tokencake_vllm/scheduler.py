@@ -74,7 +74,9 @@ class TokenCakeMixin(_Base):
         is_new = request.request_id not in self.requests
         if self._tenant_secret is not None and not self.space.tenants_share_prefixes:
             # Who sent it is not known, so it may learn nothing of what others have sent.
-            request.skip_reading_prefix_cache |= self._tenant_secret.tenants().salted(request.cache_salt) is None
+            request.skip_reading_prefix_cache |= (
+                self._tenant_secret.tenants().prefix_from_salt(request.cache_salt) is None
+            )
         super().add_request(request)
         if is_new:
             with self._advice():
@@ -85,7 +87,7 @@ class TokenCakeMixin(_Base):
         hint = self.registry.hint_of(request.request_id)
         if hint is not None or self._tenant_secret is None:
             return "" if hint is None else hint.tenant
-        return self._tenant_secret.tenants().salted(request.cache_salt) or ""
+        return self._tenant_secret.tenants().prefix_from_salt(request.cache_salt) or ""
 
     def _note_hint(self, request: Request) -> None:
         params = request.sampling_params

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
-from tokencake.protocol.tenancy import SECRET_VARIABLE, SEPARATOR, SecretError
+from tokencake.protocol.tenancy import SECRET_VARIABLE, TENANT_SEPARATOR, SecretError
 from tokencake_cli.processes import StartError
 from tokencake_proxy.secret import tenant_secret
 
@@ -41,7 +41,7 @@ def for_tenants(
         secret = tenant_secret(environ, secret_file).decode()
     except SecretError as error:
         raise StartError(str(error)) from None
-    space = {"tenant_mark": SEPARATOR, "tenants_share_prefixes": shares_prefixes}
+    space = {"tenant_mark": TENANT_SEPARATOR, "tenants_share_prefixes": shares_prefixes}
     return Launch(
         _with_setting(flags, "space", space),
         ["--tenants", *(["--tenants-share-prefixes"] if shares_prefixes else [])],

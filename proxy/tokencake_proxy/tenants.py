@@ -17,7 +17,7 @@ from math import ceil
 from typing import TYPE_CHECKING, Final
 from urllib.parse import parse_qsl, unquote, urlencode
 
-from tokencake.protocol import HINT_KEY, MARK_KEY, MAX_HINT_BYTES, SCOPED, TooLargeError, check_body_size
+from tokencake.protocol import HINT_KEY, MARK_KEY, MAX_HINT_BYTES, SCOPED_FIELDS, TooLargeError, check_body_size
 from tokencake_proxy.errors import Refusal
 from tokencake_proxy.headers import first_value
 from tokencake_proxy.json_members import elements_of, inner_of, is_null, joined, members_of, text_of, written
@@ -98,7 +98,7 @@ class TenantScope:
             if name == b"x-session-id":
                 kept.append((name, f"{prefix}{text}".encode("latin-1")))
             elif name == b"x-request-id":
-                kept.append((name, self._tenants.own_name(prefix, text).encode("latin-1")))
+                kept.append((name, self._tenants.scoped_name(prefix, text).encode("latin-1")))
             elif name not in _LINES_OUT_OF_REACH:
                 kept.append((name, value))
         return kept
@@ -106,7 +106,7 @@ class TenantScope:
     def _target(self, target: bytes, prefix: str) -> bytes:
         path, _, query = target.partition(b"?")
         asked = parse_qsl(query.decode("latin-1"), keep_blank_values=True)
-        own = [(name, prefix + value if name in SCOPED else value) for name, value in asked if name != _TENANT]
+        own = [(name, prefix + value if name in SCOPED_FIELDS else value) for name, value in asked if name != _TENANT]
         return path + b"?" + urlencode([*own, (_TENANT, self._tenants.mark(prefix))]).encode()
 
     def _refuse_path_of_others(self, call: Call, prefix: str) -> None:
@@ -116,7 +116,7 @@ class TenantScope:
             raise Refusal(HTTPStatus.NOT_FOUND, "not_forwarded", f"{json.dumps(path)} is not a tenant's.")
         if (found := _RESPONSE_PATH.fullmatch(path)) is None or (call.method, found[1]) == ("POST", "render"):
             return
-        if not self._tenants.owns(prefix, found[1]):
+        if not self._tenants.owns_name(prefix, found[1]):
             raise _no_response(found[1])
 
     # --- the body ---------------------------------------------------------------------------------
@@ -155,7 +155,7 @@ class TenantScope:
             self._own_response(members, prefix)
         self._keep_within_reach(members, prefix)
         self._scope_arguments(members, prefix)
-        with_own_media(members, lambda name: self._tenants.own_name(prefix, name))
+        with_own_media(members, lambda name: self._tenants.scoped_name(prefix, name))
         if not self._shares_prefixes and route not in _UNSALTED:
             self._salt(members, prefix)
         return call.body if members == before else joined(members)
@@ -165,7 +165,7 @@ class TenantScope:
         if is_null(members.get("request_id")):
             members["request_id"] = written(f"resp_{secrets.token_hex(16)}")
         continued = text_of(members.get("previous_response_id"))
-        if continued is not None and not self._tenants.owns(prefix, continued):
+        if continued is not None and not self._tenants.owns_name(prefix, continued):
             raise _no_response(continued)
 
     def _keep_within_reach(self, members: Members, prefix: str) -> None:
@@ -174,7 +174,7 @@ class TenantScope:
         if (session := text_of(members.get("session_id"))) is not None:
             members["session_id"] = written(prefix + session)
         if (request := text_of(members.get("request_id"))) is not None:
-            members["request_id"] = written(self._tenants.own_name(prefix, request))
+            members["request_id"] = written(self._tenants.scoped_name(prefix, request))
 
     def _scope_arguments(self, members: Members, prefix: str) -> None:
         for outer, *inner in _ARGUMENTS:
@@ -214,9 +214,9 @@ def _scoped_event(event: Member, prefix: str) -> Member:
 
 
 def _scoped_members(members: Members, prefix: str) -> Members:
-    """With the prefix before every id, as the fields' own definitions have it (`protocol.SCOPED`)."""
+    """With the prefix before every id, as the fields' own definitions have it (`protocol.SCOPED_FIELDS`)."""
     scoped = dict(members)
-    for name in SCOPED & members.keys():
+    for name in SCOPED_FIELDS & members.keys():
         if text := text_of(members[name]):
             scoped[name] = written(prefix + text)
         elif (keyed := inner_of(members[name])) is not None:

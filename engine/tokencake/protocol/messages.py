@@ -26,15 +26,15 @@ __all__ = [
     "MAX_EVENTS",
     "MAX_HINT_BYTES",
     "MAX_ID_CHARS",
-    "SCOPED",
     "SCOPED_BODY_BYTES",
+    "SCOPED_FIELDS",
     "STATE_PATH",
     "VERSION",
     "AppEnd",
     "Event",
+    "EventOutcome",
     "Graph",
     "Hint",
-    "Outcome",
     "ProtocolError",
     "Reuse",
     "SessionEnd",
@@ -76,7 +76,7 @@ SCOPED_BODY_BYTES: Final = 4 * MAX_BODY_BYTES
 
 Reuse: TypeAlias = Literal["extends", "final", "unknown"]
 ToolStatus: TypeAlias = Literal["ok", "error", "cancelled"]
-Outcome: TypeAlias = Literal["applied", "duplicate", "late", "unknown", "invalid"]
+EventOutcome: TypeAlias = Literal["applied", "duplicate", "late", "unknown", "invalid"]
 """What became of an event. `late`: overtaken by a later one. `unknown`: its call or session is not known here."""
 
 
@@ -96,7 +96,7 @@ _encode: Final = json.JSONEncoder(separators=(",", ":")).encode  # made once: `d
 def _check_version(where: str, raw: dict[str, Any]) -> None:
     version = raw.get("v", VERSION)
     if version != VERSION:
-        raise parsing.wrong(f"{where}.v", version, f"{VERSION}, the version spoken here")
+        raise parsing.invalid(f"{where}.v", version, f"{VERSION}, the version spoken here")
 
 
 # --- the hint -----------------------------------------------------------------------------------
@@ -106,35 +106,35 @@ def _check_version(where: str, raw: dict[str, Any]) -> None:
 class Hint:
     """Who makes an LLM call and what hangs on it. Only `session` is required; times are in seconds."""
 
-    session: str = parsing.needs(parsing.text(), scoped=True)
+    session: str = parsing.required(parsing.text(), scoped=True)
     """Whose KV this call extends: thread (or root run) and the agent's checkpoint namespace."""
-    call: str | None = parsing.may(parsing.text(), scoped=True)
+    call: str | None = parsing.optional(parsing.text(), scoped=True)
     """Id of this call, the LangChain run id; the engine's request id where absent."""
-    app: str | None = parsing.may(parsing.text(), scoped=True)
+    app: str | None = parsing.optional(parsing.text(), scoped=True)
     """The root run: all calls of one application instance."""
-    app_started_ago_s: float | None = parsing.may(parsing.SECONDS)
-    agent: str | None = parsing.may(parsing.text())
-    graph: str | None = parsing.may(parsing.text(), scoped=True)
+    app_started_ago_s: float | None = parsing.optional(parsing.SECONDS)
+    agent: str | None = parsing.optional(parsing.text())
+    graph: str | None = parsing.optional(parsing.text(), scoped=True)
     """Hash of the analysed topology."""
-    node: str | None = parsing.may(parsing.text())
-    parent_call: str | None = parsing.may(parsing.text(), scoped=True)
+    node: str | None = parsing.optional(parsing.text())
+    parent_call: str | None = parsing.optional(parsing.text(), scoped=True)
     """A sub-agent works inside a tool call of this call."""
-    parent_tool_call: str | None = parsing.may(parsing.text())
-    depth: int | None = parsing.may(parsing.count())
-    remaining: int | None = parsing.may(parsing.count())
+    parent_tool_call: str | None = parsing.optional(parsing.text())
+    depth: int | None = parsing.optional(parsing.count())
+    remaining: int | None = parsing.optional(parsing.count())
     """LLM nodes on the longest path to the end, back edges removed."""
-    max_depth: int | None = parsing.may(parsing.count())
-    out_degree: int | None = parsing.may(parsing.count())
-    fan_out: int | None = parsing.may(parsing.count())
-    fan_index: int | None = parsing.may(parsing.count())
-    join: str | None = parsing.may(parsing.text(), scoped=True)
+    max_depth: int | None = parsing.optional(parsing.count())
+    out_degree: int | None = parsing.optional(parsing.count())
+    fan_out: int | None = parsing.optional(parsing.count())
+    fan_index: int | None = parsing.optional(parsing.count())
+    join: str | None = parsing.optional(parsing.text(), scoped=True)
     """Id of the join that this branch feeds."""
-    critical: bool | None = parsing.may(parsing.flag)
-    importance: float | None = parsing.may(parsing.number(0, 10))
-    expects_tools: dict[str, float | None] | None = parsing.may(parsing.estimates)
+    critical: bool | None = parsing.optional(parsing.flag)
+    importance: float | None = parsing.optional(parsing.number(0, 10))
+    expects_tools: dict[str, float | None] | None = parsing.optional(parsing.estimates)
     """Tools that the model may call, with the expected seconds of each or None."""
-    reuse: Reuse | None = parsing.may(parsing.one_of("extends", "final", "unknown"))
-    expected_output_tokens: int | None = parsing.may(parsing.count())
+    reuse: Reuse | None = parsing.optional(parsing.one_of("extends", "final", "unknown"))
+    expected_output_tokens: int | None = parsing.optional(parsing.count())
     tenant: str = ""
     """Prefix of the ids, from their mark; empty where tenants are not kept apart. Not on the wire."""
 
@@ -155,20 +155,20 @@ def parse_hint(text: object, tenants: Tenants | None = None) -> Hint:
         ProtocolError: it is not a JSON object in a string of at most `MAX_HINT_BYTES`, or a known field is malformed.
     """
     if not isinstance(text, str):
-        raise parsing.wrong("hint", text, "a JSON object written as a string")
+        raise parsing.invalid("hint", text, "a JSON object written as a string")
     limit = MAX_HINT_BYTES if tenants is None else SCOPED_HINT_BYTES
     if len(text) > limit or len(text.encode(errors="replace")) > limit:
         raise TooLargeError("hint", f"has more than {MAX_HINT_BYTES} bytes")
-    raw = parsing.load(text, "hint")
+    raw = parsing.parse_json(text, "hint")
     if not isinstance(raw, dict):
-        raise parsing.wrong("hint", raw, "an object")
+        raise parsing.invalid("hint", raw, "an object")
     _check_version("hint", raw)
     if tenants is None:
-        return parsing.record(Hint, "hint", raw)
-    tenant = tenants.marked(raw.get(MARK_KEY))
+        return parsing.parse_record(Hint, "hint", raw)
+    tenant = tenants.prefix_from_mark(raw.get(MARK_KEY))
     if tenant is None:
         raise UnmarkedError(f"hint.{MARK_KEY}", "is not that of a proxy with this engine's tenant secret")
-    return scoped(parsing.record(Hint, "hint", parsing.unscoped(raw, tenant, SCOPED, "hint")), tenant)
+    return scoped(parsing.parse_record(Hint, "hint", parsing.unscoped(raw, tenant, SCOPED_FIELDS, "hint")), tenant)
 
 
 # --- events -------------------------------------------------------------------------------------
@@ -180,12 +180,12 @@ def parse_hint(text: object, tenants: Tenants | None = None) -> Hint:
 class Stage:
     """One declared stage of a tool (paper 3.1, FuncNode)."""
 
-    name: str = parsing.needs(parsing.text())
-    estimate_s: float | None = parsing.may(parsing.SECONDS)
+    name: str = parsing.required(parsing.text())
+    estimate_s: float | None = parsing.optional(parsing.SECONDS)
 
 
 def _stage(where: str, value: Any) -> Stage:
-    return parsing.record(Stage, where, value)
+    return parsing.parse_record(Stage, where, value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,13 +193,13 @@ class ToolStart:
     """A tool call began: the session of `call` is stalled in it."""
 
     type: ClassVar = "tool_start"
-    call: str = parsing.needs(parsing.text(), scoped=True)
-    tool_call: str = parsing.needs(parsing.text())
-    tool: str = parsing.needs(parsing.text())
-    estimate_s: float | None = parsing.may(parsing.SECONDS)
-    deadline_s: float | None = parsing.may(parsing.SECONDS)
-    stages: tuple[Stage, ...] | None = parsing.may(parsing.list_of(_stage, 32))
-    ago_s: float = parsing.may(parsing.AGO, 0.0)
+    call: str = parsing.required(parsing.text(), scoped=True)
+    tool_call: str = parsing.required(parsing.text())
+    tool: str = parsing.required(parsing.text())
+    estimate_s: float | None = parsing.optional(parsing.SECONDS)
+    deadline_s: float | None = parsing.optional(parsing.SECONDS)
+    stages: tuple[Stage, ...] | None = parsing.optional(parsing.list_of(_stage, 32))
+    ago_s: float = parsing.optional(parsing.AGO, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,11 +207,11 @@ class ToolProgress:
     """A running tool call reached `stage`, or `fraction` (0 to 1) of its work."""
 
     type: ClassVar = "tool_progress"
-    call: str = parsing.needs(parsing.text(), scoped=True)
-    tool_call: str = parsing.needs(parsing.text())
-    stage: str | None = parsing.may(parsing.text())
-    fraction: float | None = parsing.may(parsing.number(0, 1))
-    ago_s: float = parsing.may(parsing.AGO, 0.0)
+    call: str = parsing.required(parsing.text(), scoped=True)
+    tool_call: str = parsing.required(parsing.text())
+    stage: str | None = parsing.optional(parsing.text())
+    fraction: float | None = parsing.optional(parsing.number(0, 1))
+    ago_s: float = parsing.optional(parsing.AGO, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,12 +219,12 @@ class ToolEnd:
     """A tool call ended. `duration_s` is the client's own measurement and wins over the difference of the events."""
 
     type: ClassVar = "tool_end"
-    call: str = parsing.needs(parsing.text(), scoped=True)
-    tool_call: str = parsing.needs(parsing.text())
-    tool: str | None = parsing.may(parsing.text())
-    status: ToolStatus = parsing.may(parsing.one_of("ok", "error", "cancelled"), "ok")
-    duration_s: float | None = parsing.may(parsing.SECONDS)
-    ago_s: float = parsing.may(parsing.AGO, 0.0)
+    call: str = parsing.required(parsing.text(), scoped=True)
+    tool_call: str = parsing.required(parsing.text())
+    tool: str | None = parsing.optional(parsing.text())
+    status: ToolStatus = parsing.optional(parsing.one_of("ok", "error", "cancelled"), "ok")
+    duration_s: float | None = parsing.optional(parsing.SECONDS)
+    ago_s: float = parsing.optional(parsing.AGO, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,10 +232,10 @@ class StallStart:
     """`session` waits for something that is no tool: a human, a join, plain code."""
 
     type: ClassVar = "stall_start"
-    session: str = parsing.needs(parsing.text(), scoped=True)
-    kind: str = parsing.needs(parsing.text())
-    estimate_s: float | None = parsing.may(parsing.SECONDS)
-    ago_s: float = parsing.may(parsing.AGO, 0.0)
+    session: str = parsing.required(parsing.text(), scoped=True)
+    kind: str = parsing.required(parsing.text())
+    estimate_s: float | None = parsing.optional(parsing.SECONDS)
+    ago_s: float = parsing.optional(parsing.AGO, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,9 +243,9 @@ class StallEnd:
     """The wait of this `kind` is over."""
 
     type: ClassVar = "stall_end"
-    session: str = parsing.needs(parsing.text(), scoped=True)
-    kind: str = parsing.needs(parsing.text())
-    ago_s: float = parsing.may(parsing.AGO, 0.0)
+    session: str = parsing.required(parsing.text(), scoped=True)
+    kind: str = parsing.required(parsing.text())
+    ago_s: float = parsing.optional(parsing.AGO, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,8 +253,8 @@ class SessionEnd:
     """No later call extends this session."""
 
     type: ClassVar = "session_end"
-    session: str = parsing.needs(parsing.text(), scoped=True)
-    status: ToolStatus = parsing.may(parsing.one_of("ok", "error", "cancelled"), "ok")
+    session: str = parsing.required(parsing.text(), scoped=True)
+    status: ToolStatus = parsing.optional(parsing.one_of("ok", "error", "cancelled"), "ok")
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,8 +265,8 @@ class AppEnd:
     """
 
     type: ClassVar = "app_end"
-    app: str = parsing.needs(parsing.text(), scoped=True)
-    status: ToolStatus = parsing.may(parsing.one_of("ok", "error", "cancelled"), "ok")
+    app: str = parsing.required(parsing.text(), scoped=True)
+    status: ToolStatus = parsing.optional(parsing.one_of("ok", "error", "cancelled"), "ok")
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,10 +274,10 @@ class Graph:
     """Topology of a graph, once per graph and engine. `nodes` maps names to what is known of each, in plain values."""
 
     type: ClassVar = "graph"
-    graph: str = parsing.needs(parsing.text(), scoped=True)
-    nodes: dict[str, dict[str, Any]] = parsing.needs(parsing.object_of(parsing.object_of(parsing.scalar, 16), 256))
-    edges: tuple[tuple[str, str], ...] = parsing.needs(parsing.list_of(parsing.edge, 2_000))
-    joins: dict[str, tuple[str, ...]] | None = parsing.may(
+    graph: str = parsing.required(parsing.text(), scoped=True)
+    nodes: dict[str, dict[str, Any]] = parsing.required(parsing.object_of(parsing.object_of(parsing.scalar, 16), 256))
+    edges: tuple[tuple[str, str], ...] = parsing.required(parsing.list_of(parsing.edge, 2_000))
+    joins: dict[str, tuple[str, ...]] | None = parsing.optional(
         parsing.object_of(parsing.list_of(parsing.text(), 256), 256), scoped=True
     )
     """Of each join, by its id: the nodes that feed it."""
@@ -290,7 +290,7 @@ Event: TypeAlias = ToolStart | ToolProgress | ToolEnd | StallStart | StallEnd | 
 _EVENTS: Final[dict[str, type[Event]]] = {
     kind.type: kind for kind in (ToolStart, ToolProgress, ToolEnd, StallStart, StallEnd, SessionEnd, AppEnd, Graph)
 }
-SCOPED: Final = frozenset(
+SCOPED_FIELDS: Final = frozenset(
     name
     for kind in (Hint, *_EVENTS.values())
     for name in parsing.scoped_fields(kind)  # from their own definitions
@@ -305,11 +305,11 @@ def parse_event(raw: Any, where: str = "event") -> Event:
         ProtocolError: the type is not known or a known field is malformed.
     """
     if not isinstance(raw, dict):
-        raise parsing.wrong(where, raw, "an object")
+        raise parsing.invalid(where, raw, "an object")
     kind = raw.get("type")
     if not isinstance(kind, str) or kind not in _EVENTS:
-        raise parsing.wrong(f"{where}.type", kind, "one of " + ", ".join(_EVENTS))
-    return parsing.record(_EVENTS[kind], where, raw)
+        raise parsing.invalid(f"{where}.type", kind, "one of " + ", ".join(_EVENTS))
+    return parsing.parse_record(_EVENTS[kind], where, raw)
 
 
 def check_body_size(size_bytes: int, *, is_scoped: bool = False) -> None:
@@ -330,20 +330,20 @@ def parse_events(body: bytes, tenant: str = "") -> list[Event | ProtocolError]:
             `MAX_BODY_BYTES` or `MAX_EVENTS`.
     """
     check_body_size(len(body), is_scoped=bool(tenant))
-    raw = parsing.load(body, "body")
+    raw = parsing.parse_json(body, "body")
     if not isinstance(raw, dict):
-        raise parsing.wrong("body", raw, 'an object {"v": 1, "events": [...]}')
+        raise parsing.invalid("body", raw, 'an object {"v": 1, "events": [...]}')
     _check_version("body", raw)
     events = raw.get("events")
     if not isinstance(events, list):
-        raise parsing.wrong("body.events", events, "a list of events")
+        raise parsing.invalid("body.events", events, "a list of events")
     if len(events) > MAX_EVENTS:
         raise TooLargeError("body.events", f"has {len(events)} events; at most {MAX_EVENTS} are taken, send batches")
     parsed: list[Event | ProtocolError] = []
     for index, event in enumerate(events):
         try:
             where = f"events[{index}]"
-            parsed.append(parse_event(parsing.unscoped(event, tenant, SCOPED, where), where))
+            parsed.append(parse_event(parsing.unscoped(event, tenant, SCOPED_FIELDS, where), where))
         except ProtocolError as error:
             parsed.append(error)
     return parsed

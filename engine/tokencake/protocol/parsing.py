@@ -41,14 +41,14 @@ class UnmarkedError(ProtocolError):
 Parser: TypeAlias = Callable[[str, Any], Any]
 
 
-def shown(value: object) -> str:
+def short_repr(value: object) -> str:
     """`value` for an error message: short, however large or deep it is."""
     return reprlib.repr(value)
 
 
-def wrong(where: str, value: object, expected: str) -> ProtocolError:
+def invalid(where: str, value: object, expected: str) -> ProtocolError:
     """The error that names the thing, its value and what was expected."""
-    return ProtocolError(where, f"is {shown(value)}; expected {expected}")
+    return ProtocolError(where, f"is {short_repr(value)}; expected {expected}")
 
 
 def _is_unicode(text: str) -> bool:
@@ -61,7 +61,7 @@ def text(limit: int = MAX_ID_CHARS) -> Parser:
 
     def parse(where: str, value: Any) -> str:
         if not isinstance(value, str) or not 0 < len(value) <= limit or not _is_unicode(value):
-            raise wrong(where, value, f"a string of 1 to {limit} characters")
+            raise invalid(where, value, f"a string of 1 to {limit} characters")
         return value
 
     return parse
@@ -72,7 +72,7 @@ def number(low: float, high: float) -> Parser:
 
     def parse(where: str, value: Any) -> float:
         if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-            raise wrong(where, value, f"a number from {low:g} to {high:g}")
+            raise invalid(where, value, f"a number from {low:g} to {high:g}")
         return float(value)
 
     return parse
@@ -83,7 +83,7 @@ def count(high: int = 1_000_000) -> Parser:
 
     def parse(where: str, value: Any) -> int:
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= high:
-            raise wrong(where, value, f"a whole number from 0 to {high}")
+            raise invalid(where, value, f"a whole number from 0 to {high}")
         return value
 
     return parse
@@ -92,7 +92,7 @@ def count(high: int = 1_000_000) -> Parser:
 def flag(where: str, value: Any) -> bool:
     """True or false, and no 0 or 1."""
     if not isinstance(value, bool):
-        raise wrong(where, value, "true or false")
+        raise invalid(where, value, "true or false")
     return value
 
 
@@ -101,7 +101,7 @@ def one_of(*choices: str) -> Parser:
 
     def parse(where: str, value: Any) -> str:
         if value not in choices:
-            raise wrong(where, value, "one of " + ", ".join(choices))
+            raise invalid(where, value, "one of " + ", ".join(choices))
         return str(value)
 
     return parse
@@ -110,10 +110,10 @@ def one_of(*choices: str) -> Parser:
 def estimates(where: str, value: Any) -> dict[str, float | None]:
     """`{tool name: expected seconds, or null where nobody has said}`."""
     if not isinstance(value, dict) or len(value) > MAX_TOOLS:
-        raise wrong(where, value, f"an object of at most {MAX_TOOLS} tools")
+        raise invalid(where, value, f"an object of at most {MAX_TOOLS} tools")
     name, seconds = text(), number(0, MAX_SECONDS)
     return {
-        name(f"{where} key", tool): None if number is None else seconds(f"{where}.{shown(tool)}", number)
+        name(f"{where} key", tool): None if number is None else seconds(f"{where}.{short_repr(tool)}", number)
         for tool, number in value.items()
     }
 
@@ -123,7 +123,7 @@ def list_of(item: Parser, limit: int) -> Parser:
 
     def parse(where: str, value: Any) -> tuple[Any, ...]:
         if not isinstance(value, list) or len(value) > limit:
-            raise wrong(where, value, f"a list of at most {limit} items")
+            raise invalid(where, value, f"a list of at most {limit} items")
         return tuple(item(f"{where}[{index}]", entry) for index, entry in enumerate(value))
 
     return parse
@@ -132,7 +132,7 @@ def list_of(item: Parser, limit: int) -> Parser:
 def edge(where: str, value: Any) -> tuple[str, str]:
     """A pair of node names."""
     if not isinstance(value, list) or len(value) != 2:  # noqa: PLR2004  # a pair
-        raise wrong(where, value, "a pair [from, to]")
+        raise invalid(where, value, "a pair [from, to]")
     name = text()
     return name(f"{where}[0]", value[0]), name(f"{where}[1]", value[1])
 
@@ -142,9 +142,9 @@ def object_of(item: Parser, limit: int) -> Parser:
 
     def parse(where: str, value: Any) -> dict[str, Any]:
         if not isinstance(value, dict) or len(value) > limit:
-            raise wrong(where, value, f"an object of at most {limit} entries")
+            raise invalid(where, value, f"an object of at most {limit} entries")
         name = text()
-        return {name(f"{where} key", key): item(f"{where}.{shown(key)}", entry) for key, entry in value.items()}
+        return {name(f"{where} key", key): item(f"{where}.{short_repr(key)}", entry) for key, entry in value.items()}
 
     return parse
 
@@ -177,10 +177,10 @@ def scoped_fields(kind: Any) -> tuple[str, ...]:
     return tuple(f.name for f in fields(kind) if f.metadata.get("scoped"))
 
 
-def record(kind: type[_Record], where: str, raw: Any) -> _Record:
+def parse_record(kind: type[_Record], where: str, raw: Any) -> _Record:
     """An instance of the dataclass `kind`; null counts as absent."""
     if not isinstance(raw, dict):
-        raise wrong(where, raw, "an object")
+        raise invalid(where, raw, "an object")
     values: dict[str, Any] = {}
     for name, parse, required in parsers(kind):
         value = raw.get(name)
@@ -191,12 +191,12 @@ def record(kind: type[_Record], where: str, raw: Any) -> _Record:
     return kind(**values)
 
 
-def needs(parse: Parser, *, scoped: bool = False) -> Any:
+def required(parse: Parser, *, scoped: bool = False) -> Any:
     """A required field; `scoped`: it is an id, by which the engine looks something up."""
     return field(metadata={"parse": parse, "required": True, "scoped": scoped})
 
 
-def may(parse: Parser, default: Any = None, *, scoped: bool = False) -> Any:
+def optional(parse: Parser, default: Any = None, *, scoped: bool = False) -> Any:
     """An optional field; `scoped`: it is an id, or an object keyed by ids, by which the engine looks something up."""
     return field(default=default, metadata={"parse": parse, "required": False, "scoped": scoped})
 
@@ -241,7 +241,7 @@ def unscoped(raw: Any, tenant: str, names: Iterable[str], where: str) -> Any:
     return found
 
 
-def load(text: str | bytes, where: str) -> Any:
+def parse_json(text: str | bytes, where: str) -> Any:
     """`text` as JSON; NaN and Infinity, which Python would take, are refused."""
 
     def refuse(constant: str) -> float:

@@ -11,7 +11,7 @@ import hmac
 from collections.abc import Mapping
 from typing import Final
 
-SEPARATOR: Final = "::"
+TENANT_SEPARATOR: Final = "::"
 """What follows the tenant in an id."""
 
 SECRET_VARIABLE: Final = "TOKENCAKE_TENANT_SECRET"  # noqa: S105  # names of variables
@@ -38,13 +38,13 @@ class Tenants:
 
     def prefix(self, key: bytes) -> str:
         """The prefix of the ids of the tenant with this API key."""
-        return self._digest("tenant", key, _TENANT_CHARS) + SEPARATOR
+        return self._digest("tenant", key, _TENANT_CHARS) + TENANT_SEPARATOR
 
     def mark(self, prefix: str) -> str:
         """The prefix with the proof that the proxy has written it."""
         return prefix + self._digest("mark", _bytes(prefix), _PROOF_CHARS)
 
-    def marked(self, mark: object) -> str | None:
+    def prefix_from_mark(self, mark: object) -> str | None:
         """The prefix that `mark` proves; None where it proves none."""
         if not isinstance(mark, str) or len(mark) <= _PROOF_CHARS:
             return None
@@ -56,25 +56,25 @@ class Tenants:
 
         Requests share cached prefixes only where tenant and own salt are the same.
         """
-        tenant = prefix.removesuffix(SEPARATOR)
+        tenant = prefix.removesuffix(TENANT_SEPARATOR)
         salted = f"{tenant}.{self._digest('salt', _bytes(prefix + own), _PROOF_CHARS)}"
         return f"{salted}.{self._digest('salted', _bytes(salted), _PROOF_CHARS)}"
 
-    def salted(self, salt: str | None) -> str | None:
+    def prefix_from_salt(self, salt: str | None) -> str | None:
         """The prefix of the tenant that `salt` was made for; None where the proxy has not made it."""
         salted, _, proof = (salt or "").rpartition(".")
         expected = self._digest("salted", _bytes(salted), _PROOF_CHARS)
         if not hmac.compare_digest(_bytes(expected), _bytes(proof)):
             return None
-        return salted.partition(".")[0] + SEPARATOR
+        return salted.partition(".")[0] + TENANT_SEPARATOR
 
-    def own_name(self, prefix: str, name: str) -> str:
+    def scoped_name(self, prefix: str, name: str) -> str:
         """`name` with an ending that no other tenant's has, and that tells nothing of the prefix."""
         return f"{name}-{self._digest('name', _bytes(prefix + name), _TENANT_CHARS)}"
 
-    def owns(self, prefix: str, name: str) -> bool:
-        """Whether `own_name` has made this name for the tenant."""
-        return hmac.compare_digest(_bytes(self.own_name(prefix, name.rpartition("-")[0])), _bytes(name))
+    def owns_name(self, prefix: str, name: str) -> bool:
+        """Whether `scoped_name` has made this name for the tenant."""
+        return hmac.compare_digest(_bytes(self.scoped_name(prefix, name.rpartition("-")[0])), _bytes(name))
 
     def _digest(self, purpose: str, text: bytes, chars: int) -> str:
         return hmac.digest(self._secret, purpose.encode() + b"\0" + text, "sha256").hex()[:chars]

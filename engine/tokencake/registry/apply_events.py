@@ -11,14 +11,14 @@ from tokencake import protocol
 from tokencake.registry.records import ToolCall, Wait
 
 if TYPE_CHECKING:
-    from tokencake.protocol import Outcome
+    from tokencake.protocol import EventOutcome
     from tokencake.registry.records import Call, Session
 
 ToolEvent: TypeAlias = protocol.ToolStart | protocol.ToolProgress | protocol.ToolEnd
 WaitEvent: TypeAlias = protocol.StallStart | protocol.StallEnd
 
 
-def note_tool(call: Call, event: ToolEvent, now: float, limit: int) -> Outcome:
+def note_tool(call: Call, event: ToolEvent, now: float, limit: int) -> EventOutcome:
     """A tool call of `call`, which may have at most `limit`, began, went on or ended."""
     match event:
         case protocol.ToolStart():
@@ -29,7 +29,7 @@ def note_tool(call: Call, event: ToolEvent, now: float, limit: int) -> Outcome:
             return _end(call, event, now, limit)
 
 
-def _start(call: Call, event: protocol.ToolStart, now: float, limit: int) -> Outcome:
+def _start(call: Call, event: protocol.ToolStart, now: float, limit: int) -> EventOutcome:
     tool = call.tools.get(event.tool_call)
     if tool is not None and tool.is_start_seen:
         return "duplicate"
@@ -45,7 +45,7 @@ def _start(call: Call, event: protocol.ToolStart, now: float, limit: int) -> Out
     return "late" if is_late else "applied"
 
 
-def _progress(call: Call, event: protocol.ToolProgress) -> Outcome:
+def _progress(call: Call, event: protocol.ToolProgress) -> EventOutcome:
     tool = call.tools.get(event.tool_call)
     if tool is None:
         return "unknown"
@@ -59,7 +59,7 @@ def _progress(call: Call, event: protocol.ToolProgress) -> Outcome:
     return "applied"
 
 
-def _end(call: Call, event: protocol.ToolEnd, now: float, limit: int) -> Outcome:
+def _end(call: Call, event: protocol.ToolEnd, now: float, limit: int) -> EventOutcome:
     tool = call.tools.get(event.tool_call) or _new_tool(call, event, limit)
     if tool is None:
         return "invalid"
@@ -82,7 +82,7 @@ def _new_tool(call: Call, event: protocol.ToolStart | protocol.ToolEnd, limit: i
     return tool
 
 
-def note_wait(session: Session, event: WaitEvent, now: float, limit: int) -> Outcome:
+def note_wait(session: Session, event: WaitEvent, now: float, limit: int) -> EventOutcome:
     """A wait of `session`, of which at most `limit` are kept, began or ended."""
     at_s = now - event.ago_s
     wait = session.waits.get(event.kind)

@@ -14,7 +14,7 @@ from typing import Final, assert_never
 
 from tokencake import protocol
 from tokencake.protocol import Hint
-from tokencake.protocol.parsing import count, may, number
+from tokencake.protocol.parsing import count, number, optional
 from tokencake.registry.memory_account import APP_BYTES, SESSION_BYTES, Account, Accounts, text_bytes, tool_bytes
 from tokencake.registry.metric_names import CountKey
 from tokencake.registry.records import App, Call, Session, lifetime_of
@@ -28,16 +28,16 @@ _STEPS: Final = 8
 class Limits:
     """Bounds of the registry: the section `registry` of the settings."""
 
-    kept_mib: float = may(number(1.0, 1e6), 256.0)
+    kept_mib: float = optional(number(1.0, 1e6), 256.0)
     """Memory of all records, by estimate."""
-    tenant_share: float = may(number(0.01, 1.0), 0.25)
+    tenant_share: float = optional(number(0.01, 1.0), 0.25)
     """Of `kept_mib`, the most that one of several tenants may take."""
-    sessions: int = may(count(10_000_000), 4_096)
-    calls: int = may(count(10_000_000), 16_384)
-    calls_per_session: int = may(count(1_000_000), 256)
-    tool_calls_per_call: int = may(count(10_000), 128)
-    waits_per_session: int = may(count(1_000), 16)
-    idle_s: float = may(number(1.0, 1e9), 3_600.0)
+    sessions: int = optional(count(10_000_000), 4_096)
+    calls: int = optional(count(10_000_000), 16_384)
+    calls_per_session: int = optional(count(1_000_000), 256)
+    tool_calls_per_call: int = optional(count(10_000), 128)
+    waits_per_session: int = optional(count(1_000), 16)
+    idle_s: float = optional(number(1.0, 1e9), 3_600.0)
     """A session or application that was not used for so long is forgotten."""
 
 

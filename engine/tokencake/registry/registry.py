@@ -12,7 +12,7 @@ from collections import defaultdict
 from typing import Any, Final, assert_never
 
 from tokencake import protocol
-from tokencake.protocol import Event, Hint, Outcome
+from tokencake.protocol import Event, EventOutcome, Hint
 from tokencake.registry.apply_events import ToolEvent, WaitEvent, note_tool, note_wait
 from tokencake.registry.memory_account import Account, call_bytes, graph_bytes, waits_bytes
 from tokencake.registry.metric_names import HistogramName
@@ -111,14 +111,14 @@ class Registry(RecordStore):
 
     # --- the clients' side ------------------------------------------------------------------------
 
-    def apply(self, event: Event, now: float) -> Outcome:
+    def apply(self, event: Event, now: float) -> EventOutcome:
         """Take one event in; in which order events arrive does not matter, twice is as once."""
         outcome = self._apply(event, now)
         if outcome != "unknown":  # another engine may know it; whoever asked them all counts it
             self.counts["events", event.type, outcome] += 1
         return outcome
 
-    def _apply(self, event: Event, now: float) -> Outcome:
+    def _apply(self, event: Event, now: float) -> EventOutcome:
         match event:
             case protocol.ToolStart() | protocol.ToolProgress() | protocol.ToolEnd():
                 outcome = self._hear_tool(event, now)
@@ -136,7 +136,7 @@ class Registry(RecordStore):
                 assert_never(event)
         return outcome
 
-    def _hear_tool(self, event: ToolEvent, now: float) -> Outcome:
+    def _hear_tool(self, event: ToolEvent, now: float) -> EventOutcome:
         call = self.calls.get(event.call)
         if call is None:
             return "unknown"
@@ -152,7 +152,7 @@ class Registry(RecordStore):
                 self.observe("tool_s", duration_s)
         return outcome
 
-    def _hear_wait(self, event: WaitEvent, now: float) -> Outcome:
+    def _hear_wait(self, event: WaitEvent, now: float) -> EventOutcome:
         session = self.sessions.get(event.session)
         if session is None:
             return "unknown"
@@ -196,7 +196,7 @@ class Registry(RecordStore):
             session.ended = session.ended or event.status
             self._end_stalls(session, now)
 
-    def _learn_graph(self, event: protocol.Graph) -> Outcome:
+    def _learn_graph(self, event: protocol.Graph) -> EventOutcome:
         if event.graph in self.graphs:
             return "duplicate"
         tenant = event.tenant
@@ -262,7 +262,7 @@ class Registry(RecordStore):
         return drained
 
 
-def _end(record: Session | App | None, status: protocol.ToolStatus) -> Outcome:
+def _end(record: Session | App | None, status: protocol.ToolStatus) -> EventOutcome:
     if record is None:
         return "unknown"
     if record.ended:

@@ -48,29 +48,29 @@ PolicyName: TypeAlias = Literal["ours", "paper", "lru"]
 class TimeSettings:
     """The section `time` of `--additional-config '{"tokencake": {"time": {...}}}'`."""
 
-    enabled: bool = parsing.may(parsing.flag, True)
+    enabled: bool = parsing.optional(parsing.flag, True)
     """False: stock vLLM. Default true."""
-    policy: PolicyName = parsing.may(parsing.one_of("ours", "paper", "lru"), "ours")  # noqa: RUF009  # declares a field
+    policy: PolicyName = parsing.optional(parsing.one_of("ours", "paper", "lru"), "ours")  # noqa: RUF009  # declares a field
     """`paper`: Algorithm 1 and the score with its constants. `lru`: `ours` with least-recently-used replacement."""
-    host_kv_gib: float = parsing.may(parsing.number(0, 16_384), 4.0)
+    host_kv_gib: float = parsing.optional(parsing.number(0, 16_384), 4.0)
     """Host memory for KV, GiB over all ranks of one engine, allocated once at the start. Default 4."""
-    keep_share: float = parsing.may(parsing.number(0, 0.9), 0.3)
+    keep_share: float = parsing.optional(parsing.number(0, 0.9), 0.3)
     """At most this share of the device's blocks is pinned for short stalls. Default 0.3; pins are given up before
     anybody has to wait for them (our choice)."""
-    short_stall_s: float = parsing.may(parsing.number(0, 3_600), 0.2)
+    short_stall_s: float = parsing.optional(parsing.number(0, 3_600), 0.2)
     """A gap that is probably shorter, queueing included, is never copied. Seconds, default 0.2 (the issue's bound)."""
-    upload: bool = parsing.may(parsing.flag, True)
+    upload: bool = parsing.optional(parsing.flag, True)
     """Upload before the agent is back. False: load when the call comes. Default true."""
-    upload_quantile: float = parsing.may(parsing.number(0, 1), 0.2)
+    upload_quantile: float = parsing.optional(parsing.number(0, 1), 0.2)
     """The upload is timed for the moment at which the agent is back with this probability. Default 0.2: early costs
     only room, late loses the gain (RFC #57103)."""
-    upload_lead_s: float = parsing.may(parsing.number(0, 60), 0.1)
+    upload_lead_s: float = parsing.optional(parsing.number(0, 60), 0.1)
     """The upload starts at least so much before that moment. Seconds, default 0.1 (paper: max(0.1 s, 1.25 T))."""
-    job_mib: float = parsing.may(parsing.number(0.001, 65_536), 64.0)
+    job_mib: float = parsing.optional(parsing.number(0.001, 65_536), 64.0)
     """Copies are cut into jobs of so many MiB, so that urgent ones need not wait long. Default 64 (our choice)."""
-    debug_checksums: bool = parsing.may(parsing.flag, False)
+    debug_checksums: bool = parsing.optional(parsing.flag, False)
     """Checksum every block on its way out and in; a block that differs fails its copy. Slow. Default false."""
-    forecast_file: str | None = parsing.may(parsing.text(4_096))
+    forecast_file: str | None = parsing.optional(parsing.text(4_096))
     """Where the learned durations are kept across restarts. Default: nowhere."""
 
 

@@ -20,7 +20,7 @@ from vllm.logger import init_logger
 from vllm.plugins.endpoint_plugins.interface import EndpointPlugin
 
 from tokencake import protocol
-from tokencake.protocol.parsing import shown
+from tokencake.protocol.parsing import short_repr
 from tokencake.settings import section
 from tokencake.space_scheduler.settings import SpaceSettings
 from tokencake_vllm.api.metrics import ScrapeMiddleware, count_event, register_metrics
@@ -45,7 +45,7 @@ ANSWER_S: Final = 30.0
 """An engine core that takes longer is stuck or dead; vLLM itself would wait for its answer for ever."""
 
 # Data-parallel engines all see every event; the one that knows the session has the say.
-_BEST_FIRST: Final[tuple[protocol.Outcome, ...]] = ("applied", "duplicate", "late", "invalid", "unknown")
+_BEST_FIRST: Final[tuple[protocol.EventOutcome, ...]] = ("applied", "duplicate", "late", "invalid", "unknown")
 
 
 class SchedulerCalls:
@@ -115,7 +115,7 @@ def _asking(request: Request, mark: str | None) -> str | None:
     if secret is None:
         setting = '--additional-config \'{"tokencake": {"space": {"tenant_mark": "::"}}}\''
         raise _RefusedError(501, f"this engine does not keep tenants apart, as its proxy does; start it with {setting}")
-    prefix = secret.tenants().marked(mark)
+    prefix = secret.tenants().prefix_from_mark(mark)
     if prefix is None:
         raise _RefusedError(403, "`tenant` is not the mark of a proxy that has this engine's tenant secret")
     return prefix
@@ -240,7 +240,7 @@ def _limit(text: str, page: int) -> int:
         return min(int(text), page)
     raise _RefusedError(
         400,
-        f"limit is {shown(text)}; expected a number from 1 to {MAX_LIMIT}. One answer has {page} at most; "
+        f"limit is {short_repr(text)}; expected a number from 1 to {MAX_LIMIT}. One answer has {page} at most; "
         "`before={next}` asks for what is older",
     )
 
@@ -260,7 +260,7 @@ def _before(text: str | None) -> float | None:
     if 0 <= end < _LAST_S:
         return end
     raise _RefusedError(
-        400, f"before is {shown(text)}; expected the `next` of an earlier answer: seconds since the epoch"
+        400, f"before is {short_repr(text)}; expected the `next` of an earlier answer: seconds since the epoch"
     )
 
 

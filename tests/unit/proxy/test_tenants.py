@@ -287,7 +287,7 @@ def test_an_engine_reads_in_any_body_what_the_client_wrote_in_it(body, is_ascii,
 
     found = json.loads(send(text).body)
 
-    assert TENANTS.salted(found.pop("cache_salt")) == ALICES
+    assert TENANTS.prefix_from_salt(found.pop("cache_salt")) == ALICES
     assert found == body
 
 
@@ -369,7 +369,7 @@ def test_prefixes_are_cached_for_each_tenant_alone():
     one, same, other = send({"prompt": "x"}), send({"prompt": "y"}), send({"prompt": "x"}, BOB)
 
     assert salt_in(one) == salt_in(same) != salt_in(other)
-    assert TENANTS.salted(salt_in(one)) == ALICES
+    assert TENANTS.prefix_from_salt(salt_in(one)) == ALICES
 
 
 def test_a_salt_of_the_clients_own_still_parts_and_never_reaches_another():
@@ -378,7 +378,7 @@ def test_a_salt_of_the_clients_own_still_parts_and_never_reaches_another():
 
     assert len({salt_in(call) for call in (own, none, stolen, send({"cache_salt": "mine"}, BOB))}) == 4
     assert salt_in(none) == salt_in(send({}))
-    assert TENANTS.salted(salt_in(stolen)) == prefix_of("bob's key")
+    assert TENANTS.prefix_from_salt(salt_in(stolen)) == prefix_of("bob's key")
 
 
 @pytest.mark.parametrize("salt", [7, ["x"], {"x": 1}, True])

@@ -244,7 +244,7 @@ def test_vllm_takes_what_the_proxy_writes_and_hands_it_to_the_engine(world: Any,
 
     request, params = vllm_request(route, sent)
 
-    assert TENANTS.salted(request.cache_salt) == prefix_of("alice")
+    assert TENANTS.prefix_from_salt(request.cache_salt) == prefix_of("alice")
     assert protocol.parse_hint(params.extra_args["tokencake"], TENANTS).session == prefix_of("alice") + "s"
 
 

@@ -35,7 +35,7 @@ OF_ITS_CALL = {"tool_call", "parent_tool_call"}
 
 
 def test_a_mark_proves_its_prefix_and_nothing_else_does() -> None:
-    assert TENANTS.marked(mark_of("alice")) == ALICE
+    assert TENANTS.prefix_from_mark(mark_of("alice")) == ALICE
     forged = [
         None,
         7,
@@ -49,31 +49,31 @@ def test_a_mark_proves_its_prefix_and_nothing_else_does() -> None:
         "\ud800" * 40,
     ]
     for mark in forged:
-        assert TENANTS.marked(mark) is None
+        assert TENANTS.prefix_from_mark(mark) is None
 
 
 def test_another_secret_proves_nothing() -> None:
     other = Tenants(b"another secret of others")
-    assert other.marked(mark_of("alice")) is None
-    assert other.salted(TENANTS.salt(ALICE)) is None
+    assert other.prefix_from_mark(mark_of("alice")) is None
+    assert other.prefix_from_salt(TENANTS.salt(ALICE)) is None
     assert other.prefix(b"alice") != ALICE
 
 
 @given(st.text(max_size=200))
 def test_whatever_a_client_makes_up_is_neither_mark_nor_salt(text: str) -> None:
-    assert TENANTS.marked(text) is None
-    assert TENANTS.salted(text) is None
+    assert TENANTS.prefix_from_mark(text) is None
+    assert TENANTS.prefix_from_salt(text) is None
 
 
 def test_a_salt_tells_the_engine_whose_it_is() -> None:
-    assert TENANTS.salted(TENANTS.salt(ALICE, "mine")) == ALICE
+    assert TENANTS.prefix_from_salt(TENANTS.salt(ALICE, "mine")) == ALICE
     for salt in (None, "", ".", ALICE, TENANTS.salt(ALICE)[:-1], TENANTS.salt(ALICE).replace(".", "..", 1)):
-        assert TENANTS.salted(salt) is None
+        assert TENANTS.prefix_from_salt(salt) is None
 
 
 def test_tenants_never_share_a_name() -> None:
-    assert TENANTS.own_name(ALICE, "r") != TENANTS.own_name(prefix_of("bob"), "r")
-    assert TENANTS.own_name(ALICE, "r") == TENANTS.own_name(ALICE, "r")
+    assert TENANTS.scoped_name(ALICE, "r") != TENANTS.scoped_name(prefix_of("bob"), "r")
+    assert TENANTS.scoped_name(ALICE, "r") == TENANTS.scoped_name(ALICE, "r")
 
 
 def test_a_secret_is_long_enough_or_refused_with_the_way_out() -> None:
@@ -103,7 +103,7 @@ def test_every_text_of_the_contract_is_scoped_or_known_to_be_no_id(kind: type) -
 
 
 def test_what_the_proxy_scopes_comes_from_the_definitions() -> None:
-    assert {"session", "call", "app", "graph", "parent_call", "join", "joins"} == protocol.SCOPED
+    assert {"session", "call", "app", "graph", "parent_call", "join", "joins"} == protocol.SCOPED_FIELDS
 
 
 def test_a_scoped_hint_is_the_clients_with_the_prefix_before_its_ids() -> None:
