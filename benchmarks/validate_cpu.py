@@ -116,14 +116,14 @@ class RealEngine:
         self._watch()
 
     def _watch(self) -> None:
-        from tokencake_vllm.step_log import begun_step  # noqa: PLC0415  imports vLLM, which wants the environment set
+        from tokencake_vllm.step_log import describe_step  # noqa: PLC0415  imports vLLM, which wants the environment set
 
         scheduler: Any = self._engine.engine_core.engine_core.scheduler  # type: ignore[attr-defined]  # in this process
         schedule = scheduler.schedule
 
         def watched_schedule(*args: Any, **kwargs: Any) -> Any:
             output = schedule(*args, **kwargs)
-            step = begun_step(scheduler, output)
+            step = describe_step(scheduler, output)
             self._load = StepLoad(step.prefill_tokens, step.decode_seqs, step.kv_tokens_read)
             return output
 

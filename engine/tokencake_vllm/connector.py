@@ -1,8 +1,8 @@
 """How does vLLM move our blocks? As `KVConnectorBase_V1`: a thin shell around `HostCache` and a `Copier`.
 
-The scheduler's instance hands jobs to the workers with every step and takes their reports; what to copy and when is
-decided by `TimeMixin`. Nothing raises into vLLM: an exception on either side is logged, and the call computes what it
-needs.
+The scheduler's instance hands jobs to the workers with every step and takes their reports; `time_scheduler`
+decides what to copy and when. Nothing raises into vLLM: an exception on either side is logged, and the call computes
+what it needs.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ class TokenCakeConnector(KVConnectorBase_V1, SupportsHMA):
         super().__init__(vllm_config, role, kv_cache_config)
         self.settings = section(vllm_config.additional_config, "time", TimeSettings)
         self.on_finished: Callable[[Request], Outcome] | None = None
-        """Set by `TimeMixin`: decides what becomes of a finished call's KV and says so to the client."""
+        """Set by `TimeComponent`: decides what becomes of a finished call's KV; returns what the client is told."""
         self.cache: HostCache | None = None
         self._block_tokens = vllm_config.cache_config.block_size
         self._copier: Copier = NoCopier()

@@ -1,8 +1,7 @@
-"""How long did each step take, and what did it compute? Kept where asked for, to fit the simulator to this engine."""
+"""Duration and content of the newest steps, kept on request, for `tokencake sim calibrate`."""
 
 from __future__ import annotations
 
-import time
 from bisect import bisect_left
 from collections import deque
 from dataclasses import asdict, dataclass
@@ -10,35 +9,29 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from tokencake.registry.timeline import TICK_S, after, page_of
-from tokencake.settings import MeasureSettings, section
-from tokencake_vllm.step_clock import StepClock
+from tokencake_vllm.component import SchedulerComponent
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
-
-    from tokencake_vllm.scheduler import TokenCakeMixin
-
-    _Base = TokenCakeMixin
-else:
-    _Base = object
+    from vllm.v1.core.sched.scheduler import Scheduler
 
 
 @dataclass(slots=True)
 class Step:
-    """Named as `tokencake sim calibrate` reads it."""
+    """One step. The names are those that `tokencake sim calibrate` reads."""
 
     prefill_tokens: int
     decode_seqs: int
     kv_tokens_read: int
-    """Context lengths of the decoding calls added up."""
+    """Sum of the context lengths of the decoding requests."""
     seconds: float
     """0 while the step is under way."""
     order_s: float = 0.0
     """When it ended, or a tick after the step before it."""
 
 
-def begun_step(scheduler: TokenCakeMixin, output: SchedulerOutput) -> Step:
-    """What the step that `scheduler` has just scheduled computes: next tokens of answers, or what comes before them."""
+def describe_step(scheduler: Scheduler, output: SchedulerOutput) -> Step:
+    """What the step that `scheduler` has just scheduled computes: prompt tokens, and one token of each answer."""
     step = Step(0, 0, 0, 0.0)
     for name, tokens in output.num_scheduled_tokens.items():
         request = scheduler.requests[name]
@@ -50,50 +43,45 @@ def begun_step(scheduler: TokenCakeMixin, output: SchedulerOutput) -> Step:
     return step
 
 
-class StepMixin(_Base):
-    """Times the newest steps of a vLLM scheduler."""
+class StepLog(SchedulerComponent):
+    """The newest steps of a vLLM scheduler.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        kept = section(self.vllm_config.additional_config, "measure", MeasureSettings).steps
-        self._measured_steps: deque[Step] = deque(maxlen=kept)
+    Args:
+        scheduler: vLLM's.
+        kept: how many steps; 0 for none.
+    """
+
+    def __init__(self, scheduler: Scheduler, kept: int) -> None:
+        self._scheduler = scheduler
+        self._steps: deque[Step] = deque(maxlen=kept)
+        self._under_way: deque[Step] = deque()
         self._last_order_s = 0.0
-        self._steps_under_way: deque[Step] = deque()
-        self._step_clock = StepClock()
 
-    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
-        """Stock, then note what the step computes."""
-        if not self._measured_steps.maxlen:
-            return super().schedule(*args, **kwargs)
-        self._step_clock.schedule(time.monotonic())
-        output = super().schedule(*args, **kwargs)
-        with self._advice():
-            self._steps_under_way.append(begun_step(self, output))
-        return output
+    def after_step(self, output: SchedulerOutput, now: float) -> None:  # noqa: ARG002  # the hook's signature
+        """Note what the step computes."""
+        if self._steps.maxlen:
+            self._under_way.append(describe_step(self._scheduler, output))
 
-    def update_from_output(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
+    def after_update(self, scheduled_tokens: int, step_s: float, now: float) -> None:  # noqa: ARG002  # as above
         """Note the end of the oldest step under way."""
-        if self._measured_steps.maxlen:
-            with self._advice():
-                step = self._steps_under_way.popleft()
-                step.seconds = self._step_clock.complete(time.monotonic())
-                if step.prefill_tokens or step.decode_seqs:
-                    step.order_s = self._last_order_s = after(time.monotonic(), self._last_order_s)
-                    self._measured_steps.append(step)
-        return super().update_from_output(scheduler_output, *args, **kwargs)
+        if not self._steps.maxlen:
+            return
+        step = self._under_way.popleft()
+        step.seconds = step_s
+        if step.prefill_tokens or step.decode_seqs:
+            step.order_s = self._last_order_s = after(now, self._last_order_s)
+            self._steps.append(step)
 
-    def tokencake_steps(self, limit: int, before: float | None = None) -> dict[str, Any]:
+    def view(self, epoch_offset_s: float, limit: int, before: float | None = None) -> dict[str, Any]:
         """A page of steps, the newest ones, for `GET /v1/tokencake/steps`; see `DecisionLog.view` for its parts."""
-        offset_s = self.epoch_offset_s()
-        end = len(self._measured_steps)
+        end = len(self._steps)
         if before is not None:
-            before_s = before - offset_s - TICK_S / 4
-            end = bisect_left(self._measured_steps, before_s, key=lambda step: step.order_s)
-        newest_first = islice(reversed(self._measured_steps), len(self._measured_steps) - end, None)
+            end = bisect_left(self._steps, before - epoch_offset_s - TICK_S / 4, key=lambda step: step.order_s)
+        newest_first = islice(reversed(self._steps), len(self._steps) - end, None)
         page = page_of(((step.order_s, step) for step in newest_first), limit)
         steps = [asdict(step) for _, step in reversed(page.entries)]
         return {
-            "order": [round(step.pop("order_s") + offset_s, 6) for step in steps],
+            "order": [round(step.pop("order_s") + epoch_offset_s, 6) for step in steps],
             "steps": steps,
-            "next": None if page.next_s is None else round(page.next_s + offset_s, 6),
+            "next": None if page.next_s is None else round(page.next_s + epoch_offset_s, 6),
         }

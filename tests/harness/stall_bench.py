@@ -73,10 +73,10 @@ class Bench:
 
     def __init__(self, model: Path, monkeypatch: Any, **options: Any) -> None:
         self.clock = Clock()
-        for module in ("time_hooks", "space_hooks", "connector", "scheduler"):
+        for module in ("connector", "scheduler"):
             monkeypatch.setattr(f"tokencake_vllm.{module}.time", self.clock)
         self.scheduler = build(model, **options)
-        self.cache = self.scheduler.time.cache
+        self.cache = self.scheduler.offload.stalls.cache
         self.pool = self.scheduler.kv_cache_manager.block_pool
         self.worker = Worker(self.pool.num_gpu_blocks, self.cache.tier.capacity)
         self.failed: set[str] = set()

@@ -127,8 +127,8 @@ class Steps:
         assert self.free_blocks == self.pool.num_gpu_blocks - 1
         assert not list(scheduler.waiting)
         assert not scheduler.running
-        if hasattr(scheduler, "applications"):
-            assert scheduler.applications.calls == {}
+        if hasattr(scheduler, "admission"):
+            assert scheduler.admission.applications.calls == {}
             assert scheduler.registry.totals["live_calls"] == 0
             assert scheduler.registry.counts["errors",] == 0
 

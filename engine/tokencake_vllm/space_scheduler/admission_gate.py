@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from vllm.logger import init_logger
-from vllm.v1.request import Request, RequestStatus
 
 from tokencake.space_scheduler.growth import Promise
 from tokencake.space_scheduler.policy import REFUSALS, Memory
+from tokencake_vllm.vllm_adapter.requests import ADMISSIBLE
 
 if TYPE_CHECKING:
+    from vllm.v1.request import Request
+
     from tokencake.registry.registry import Registry
     from tokencake.space_scheduler.applications import Applications, LiveCall
     from tokencake.space_scheduler.explain import SpaceWords
     from tokencake.space_scheduler.policy import Refusal, SpacePolicy
     from tokencake.space_scheduler.settings import SpaceSettings
+    from tokencake_vllm.component import ErrorContainment
     from tokencake_vllm.vllm_adapter.block_pool import BlockView
 
 logger = init_logger("vllm.tokencake")
-
-ADMISSIBLE: Final = (RequestStatus.WAITING, RequestStatus.PREEMPTED)
 
 
 class Gate:
@@ -36,7 +36,7 @@ class Gate:
         view: BlockView,
         words: SpaceWords,
         registry: Registry,
-        advice: Callable[[], AbstractContextManager[None]],
+        contain_errors: ErrorContainment,
     ) -> None:
         self.private_blocks: Mapping[str, int] = {}
         """By running request, as of the last ranking."""
@@ -47,7 +47,7 @@ class Gate:
         self._view = view
         self._words = words
         self._registry = registry
-        self._advice = advice
+        self._contain_errors = contain_errors
         self._has_logged_undeclared = False
         self.reset()
 
@@ -71,7 +71,7 @@ class Gate:
         if reason is None:
             self._tried = request, call, need
             return True
-        with self._advice():  # what goes wrong here does not let it in
+        with self._contain_errors:  # what goes wrong here does not let it in
             self._passed.append(need)
             self._has_passed_critical |= call.app.is_critical
             self._has_passed_plain |= call.hint is None
@@ -83,7 +83,7 @@ class Gate:
 
     def note_kept(self, request: Request, call: LiveCall, now: float) -> None:
         """`request` was not asked for: what is free was given up for another call."""
-        with self._advice():
+        with self._contain_errors:
             self._note(call, "kept", self._view.needed_blocks(request), now)
 
     def _note(self, call: LiveCall, reason: Refusal, need: int, now: float) -> None:

@@ -11,21 +11,20 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
-from vllm.v1.core.sched.interface import PauseState
-
 from tokencake.space_scheduler.growth import Promise, tokens_until_free
 from tokencake.space_scheduler.swap_victims import Candidate, Losses, by_seniority, victims
-from tokencake_vllm.space_scheduler.admission_gate import ADMISSIBLE
+from tokencake_vllm.vllm_adapter.requests import ADMISSIBLE, admitted_requests, has_prompt_computed, is_paused
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.request import Request
 
     from tokencake.space_scheduler.applications import Applications, LiveCall
     from tokencake.space_scheduler.policy import Rank
     from tokencake.space_scheduler.settings import SpaceSettings
+    from tokencake_vllm.component import Offload
     from tokencake_vllm.space_scheduler.admission_gate import Gate
-    from tokencake_vllm.space_scheduler.component import SpaceMixin
     from tokencake_vllm.vllm_adapter.block_pool import BlockView
 
 _LOST_SHARE: Final = 0.005
@@ -38,9 +37,16 @@ class Swap:
     """Chooses whom to swap out, keeps the room for whom it was made, and remembers what it has cost."""
 
     def __init__(
-        self, scheduler: SpaceMixin, settings: SpaceSettings, applications: Applications, view: BlockView, gate: Gate
+        self,
+        scheduler: Scheduler,
+        settings: SpaceSettings,
+        applications: Applications,
+        view: BlockView,
+        gate: Gate,
+        offload: Offload,
     ) -> None:
         self._scheduler = scheduler
+        self._offload = offload
         self._settings = settings
         self._calls = applications.calls
         self._view = view
@@ -65,7 +71,7 @@ class Swap:
         apps = by_seniority((self._calls[name], rank) for name, rank in ages.items() if name in self._calls)
         if head.app.id not in apps[: self._settings.swap_oldest]:
             return []
-        admitted = self._scheduler.admitted()
+        admitted = admitted_requests(self._scheduler)
         promises = [self._promise(other) for other in admitted]
         if tokens_until_free(promises, need, free, self._view.block_tokens) <= self._settings.swap_patience_tokens:
             return []
@@ -88,11 +94,11 @@ class Swap:
         scheduler, settings = self._scheduler, self._settings
         if settings.policy != "ours" or not settings.swap_oldest or self._is_kept(now) or not scheduler.waiting:
             return None
-        if not self._losses.are_within(_LOST_SHARE) or not scheduler.can_restore():
+        if not self._losses.are_within(_LOST_SHARE) or not self._offload.can_restore:
             return None
         request = scheduler.waiting.peek_request()
         head = self._calls.get(request.request_id)
-        is_able = request.status in ADMISSIBLE and scheduler.pause_state == PauseState.UNPAUSED
+        is_able = request.status in ADMISSIBLE and not is_paused(scheduler)
         return head if is_able and head is not None and head.hint is not None and not head.is_in_vain else None
 
     def may_start(self, request_id: str, now: float) -> bool:
@@ -107,7 +113,7 @@ class Swap:
             self._heir = None
             has_room = self._view.blocks_of(request.num_tokens) <= self._view.free_blocks
             call = self._calls.get(request.request_id)
-            if call is not None and has_room and self._scheduler.pause_state == PauseState.UNPAUSED:
+            if call is not None and has_room and not is_paused(self._scheduler):
                 call.is_in_vain = True
         return self._heir is not None
 
@@ -122,7 +128,7 @@ class Swap:
 
     def _coming_blocks(self) -> int:
         """Blocks that come free without anybody's end: the step under way or a copy to the host still has them."""
-        holds = Counter(self._scheduler.storing())
+        holds = Counter(self._offload.storing())
         holds.update(block.block_id for _, blocks in self._scheduler.deferred_frees for block in blocks)
         return self._view.held_only_by(holds)
 
@@ -137,7 +143,7 @@ class Swap:
 
     def _candidates(self) -> list[Candidate]:
         running = [(self._calls[r.request_id], r) for r in self._scheduler.running if r.request_id in self._calls]
-        able = [(call, request) for call, request in running if call.hint is not None and _has_its_prompt(request)]
+        able = [(call, request) for call, request in running if call.hint is not None and has_prompt_computed(request)]
         sizes = Counter(call.app.id for call, _ in able)
         return [self._candidate(call, request, sizes[call.app.id]) for call, request in able]
 
@@ -146,8 +152,3 @@ class Swap:
         # What calls of other applications hold too does not come free with those of its own.
         shared = self._view.private_blocks(call.request_id, holders=size) - private
         return Candidate(call, private, shared, self._left_tokens(request))
-
-
-def _has_its_prompt(request: Request) -> bool:
-    """Whether its prompt is computed: what has just begun has nothing that the host could bring back."""
-    return request.num_computed_tokens - request.num_in_flight_tokens >= request.num_prompt_tokens

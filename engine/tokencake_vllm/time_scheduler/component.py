@@ -1,210 +1,254 @@
-"""Where does the Time Scheduler touch vLLM? At the arrival and the end of a call, around each step, and at events.
+"""The Time Scheduler on vLLM: the arrival and the end of a request, preemption, steps, events, and waking the engine.
 
-Without our connector, or with `time.enabled=false`, every method is stock vLLM's. An exception in ours is advice that
-was not given: it is logged and counted, and the request goes on.
+Without TokenCake's connector, or with `time.enabled=false`, `NoOffload` stands in its place.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
-from vllm.v1.request import Request, RequestStatus
 
 from tokencake import protocol
+from tokencake_vllm.component import SchedulerComponent, TaggedRequest
 from tokencake_vllm.connector import TokenCakeConnector
 from tokencake_vllm.time_scheduler.forecast_file import ForecastFile
 from tokencake_vllm.time_scheduler.stall_manager import TimeEngine
-from tokencake_vllm.vllm_adapter.block_accounting import block_budget, own_blocks
+from tokencake_vllm.vllm_adapter.requests import compute_loads_again, started_requests
 
 if TYPE_CHECKING:
+    from vllm.v1.core.kv_cache_utils import KVCacheBlock
     from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.request import Request
 
-    from tokencake_vllm.scheduler import TokenCakeMixin
-
-    _Base = TokenCakeMixin
-else:
-    _Base = object
+    from tokencake.protocol import Event
+    from tokencake.registry.registry import Registry
+    from tokencake_vllm.component import ErrorContainment
+    from tokencake_vllm.transfer.host_cache import HostCache
 
 logger = init_logger("vllm.tokencake")
 
 
-class TimeMixin(_Base):
+class NoOffload(SchedulerComponent):
+    """An engine whose KV stays on the device.
+
+    Args:
+        off_reason: why.
+    """
+
+    def __init__(self, off_reason: str | None) -> None:
+        self._off_reason = off_reason
+
+    @property
+    def off_reason(self) -> str | None:
+        """Why nothing is offloaded, or None."""
+        return self._off_reason
+
+    @property
+    def host_blocks(self) -> int:
+        """Blocks that the host has room for."""
+        return 0
+
+    @property
+    def pinned(self) -> Mapping[str, Sequence[KVCacheBlock]]:
+        """Device blocks pinned for stalled agents, by the id of the request that left them."""
+        return {}
+
+    @property
+    def can_restore(self) -> bool:
+        """Whether what a preempted request had computed comes back from the host."""
+        return False
+
+    def yield_pins(self) -> bool:
+        """There are none."""
+        return False
+
+    def storing(self) -> Mapping[int, int]:
+        """No copies."""
+        return {}
+
+    def pinned_for(self, tenant: str) -> Sequence[Sequence[KVCacheBlock]]:  # noqa: ARG002  # the interface's
+        """The pinned blocks of each stalled agent of one tenant."""
+        return []
+
+    def describe_sessions(self, sessions: Mapping[str, dict[str, Any]]) -> None:
+        """Add to each session's view where its KV is."""
+
+    def wipe(self) -> int:
+        """Overwrite free device blocks, for a test; returns how many."""
+        return 0
+
+    def is_due(self, now: float) -> bool:  # noqa: ARG002  # as above
+        """Whether the engine should step although it may have no request."""
+        return False
+
+    def next_due_s(self) -> float | None:
+        """When it should; None where it need not."""
+        return None
+
+    def bind_waker(self, wake: Callable[[], None]) -> None:
+        """`wake` makes the engine loop look for work, from any thread."""
+
+    def arm_waker(self, now: float) -> None:
+        """The engine may sleep now: see that it wakes when something is due."""
+
+    @contextmanager
+    def resetting(self, contain_errors: ErrorContainment, *, drops_loads: bool) -> Iterator[None]:  # noqa: ARG002  # as above
+        """While vLLM resets its prefix cache."""
+        yield
+
+
+class TimeComponent(NoOffload):
     """Moves the KV of stalled agents between the device and the host."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.time: TimeEngine | None = None
-        connector = self.connector
-        if isinstance(connector, TokenCakeConnector) and connector.cache is not None:
-            self.time = engine = TimeEngine(self, connector.cache, connector.settings)
-            self._forecast_file = ForecastFile(engine.book.forecast, connector.settings.forecast_file)
-            connector.on_finished = self._finish_call
-            logger.info(
-                "TokenCake: Time Scheduler `%s`, %d blocks of host memory",
-                connector.settings.policy,
-                connector.cache.tier.capacity,
-            )
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        registry: Registry,
+        connector: TokenCakeConnector,
+        cache: HostCache,
+        contain_errors: ErrorContainment,
+        clock: Callable[[], float],
+    ) -> None:
+        super().__init__(None)
+        self.stalls = TimeEngine(scheduler, registry, cache, connector.settings)
+        self._scheduler, self._cache, self._clock = scheduler, cache, clock
+        self._contain_errors = contain_errors
+        self._forecast_file = ForecastFile(self.stalls.book.forecast, connector.settings.forecast_file)
+        connector.on_finished = self._finish
+        logger.info(
+            "TokenCake: Time Scheduler `%s`, %d blocks of host memory", connector.settings.policy, self.host_blocks
+        )
 
-    # --- a call ---------------------------------------------------------------------------------------
+    # --- a request ------------------------------------------------------------------------------------
 
-    def add_request(self, request: Request) -> None:
-        """Stock, then see whose stall this call ends."""
-        is_new = request.request_id not in self.requests
-        super().add_request(request)
-        if self.time is not None and is_new:
-            with self._advice():
-                self.time.arrive(request, time.monotonic())
+    def on_added(self, tagged: TaggedRequest, now: float) -> None:
+        """See whose stall this call ends."""
+        self.stalls.arrive(tagged, now)
 
-    def _finish_call(self, request: Request) -> dict[str, Any] | None:
-        """Called by the connector while the call still holds its blocks."""
-        told = None
-        with self._advice():
-            if self.time is not None:
-                told = self.time.finish(request, time.monotonic())
-        return told
+    def before_preempt(self, request: Request, now: float) -> None:  # noqa: ARG002  # the hook's signature
+        """Offload what it has computed."""
+        self.stalls.preempt(request)
 
-    def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
-        if self.time is not None:
-            with self._advice():
-                self.time.preempt(request)
-        super()._preempt_request(request, *args, **kwargs)
+    def _finish(self, request: Request) -> dict[str, Any] | None:
+        """Called by the connector while the request still holds its blocks; returns what the client is told."""
+        with self._contain_errors:
+            return self.stalls.finish(request, self._clock())
+        return None
 
     # --- the step -------------------------------------------------------------------------------------
 
-    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
-        """What is due, then stock, then see who got a slot."""
-        if self.time is None:
-            return super().schedule(*args, **kwargs)
-        with self._advice():
-            self.time.before_step(time.monotonic())
-        output = super().schedule(*args, **kwargs)
-        with self._advice():
-            started = [self.requests[new.req_id] for new in output.scheduled_new_reqs]
-            self.time.after_step(started, list(output.scheduled_cached_reqs.resumed_req_ids), time.monotonic())
-        return output
+    def before_step(self, now: float) -> None:
+        """Do what is due."""
+        self.stalls.before_step(now)
 
-    def _yield_pins(self) -> bool:
-        if self.time is None or not self.time.cache.held:
-            return False
-        before = len(self.time.cache.held)
-        self.time.yield_pins()
-        return len(self.time.cache.held) < before
+    def after_step(self, output: SchedulerOutput, now: float) -> None:
+        """See which requests started."""
+        new = [self._scheduler.requests[new.req_id] for new in output.scheduled_new_reqs]
+        self.stalls.after_step(new, started_requests(output)[len(new) :], now)
 
-    def can_restore(self) -> bool:
-        """As far as the host has room."""
-        return self.time is not None and self.time.can_restore
+    def after_update(self, scheduled_tokens: int, step_s: float, now: float) -> None:  # noqa: ARG002  # as above
+        """Learn how fast the device computes."""
+        self.stalls.learn_step(scheduled_tokens, step_s)
 
-    def storing(self) -> Mapping[int, int]:
-        """Of the copies under way."""
-        return {} if self.time is None else self.time.cache.transfers.storing()
+    # --- events ---------------------------------------------------------------------------------------
 
-    def update_from_output(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
-        """Stock; and if the engine may sleep now, see that it wakes up in time."""
-        outputs = super().update_from_output(scheduler_output, *args, **kwargs)
-        if self.time is not None:
-            with self._advice():
-                self.time.complete_step(scheduler_output.total_num_scheduled_tokens, time.monotonic())
-                self._arm()
-        return outputs
+    def on_events(self, events: Sequence[Event], now: float) -> None:
+        """See whose stalls they change."""
+        for event in events:
+            with self._contain_errors:
+                self.stalls.hear(protocol.to_wire(event), now)
+        self._forecast_file.save(now)
 
-    def has_requests(self) -> bool:
-        """Also when something of ours is due: the step that follows takes it off the list."""
-        return super().has_requests() or (self.time is not None and self.time.alarm.is_due(time.monotonic()))
+    # --- waking the engine ----------------------------------------------------------------------------
+
+    def is_due(self, now: float) -> bool:
+        """Whether something of ours is due: the step that follows takes it off the list."""
+        return self.stalls.alarm.is_due(now)
 
     def next_due_s(self) -> float | None:
-        """When the engine wants a step although it may have no call; None where it does not."""
-        return None if self.time is None else self.time.alarm.next_s(self.time.is_stalled)
+        """When the next stall wants to be looked at."""
+        return self.stalls.alarm.next_s(self.stalls.is_stalled)
 
     def bind_waker(self, wake: Callable[[], None]) -> None:
-        """`wake` makes the engine loop look for work; callable from any thread."""
-        if self.time is not None:
-            self.time.alarm.wake = wake
+        """Remember it."""
+        self.stalls.alarm.wake = wake
 
-    def _arm(self) -> None:
-        if self.time is not None and not super().has_requests():
-            self.time.alarm.arm(time.monotonic(), self.time.is_stalled)
+    def arm_waker(self, now: float) -> None:
+        """Set a timer to the next stall that wants to be looked at."""
+        self.stalls.alarm.arm(now, self.stalls.is_stalled)
 
-    # --- what the API server asks for -------------------------------------------------------------------
+    # --- what others ask ------------------------------------------------------------------------------
 
-    def tokencake_events(self, events: list[dict[str, Any]], received: float, tenant: str = "") -> dict[str, Any]:
-        """Take them in, then see whose stall changed."""
-        answer = super().tokencake_events(events, received, tenant)
-        if self.time is not None:
-            now = time.monotonic()
-            for event, outcome in zip(events, answer["outcomes"], strict=True):
-                if outcome in ("applied", "late"):
-                    with self._advice():
-                        self.time.hear(_scoped(event, tenant), now)
-            with self._advice():
-                self._forecast_file.save(now)
-                self._arm()
-        return answer
+    @property
+    def off_reason(self) -> str | None:
+        """Why nothing is offloaded any more, or None."""
+        return self._cache.off_reason
 
-    def tokencake_state(
-        self,
-        session: str | None,
-        app: str | None,
-        limit: int,
-        tenant: str | None = None,
-        before: float | None = None,
-    ) -> dict[str, Any]:
-        """The registry's state, with where each session's KV is, and why the Time Scheduler is off if it is."""
-        state = super().tokencake_state(session, app, limit, tenant, before)
-        state["time"] = {"off": self._off_reason(), "host_blocks": self.time.cache.tier.capacity if self.time else 0}
-        if self.time is not None:
-            for name, view in state["sessions"].items():
-                view["kv"] = self.time.residency(name)
-        return state
+    @property
+    def host_blocks(self) -> int:
+        """Blocks that the host has room for."""
+        return self._cache.tier.capacity
 
-    def _off_reason(self) -> str | None:
-        if self.time is not None:
-            return self.time.cache.off_reason
-        if isinstance(self.connector, TokenCakeConnector):
-            return self.connector.off_reason
-        return "the engine was not started with TokenCakeConnector"
+    @property
+    def pinned(self) -> Mapping[str, Sequence[KVCacheBlock]]:
+        """Device blocks pinned for stalled agents, by the id of the request that left them."""
+        return self._cache.held
 
-    def block_budget(self) -> dict[str, int]:
-        """What is held for stalled agents is told apart."""
-        return block_budget(self, {} if self.time is None else self.time.cache.held)
+    @property
+    def can_restore(self) -> bool:
+        """Whether what a preempted request had computed comes back from the host, as far as that has room."""
+        return self.stalls.can_restore
 
-    def own_blocks(self, tenant: str) -> dict[str, int]:
-        """Its stalled agents' included."""
-        return own_blocks(self, [] if self.time is None else self.time.held_for(tenant), tenant)
+    def yield_pins(self) -> bool:
+        """Unpin blocks of stalled agents, as far as the first request in the queue needs them; whether any were."""
+        before = len(self._cache.held)
+        if before:
+            self.stalls.yield_pins()
+        return len(self._cache.held) < before
 
-    def tokencake_wipe(self) -> int:
+    def storing(self) -> Mapping[int, int]:
+        """How often copies under way to the host hold each device block."""
+        return self._cache.transfers.storing()
+
+    def pinned_for(self, tenant: str) -> Sequence[Sequence[KVCacheBlock]]:
+        """The pinned blocks of each stalled agent of one tenant."""
+        return self.stalls.held_for(tenant)
+
+    def describe_sessions(self, sessions: Mapping[str, dict[str, Any]]) -> None:
+        """Add to each session's view where its KV is."""
+        for name, view in sessions.items():
+            view["kv"] = self.stalls.residency(name)
+
+    def wipe(self) -> int:
         """With `debug_checksums`: overwrite every free device block, to prove that what is hit later was copied."""
-        if self.time is None or not self.time.settings.debug_checksums:
-            return 0
-        return self.time.cache.wipe()
+        return self._cache.wipe() if self.stalls.settings.debug_checksums else 0
 
-    def reset_prefix_cache(self, reset_running_requests: bool = False, *args: Any, **kwargs: Any) -> bool:
-        """Stock, after everything that we hold was given back; vLLM's sleep and its weight updates come here too."""
-        if self.time is None:
-            return super().reset_prefix_cache(reset_running_requests, *args, **kwargs)
-        self.time.is_resetting = True
+    @contextmanager
+    def resetting(self, contain_errors: ErrorContainment, *, drops_loads: bool) -> Iterator[None]:
+        """Give back everything that is held; what the host has is as old as what the device had."""
+        self.stalls.is_resetting = True
         try:
-            with self._advice():
-                self.time.reset()
-                if reset_running_requests:
-                    self._forget_loads()
-            with self.time.cache.lent():
-                return super().reset_prefix_cache(reset_running_requests, *args, **kwargs)
+            with contain_errors:
+                self.stalls.reset()
+                if drops_loads:
+                    compute_loads_again(self._scheduler)
+            with self._cache.lent():
+                yield
         finally:
-            self.time.is_resetting = False
-
-    def _forget_loads(self) -> None:
-        """Calls whose prefix came from the host compute it: it is as old as the rest."""
-        for request in list(self.kv_holding_waiting):
-            if request.status == RequestStatus.WAITING_FOR_REMOTE_KVS:
-                request.num_computed_tokens = 0
-                self.failed_recving_kv_req_ids.add(request.request_id)
-                if request.request_id in self.finished_recving_kv_req_ids:
-                    self._update_waiting_for_remote_kv(request)
-                    request.status = RequestStatus.PREEMPTED if request.num_preemptions else RequestStatus.WAITING
+            self.stalls.is_resetting = False
 
 
-def _scoped(event: dict[str, Any], tenant: str) -> dict[str, Any]:
-    return protocol.to_wire(protocol.scoped(protocol.parse_event(event), tenant)) if tenant else event
+def make_offload(
+    scheduler: Scheduler, registry: Registry, contain_errors: ErrorContainment, clock: Callable[[], float]
+) -> NoOffload:
+    """The component for the connector that the engine was started with."""
+    connector = scheduler.connector
+    if not isinstance(connector, TokenCakeConnector):
+        return NoOffload("the engine was not started with TokenCakeConnector")
+    if connector.cache is None:
+        return NoOffload(connector.off_reason)
+    return TimeComponent(scheduler, registry, connector, connector.cache, contain_errors, clock)

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
     from vllm.v1.core.kv_cache_utils import KVCacheBlock
+    from vllm.v1.core.sched.scheduler import Scheduler
 
     from tokencake.time_scheduler.dropped import Dropped
     from tokencake.time_scheduler.prefixes import Chain, Chains
-    from tokencake_vllm.scheduler import TokenCakeMixin
     from tokencake_vllm.transfer.host_cache import HostCache
 
 _FREE_SCAN: Final = 1_024
@@ -40,7 +40,7 @@ def key_of(full_hash: bytes) -> bytes:
 class FreeOrder:
     """The free queue of one block pool."""
 
-    def __init__(self, scheduler: TokenCakeMixin, cache: HostCache, chains: Chains, dropped: Dropped) -> None:
+    def __init__(self, scheduler: Scheduler, cache: HostCache, chains: Chains, dropped: Dropped) -> None:
         self._cache, self._chains, self._dropped = cache, chains, dropped
         self._pool = scheduler.kv_cache_manager.block_pool
         # An empty block for each running call, and the prompts of a step.

@@ -12,27 +12,27 @@ from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from vllm.v1.request import Request, RequestStatus
-
 from tokencake.policies.eviction import distances, least_recent, unbounded
 from tokencake.registry.metric_names import CounterName, CountKey
 from tokencake.time_scheduler.host_tier import Distance
 from tokencake.time_scheduler.policy import CHURN_STEPS, MIN_CHANCE, Decision, Finished, TimeSettings, policy_of
 from tokencake.time_scheduler.stall_tracker import StallBook
-from tokencake_vllm.step_clock import StepClock
 from tokencake_vllm.time_scheduler.free_queue import FreeOrder
 from tokencake_vllm.time_scheduler.uploads import GROWTH_BLOCKS, QUEUE_SCAN, Uploads, demand
 from tokencake_vllm.time_scheduler.wakeup import Alarm
+from tokencake_vllm.vllm_adapter.requests import cached_tokens, computed_blocks, is_answered
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_utils import KVCacheBlock
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.request import Request
 
     from tokencake.forecast.durations import Stall
+    from tokencake.registry.registry import Registry
     from tokencake.time_scheduler.prefixes import Chain
-    from tokencake_vllm.scheduler import TokenCakeMixin
+    from tokencake_vllm.component import TaggedRequest
     from tokencake_vllm.transfer.host_cache import HostCache
 
-_ENDED_WELL: Final = (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
 _PAPER_BACKOFF_STEPS: Final = 8
 _PREFILL_STEP_TOKENS: Final = 256
 """A step with at least so many tokens tells how fast prefill is."""
@@ -48,15 +48,15 @@ AHEAD: Final = 4
 class TimeEngine:
     """The Time Scheduler of one vLLM scheduler. Lives on the engine loop."""
 
-    def __init__(self, scheduler: TokenCakeMixin, cache: HostCache, settings: TimeSettings) -> None:
+    def __init__(self, scheduler: Scheduler, registry: Registry, cache: HostCache, settings: TimeSettings) -> None:
         self.cache = cache
         self.settings = settings
-        self.book = StallBook(scheduler.registry, scheduler.kv_cache_manager.block_pool.num_gpu_blocks)
+        self.book = StallBook(registry, scheduler.kv_cache_manager.block_pool.num_gpu_blocks)
         self.chains = self.book.chains
         self.alarm = Alarm()
         self.is_resetting = False
         self._scheduler = scheduler
-        self._registry = scheduler.registry
+        self._registry = registry
         self._pool = scheduler.kv_cache_manager.block_pool
         self._policy = policy_of(settings)
         self._order = FreeOrder(scheduler, cache, self.chains, self.book.dropped)
@@ -65,7 +65,6 @@ class TimeEngine:
         """Of a waiting call: the chain that it extends, and whose pins it takes over."""
         self._steps = 0
         self._stored_at_step: deque[int] = deque()
-        self._clock = StepClock()
         self._now = 0.0
         """Of the newest step or event, for what happens within."""
         self._admitted_s: float | None = None
@@ -73,12 +72,11 @@ class TimeEngine:
 
     # --- a call comes -----------------------------------------------------------------------------------
 
-    def arrive(self, request: Request, now: float) -> None:
+    def arrive(self, tagged: TaggedRequest, now: float) -> None:
         """See whose stall this call ends."""
-        hint = self._registry.hint_of(request.request_id)
-        tenant = self._scheduler.tenant_of(request)
+        request, hint = tagged.request, tagged.hint
         keys = list(request.block_hashes)
-        parent = self.book.arrive(request.request_id, keys, hint, now, tenant)
+        parent = self.book.arrive(request.request_id, keys, hint, now, tagged.tenant)
         self._order.renew_keys(self.book.wake(keys, request.request_id, hint))
         if hint is not None and hint.reuse == "final" and hint.parent_call is not None:
             # The last call of a sub-agent: whoever waits for it is back soon.
@@ -96,8 +94,7 @@ class TimeEngine:
         """A call has its first slot, and with it its own hold on what it hit."""
         self.book.start(request.request_id, now)
         self.cache.rates.residence.take(-(-request.num_tokens // self.cache.rates.block_tokens), now)
-        stats = request.prefill_stats
-        local, external = (stats.num_local_cached_tokens, stats.num_external_cached_tokens) if stats else (0, 0)
+        local, external = cached_tokens(request)
         self.count("kv_tokens_saved", "load", by=external)
         parent = self._parents.pop(request.request_id, None)
         if parent is not None:
@@ -118,7 +115,7 @@ class TimeEngine:
         """A call is about to lose its blocks: what it computed goes to the host."""
         chain = self.chains.by_id.get(request.request_id)
         if chain is not None:
-            keys, blocks = self._computed(request)
+            keys, blocks = computed_blocks(self._scheduler, request)
             self.chains.give_way(chain, keys)
             if not self.is_resetting and self.can_restore:
                 self._store(chain, keys, blocks)
@@ -131,10 +128,10 @@ class TimeEngine:
         if (parent := self._parents.pop(name, None)) is not None:
             self.uploads.settle(parent.id, None)
             self.cache.release(parent.id)
-        if request.status not in _ENDED_WELL:
+        if not is_answered(request):
             self.chains.remove(name)
             return None
-        keys, blocks = self._computed(request)
+        keys, blocks = computed_blocks(self._scheduler, request)
         stalled = self.book.finish(name, keys, now)
         if stalled is None:
             return None
@@ -177,14 +174,6 @@ class TimeEngine:
         self._plan_upload(chain, now, rest)
         self.alarm.set(chain.id, chain.give_up_s or now)
         return stored
-
-    def _computed(self, request: Request) -> tuple[list[bytes], list[KVCacheBlock]]:
-        """The full blocks of a call that are surely computed: hashes come earlier, at scheduling."""
-        count = max(0, request.num_computed_tokens - request.num_in_flight_tokens) // self._scheduler.block_size
-        held = self._scheduler.kv_cache_manager.coordinator.get_blocks(request.request_id)
-        blocks = list(held[0][:count]) if held else []
-        keys: list[bytes] = list(request.block_hashes[: len(blocks)])
-        return keys, blocks[: len(keys)]
 
     def _finished(self, chain: Chain, rest: Stall) -> Finished:
         hint, cache = chain.hint, self.cache
@@ -259,7 +248,6 @@ class TimeEngine:
     def before_step(self, now: float) -> None:
         """What is due, and room for those who wait."""
         self._steps += 1
-        self._clock.schedule(now)
         self._now = now
         self._order.put_dropped_first()
         for name in self.alarm.take_due(now):
@@ -375,11 +363,10 @@ class TimeEngine:
                 self.cache.rates.admission.learn(len(started), now - self._admitted_s)
             self._admitted_s = now if is_queue else None
 
-    def complete_step(self, tokens: int, now: float) -> None:
-        """The device is through with a step of so many tokens."""
-        took_s = self._clock.complete(now)
+    def learn_step(self, tokens: int, step_s: float) -> None:
+        """The device computed a step of `tokens` tokens in `step_s` seconds."""
         if tokens >= _PREFILL_STEP_TOKENS:
-            self.cache.rates.prefill.learn(tokens, took_s)
+            self.cache.rates.prefill.learn(tokens, step_s)
 
     def is_stalled(self, chain_id: str) -> bool:
         """Whether this chain still waits for somebody."""

@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from vllm.v1.core.kv_cache_utils import KVCacheBlock
+    from vllm.v1.core.sched.scheduler import Scheduler
 
     from tokencake.registry.metric_names import CountByName
     from tokencake.time_scheduler.prefixes import Chain, Chains
-    from tokencake_vllm.scheduler import TokenCakeMixin
     from tokencake_vllm.time_scheduler.free_queue import FreeOrder
     from tokencake_vllm.transfer.host_cache import HostCache
 
@@ -33,7 +33,7 @@ GROWTH_BLOCKS: Final = 2
 """Left free for each running call."""
 
 
-def demand(scheduler: TokenCakeMixin) -> tuple[int, int, int]:
+def demand(scheduler: Scheduler) -> tuple[int, int, int]:
     """Calls that wait, the blocks that those at the head need, and how many of these could be had now."""
     blocks, fitting = 0, 0
     free = scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
@@ -50,7 +50,7 @@ class Uploads:
 
     def __init__(
         self,
-        scheduler: TokenCakeMixin,
+        scheduler: Scheduler,
         cache: HostCache,
         chains: Chains,
         order: FreeOrder,

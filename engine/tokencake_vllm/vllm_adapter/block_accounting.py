@@ -7,7 +7,7 @@ first in the list counts, since only when that is over the block could go.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Final
 
@@ -15,8 +15,7 @@ from vllm.v1.request import RequestStatus
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_utils import KVCacheBlock
-
-    from tokencake_vllm.scheduler import TokenCakeMixin
+    from vllm.v1.core.sched.scheduler import Scheduler
 
 STATES: Final = ("running", "loading", "leaving", "pinned", "uploading", "storing", "cached", "empty")
 """In words:
@@ -35,19 +34,27 @@ OWN_STATES: Final = ("running", "loading", "leaving", "pinned")
 """What belongs to one tenant; blocks in the other states are nobody's any more."""
 
 
-def own_blocks(scheduler: TokenCakeMixin, pinned: Iterable[Iterable[KVCacheBlock]], tenant: str) -> dict[str, int]:
-    """Blocks of the calls of `tenant`, and of its `pinned` chains, by state: what it may know of the device."""
+def own_blocks(
+    scheduler: Scheduler, pinned: Iterable[Iterable[KVCacheBlock]], is_own: Callable[[str], bool]
+) -> dict[str, int]:
+    """Blocks of one tenant by state: what it may know of the device.
+
+    Args:
+        scheduler: vLLM's.
+        pinned: blocks held for each of the tenant's stalled chains.
+        is_own: whether a request, by its id, is the tenant's.
+    """
     state_of = {block.block_id: "pinned" for block in chain.from_iterable(pinned)}
     for manager in scheduler.kv_cache_manager.coordinator.single_type_managers:
         for name, blocks in manager.req_to_blocks.items():
             request = scheduler.requests.get(name)
-            if request is not None and scheduler.tenant_of(request) == tenant:
+            if request is not None and is_own(name):
                 state_of.update((block.block_id, _state_of(request)) for block in blocks if not block.is_null)
     counts = Counter(state_of.values())
     return {state: counts[state] for state in OWN_STATES}
 
 
-def block_budget(scheduler: TokenCakeMixin, pinned: Mapping[str, Iterable[KVCacheBlock]]) -> dict[str, int]:
+def block_budget(scheduler: Scheduler, pinned: Mapping[str, Iterable[KVCacheBlock]]) -> dict[str, int]:
     """Blocks by state; the null block is nobody's. It looks at every block: for a scrape, not for a step.
 
     Args:

@@ -58,7 +58,7 @@ def play_out(engine: Bench, trace: list[tuple[Any, ...]], *, limit: int) -> None
     engine.run(limit)
     engine.check()
     check_budget(engine)
-    assert engine.scheduler.applications.calls == {}
+    assert engine.scheduler.admission.applications.calls == {}
 
 
 def test_every_block_is_somebodys_at_each_stage_of_a_call(bench: Callable[..., Bench]) -> None:

@@ -162,8 +162,8 @@ def test_decisions_come_in_pages(make_scheduler: Any, make_request: Any) -> None
 def test_steps_come_in_pages(scheduler: Any) -> None:
     for number in range(25):
         scheduler._last_order_s = number + 1.0
-        scheduler._measured_steps = type(scheduler._measured_steps)(scheduler._measured_steps, 100)
-        scheduler._measured_steps.append(Step(number, 0, 0, 0.5, number + 1.0))
+        scheduler.steps._steps = type(scheduler.steps._steps)(scheduler.steps._steps, 100)
+        scheduler.steps._steps.append(Step(number, 0, 0, 0.5, number + 1.0))
     pages = Server(scheduler).pages("steps", limit=10)
     assert [[step["prefill_tokens"] for step in page] for page in pages] == [
         list(range(15, 25)),

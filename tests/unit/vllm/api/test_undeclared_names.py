@@ -131,7 +131,7 @@ def test_a_call_refused_for_a_reason_that_is_not_declared_is_passed_over(
     make_scheduler: Any, make_request: Any, errors: list[logging.LogRecord], reason: Any
 ) -> None:
     steps = waiting_beside_a_running_one(make_scheduler, make_request)
-    steps.scheduler.space_policy.refusal = lambda *_: reason
+    steps.scheduler.admission.policy.refusal = lambda *_: reason
     assert ["waits" in steps.step() for _ in range(3)] == [False] * 3
     assert steps.scheduler.registry.counts["space_refusals", "undeclared"] == 3
     assert not steps.scheduler.registry.counts["errors",]
@@ -145,9 +145,9 @@ def test_a_call_refused_for_a_reason_that_is_not_declared_is_passed_over(
 
 def test_a_defect_in_what_is_noted_of_a_refusal_lets_no_call_in(make_scheduler: Any, make_request: Any) -> None:
     steps = waiting_beside_a_running_one(make_scheduler, make_request)
-    steps.scheduler.space_policy.refusal = lambda *_: "full"
-    steps.scheduler._words.note_refused = None  # calling it raises
+    steps.scheduler.admission.policy.refusal = lambda *_: "full"
+    steps.scheduler.admission.words.note_refused = None  # calling it raises
     assert "waits" not in steps.step()
     assert steps.scheduler.registry.counts["errors",] > 0
-    steps.scheduler._swap.may_start = lambda *_: False
+    steps.scheduler.admission.swap.may_start = lambda *_: False
     assert "waits" not in steps.step()

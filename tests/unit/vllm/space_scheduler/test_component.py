@@ -151,7 +151,7 @@ def test_requests_of_one_call_run_each_on_its_own(make_scheduler: Any, make_requ
     run(scheduler, step)
 
     assert [request.num_output_tokens for request in requests] == [20] * 4
-    assert scheduler.applications.calls == {}
+    assert scheduler.admission.applications.calls == {}
 
 
 @pytest.mark.parametrize("is_async", [False, True])
@@ -162,7 +162,7 @@ def test_an_abort_leaves_nothing_behind(make_scheduler: Any, make_request: Any, 
     step(scheduler)
     scheduler.finish_requests([f"r{number}" for number in range(6)], RequestStatus.FINISHED_ABORTED)
 
-    assert scheduler.applications.calls == {}
+    assert scheduler.admission.applications.calls == {}
     assert not scheduler.has_unfinished_requests()
     assert scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == 19
 
@@ -195,7 +195,7 @@ def test_a_defect_of_the_space_scheduler_never_reaches_a_request(
     make_scheduler: Any, make_request: Any, step: Any
 ) -> None:
     scheduler = make_scheduler(with_space(**ON), num_blocks=40)
-    scheduler.space_policy.rank = None  # calling it raises
+    scheduler.admission.policy.rank = None  # calling it raises
     request = make_request("r", list(range(100)), hint("a"))
     scheduler.add_request(request)
     run(scheduler, step)
@@ -275,7 +275,7 @@ def test_every_call_ends_and_nothing_admissible_waits_while_nothing_runs(
     assert not scheduler.has_unfinished_requests()
     assert all(r.num_output_tokens == r.max_tokens for n, r in requests.items() if not arrivals[n][-1])
     assert scheduler.registry.counts["errors",] == 0
-    assert scheduler.applications.calls == {}
+    assert scheduler.admission.applications.calls == {}
 
 
 def test_a_tenant_that_lies_gains_nothing_over_one_that_tells_the_truth(

@@ -129,7 +129,7 @@ def test_what_has_to_be_computed_again_is_counted_and_ends_the_swapping(
     engine.call([9] * 150, "old", 2, app="old")
     steps_until_started(engine, "r4")
     steps_until_started(engine, "r3")
-    assert engine.scheduler._swap._losses.lost_tokens > 60
+    assert engine.scheduler.admission.swap._losses.lost_tokens > 60
     swaps = engine.count("space_swaps")
     engine.call([4] * 150, "old", 2, app="old")
     engine.run(900)
@@ -165,7 +165,7 @@ def test_nobody_gives_way_where_the_first_in_line_would_lose_what_it_shares_with
     engine.call([3] * 320 + [9] * (16 * (free + 20)), "old", 2, app="old")
     for _ in range(8):
         engine.step(finish_jobs=True)
-        assert engine.scheduler._swap._heir is None
+        assert engine.scheduler.admission.swap._heir is None
     assert engine.count("space_swaps") == 0
     engine.run(1_500)
 
@@ -177,8 +177,8 @@ def test_a_slow_copy_is_no_reason_never_to_ask_again(bench: Callable[..., Bench]
     engine.step()
     engine.clock.now += 1.5
     engine.step()
-    assert engine.scheduler._swap._heir is None, "others may go on"
-    assert not engine.scheduler.applications.calls[head].is_in_vain
+    assert engine.scheduler.admission.swap._heir is None, "others may go on"
+    assert not engine.scheduler.admission.applications.calls[head].is_in_vain
     reasons = {key[1] for key in engine.scheduler.registry.counts if key[0] == "space_refusals"}
     assert "kept" in reasons
     engine.run(600)
@@ -190,7 +190,7 @@ def test_only_an_application_that_came_earlier_is_given_way_to(bench: Callable[.
     engine.call([5] * 200, "veteran", 250, app="veteran")
     for _ in range(50):
         engine.step(finish_jobs=True)
-    engine.scheduler.applications.calls["r1"].app.served_s = 10.0
+    engine.scheduler.admission.applications.calls["r1"].app.served_s = 10.0
     head = engine.call([9] * 220, "new", 20, app="fresh", expected_output_tokens=1)
     for _ in range(10):
         engine.step(finish_jobs=True)
@@ -244,7 +244,7 @@ def test_a_call_that_loads_its_prefix_for_long_has_started(bench: Callable[..., 
     assert engine.scheduler.requests[head].status.name == "WAITING_FOR_REMOTE_KVS"
     engine.clock.now += 1.5
     engine.step()
-    assert not engine.scheduler.applications.calls[head].is_in_vain
+    assert not engine.scheduler.admission.applications.calls[head].is_in_vain
     engine.run(600)
     engine.check()
 

@@ -121,8 +121,9 @@ def test_an_idle_engine_that_was_never_asked_anything_wakes_when_something_is_du
     core.has_work = lambda: True
     core._process_input_queue()  # as before the first step
     engine.answer(PROMPT, expects_tools={"build": 60.0}, reuse="extends")
-    engine.scheduler.time.alarm.set(next(iter(engine.scheduler.time.chains.by_id)), engine.clock.now)
-    engine.scheduler._arm()
+    stalls = engine.scheduler.offload.stalls
+    stalls.alarm.set(next(iter(stalls.chains.by_id)), engine.clock.now)
+    engine.scheduler._arm_waker(engine.clock.now)
     core.has_work = lambda: bool(woken)
     core._process_input_queue()  # ends only if something wakes it
     assert woken == [EngineCoreRequestType.WAKEUP]

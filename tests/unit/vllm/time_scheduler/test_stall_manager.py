@@ -105,7 +105,7 @@ def test_an_upload_takes_what_is_needed_later_and_on_the_host(bench: Callable[..
     for number in range(1, 5):
         tokens = [1_000 * number + i for i in range(100)]
         engine.answer(tokens, session=f"late{number}", expects_tools={"sleep": 3_000.0}, reuse="extends")
-    assert not engine.cache.on_device(engine.scheduler.time.chains.by_id[soon].keys)
+    assert not engine.cache.on_device(engine.scheduler.offload.stalls.chains.by_id[soon].keys)
     engine.tell(protocol.ToolEnd(soon, "t", "build", duration_s=60.0))
     engine.run()
     assert engine.count("kv_uploads", "started") == 1
@@ -160,8 +160,8 @@ def test_an_answer_that_comes_back_in_other_tokens_still_ends_the_stall(bench: C
     engine = bench()
     name = engine.answer(PROMPT, max_tokens=40, expects_tools={"build": 60.0}, reuse="extends")
     follow_up = engine.answer([*PROMPT, *[33] * 80])
-    assert list(engine.scheduler.time.chains.by_id) == [follow_up]
-    assert name not in engine.scheduler.time.chains.by_id
+    assert list(engine.scheduler.offload.stalls.chains.by_id) == [follow_up]
+    assert name not in engine.scheduler.offload.stalls.chains.by_id
 
 
 def test_a_second_call_waits_for_a_load_instead_of_repeating_it(bench: Callable[..., Bench]) -> None:
@@ -221,7 +221,7 @@ def test_a_final_answer_is_not_copied_and_goes_first(bench: Callable[..., Bench]
     engine.step()  # they are put first as a step begins
     queue = engine.pool.free_block_queue.get_all_free_blocks()
     cached = [bytes(block.block_hash)[:-4] for block in queue if block.block_hash is not None]
-    assert set(cached[6:]) == set(engine.scheduler.time.chains.by_id["r1"].keys)
+    assert set(cached[6:]) == set(engine.scheduler.offload.stalls.chains.by_id["r1"].keys)
     engine.check()
 
 
@@ -230,14 +230,14 @@ def test_what_an_ended_application_leaves_is_reused_first(bench: Callable[..., B
     engine = bench(num_blocks=24)
     long_stall(engine, [900 + i for i in range(100)], session="t", app="b")
     long_stall(engine, session="a//x", app="a")  # used last, so that only the event puts it first
-    first = set(engine.scheduler.time.chains.by_id["r2"].keys)
+    first = set(engine.scheduler.offload.stalls.chains.by_id["r2"].keys)
     engine.tell(event)
     engine.step()  # they are put first as a step begins
     queue = engine.pool.free_block_queue.get_all_free_blocks()
     cached = [bytes(block.block_hash)[:-4] for block in queue if block.block_hash is not None]
     assert set(cached[:6]) == first
     assert all(block.block_hash is None for block in queue[: len(queue) - len(cached)])  # behind the empty ones
-    assert list(engine.scheduler.time.chains.by_id) == ["r1"]
+    assert list(engine.scheduler.offload.stalls.chains.by_id) == ["r1"]
     engine.check()
 
 
@@ -245,7 +245,7 @@ def test_the_end_of_a_run_leaves_what_its_thread_may_extend(bench: Callable[...,
     engine = bench()
     name = long_stall(engine, session="thread//agent", app="run-1")
     assert engine.tell(protocol.AppEnd("run-1")) == ["applied"]
-    assert name in engine.scheduler.time.chains.by_id
+    assert name in engine.scheduler.offload.stalls.chains.by_id
     assert engine.scheduler.registry.sessions["thread//agent"].ended is None
     follow_up = engine.answer(engine.follow_up(name), session="thread//agent", app="run-2")
     assert engine.tokens_found(follow_up) == (96, 0)
@@ -255,7 +255,7 @@ def test_a_session_is_an_applications_own_only_below_its_whole_name(bench: Calla
     engine = bench()
     name = long_stall(engine, session="run-10//agent", app="run-1")
     engine.tell(protocol.AppEnd("run-1"))
-    assert name in engine.scheduler.time.chains.by_id
+    assert name in engine.scheduler.offload.stalls.chains.by_id
 
 
 def test_an_end_that_was_wrong_is_not_believed_again(bench: Callable[..., Bench]) -> None:
@@ -263,10 +263,10 @@ def test_an_end_that_was_wrong_is_not_believed_again(bench: Callable[..., Bench]
     engine = bench()
     name = long_stall(engine, session="s")
     engine.tell(protocol.SessionEnd("s"))
-    assert name not in engine.scheduler.time.chains.by_id
+    assert name not in engine.scheduler.offload.stalls.chains.by_id
     again = engine.answer(engine.follow_up(name), session="s", expects_tools={"build": 60.0}, reuse="extends")
     engine.tell(protocol.SessionEnd("s"))
-    assert again in engine.scheduler.time.chains.by_id
+    assert again in engine.scheduler.offload.stalls.chains.by_id
 
 
 def test_blocks_that_another_session_has_used_are_not_put_first(bench: Callable[..., Bench]) -> None:
@@ -289,7 +289,7 @@ def test_a_stall_without_end_is_given_up(bench: Callable[..., Bench]) -> None:
     engine.tell(protocol.ToolStart(name, "t", "build", deadline_s=100.0))
     engine.clock.now += 101.0
     engine.run()
-    assert not engine.scheduler.time.chains.by_id
+    assert not engine.scheduler.offload.stalls.chains.by_id
     assert engine.count("kv_stalls", "given_up") == 1
 
 
@@ -313,7 +313,7 @@ def test_an_end_before_the_call_has_ended_starts_the_upload_at_once(bench: Calla
     engine.step()
     engine.tell(protocol.ToolStart(name, "t", "build"), protocol.ToolEnd(name, "t", duration_s=0.01))
     engine.run()
-    assert engine.scheduler.time.chains.by_id[name].back_s <= engine.clock.now + 60.0
+    assert engine.scheduler.offload.stalls.chains.by_id[name].back_s <= engine.clock.now + 60.0
     engine.check()
 
 
@@ -375,7 +375,7 @@ def test_a_full_host_keeps_what_is_needed_soonest(bench: Callable[..., Bench]) -
     soon = long_stall(engine, expects_tools={"test": 20.0})
     later = long_stall(engine, [900 + i for i in range(100)], session="t", expects_tools={"build": 600.0})
     engine.check()
-    found = {view["call"]: view["on_host"] for s in ("s", "t") for view in engine.scheduler.time.residency(s)}
+    found = {view["call"]: view["on_host"] for s in ("s", "t") for view in engine.scheduler.offload.stalls.residency(s)}
     assert found == {soon: 6, later: 2}
 
 
@@ -383,7 +383,7 @@ def test_what_is_needed_sooner_displaces_what_is_needed_later(bench: Callable[..
     engine = bench(host_blocks=8)
     later = long_stall(engine, expects_tools={"build": 600.0})
     soon = long_stall(engine, [900 + i for i in range(100)], session="t", expects_tools={"test": 20.0})
-    found = {view["call"]: view["on_host"] for s in ("s", "t") for view in engine.scheduler.time.residency(s)}
+    found = {view["call"]: view["on_host"] for s in ("s", "t") for view in engine.scheduler.offload.stalls.residency(s)}
     assert found == {soon: 6, later: 2}
     engine.check()
 
@@ -417,7 +417,7 @@ def test_an_aborted_call_is_not_copied(bench: Callable[..., Bench]) -> None:
     engine.scheduler.finish_requests(name, RequestStatus.FINISHED_ABORTED)
     engine.run()
     assert engine.count("kv_stores", "queued") == 0
-    assert not engine.scheduler.time.chains.by_id
+    assert not engine.scheduler.offload.stalls.chains.by_id
     engine.check()
 
 
@@ -449,10 +449,10 @@ def test_a_preempted_call_wants_what_it_had_written(bench: Callable[..., Bench])
     while not any(request.num_preemptions for request in engine.scheduler.requests.values()):
         engine.step(finish_jobs=True)
     lost = next(request for request in engine.scheduler.requests.values() if request.num_preemptions)
-    chain = engine.scheduler.time.chains.by_id[lost.request_id]
+    chain = engine.scheduler.offload.stalls.chains.by_id[lost.request_id]
     assert chain.phase == "waiting"
     assert len(chain.keys) > lost.num_prompt_tokens // BLOCK_SIZE
-    assert set(chain.keys) <= set(engine.scheduler.time.chains.wanted)
+    assert set(chain.keys) <= set(engine.scheduler.offload.stalls.chains.wanted)
     engine.run()
     engine.check()
 
@@ -470,7 +470,7 @@ def test_durations_are_learned_and_the_error_is_observed(bench: Callable[..., Be
     for number in range(10):
         name = engine.answer([1_000 * number + i for i in range(40)], session=f"s{number}")
         engine.tell(protocol.ToolStart(name, "t", "build"), protocol.ToolEnd(name, "t", duration_s=3.0))
-    forecast = engine.scheduler.time.book.forecast
+    forecast = engine.scheduler.offload.stalls.book.forecast
     assert forecast.stall(Role("writer"), "build").quantile(0.5) == pytest.approx(3.0, rel=0.3)
     assert len(engine.scheduler.tokencake_metrics()["observed"]["forecast_error_s"]) == 10
 
