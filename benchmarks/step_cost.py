@@ -95,7 +95,7 @@ class Subject:
 
 
 def _reports(output: Any, kind: Any) -> Any:
-    from tokencake_vllm.connector import Reports  # noqa: PLC0415  # heavy
+    from tokencake_vllm.transfer.step_messages import Reports  # noqa: PLC0415  # heavy
 
     jobs = output.kv_connector_metadata.jobs
     loads = {job.request for job in jobs if job.request is not None}

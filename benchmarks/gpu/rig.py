@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final, Self
 import torch
 
 from tokencake_vllm.transfer.block_memory import block_views, host_rows, parts_of
-from tokencake_vllm.transfer.copier import Done, Job, Kind
+from tokencake_vllm.transfer.jobs import Done, Job, Kind
 from tokencake_vllm.transfer.stream_copier import StreamCopier
 
 if TYPE_CHECKING:

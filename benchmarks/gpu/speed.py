@@ -17,7 +17,7 @@ from tokencake_vllm.transfer.block_memory import pin
 
 if TYPE_CHECKING:
     from benchmarks.gpu.worlds import Gpu, World
-    from tokencake_vllm.transfer.copier import Kind
+    from tokencake_vllm.transfer.jobs import Kind
 
 GIB: Final = 2**30
 JOB_BYTES: Final = 64 * 2**20

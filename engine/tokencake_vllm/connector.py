@@ -10,8 +10,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
@@ -21,17 +20,18 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
     SupportsHMA,
 )
-from vllm.distributed.utils import get_pp_indices
 from vllm.logger import init_logger
-from vllm.v1.kv_cache_interface import FullAttentionSpec, UniformTypeKVCacheSpecs
 
 from tokencake.forecast.costs import Rates
 from tokencake.settings import section
 from tokencake.time_scheduler.host_tier import HostTier
 from tokencake.time_scheduler.policy import TimeSettings
-from tokencake_vllm.transfer.copier import Copier, Done, Job, NoCopier, make_copier
+from tokencake_vllm.transfer.copier import make_copier
 from tokencake_vllm.transfer.host_cache import HostCache
 from tokencake_vllm.transfer.host_memory import shortage
+from tokencake_vllm.transfer.host_size import block_bytes_of, host_slots, unfit
+from tokencake_vllm.transfer.jobs import Copier, Done, Job, NoCopier
+from tokencake_vllm.transfer.step_messages import LOST, Jobs, Reports
 
 if TYPE_CHECKING:
     import torch
@@ -47,86 +47,6 @@ if TYPE_CHECKING:
 logger = init_logger("vllm.tokencake")
 
 Outcome = dict[str, Any] | None
-
-
-@dataclass(slots=True)
-class Jobs(KVConnectorMetadata):
-    """The copies that begin with a step."""
-
-    jobs: list[Job] = field(default_factory=list)
-    urgent: tuple[int, ...] = ()
-    """Copies begun earlier for which a call waits by now."""
-    is_computing: bool = False
-
-
-@dataclass(slots=True)
-class Reports(KVConnectorWorkerMetadata):
-    """What workers are through with: job id -> ranks, seconds of the slowest, all well?"""
-
-    done: dict[int, tuple[int, float, bool]] = field(default_factory=dict)
-    slots: tuple[int, int] | None = None
-    """The fewest and the most slots of host memory that a rank has; told once."""
-
-    def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
-        """Both, added up by job."""
-        if not isinstance(other, Reports):
-            raise TypeError(f"reports of TokenCake cannot be joined with {type(other).__name__}")
-        joined = dict(self.done)
-        for job_id, (ranks, seconds, ok) in other.done.items():
-            have_ranks, have_seconds, have_ok = joined.get(job_id, (0, 0.0, True))
-            joined[job_id] = (have_ranks + ranks, max(have_seconds, seconds), have_ok and ok)
-        slots = [count for report in (self, other) for count in report.slots or ()]
-        return Reports(joined, (min(slots), max(slots)) if slots else None)
-
-
-HOST_BLOCKS: Final = "host_blocks"
-"""Extra configuration: slots in place of `host_kv_gib`, for tests and the simulator."""
-LOST: Final = 0
-"""The id of a load that copies nothing: the worker reports it as failed, and the call that waits computes."""
-
-
-def block_bytes_of(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> int:
-    """Bytes of one block over all layers and all ranks; the scheduler and every rank come to the same.
-
-    vLLM gives the scheduler the first rank's tensors, and describes unlike layers to it by the first of them only: so
-    the size comes from the tensors. Of pipeline stages, which know their own layers only, the longest counts.
-    """
-    layers = sum(len(group.layer_names) for group in kv_cache_config.kv_cache_groups)
-    if tensors := kv_cache_config.kv_cache_tensors:
-        rank_bytes = tensors[0].size // kv_cache_config.num_blocks  # all name the size of the one allocation
-    else:
-        rank_bytes = kv_cache_config.kv_cache_groups[0].kv_cache_spec.page_size_bytes * layers
-    parallel = vllm_config.parallel_config
-    if parallel.pipeline_parallel_size > 1:
-        total, stages = vllm_config.model_config.get_total_num_hidden_layers(), parallel.pipeline_parallel_size
-        spans = (get_pp_indices(total, stage, stages) for stage in range(stages))
-        rank_bytes = rank_bytes // layers * max(end - begin for begin, end in spans)
-    return rank_bytes * parallel.world_size
-
-
-def host_slots(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, settings: TimeSettings) -> int:
-    """How many blocks the host memory holds; every rank has its part of each."""
-    extra: dict[str, Any] = {}
-    if vllm_config.kv_transfer_config is not None:
-        extra = vllm_config.kv_transfer_config.kv_connector_extra_config
-    if HOST_BLOCKS in extra:
-        return int(extra[HOST_BLOCKS])
-    return int(settings.host_kv_gib * 2**30 / block_bytes_of(vllm_config, kv_cache_config))
-
-
-def unfit(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> str | None:
-    """Why the KV of this model cannot be moved, or None."""
-    groups = kv_cache_config.kv_cache_groups
-    if len(groups) != 1:
-        return f"the model has {len(groups)} KV cache groups; only one of full attention is known"
-    spec = groups[0].kv_cache_spec
-    for layer in spec.kv_cache_specs.values() if isinstance(spec, UniformTypeKVCacheSpecs) else (spec,):
-        if type(layer) is not FullAttentionSpec:
-            return f"a layer's KV cache is {type(layer).__name__}, not FullAttentionSpec"
-    parallel = vllm_config.parallel_config
-    if parallel.decode_context_parallel_size * parallel.prefill_context_parallel_size > 1:
-        return "with context parallelism a block's tokens lie on several ranks"
-    return None
 
 
 class TokenCakeConnector(KVConnectorBase_V1, SupportsHMA):

@@ -131,7 +131,7 @@ class Bench:
     def _complete(self, batch: Batch, *, finish_jobs: bool) -> None:
         from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 
-        from tokencake_vllm.connector import Reports
+        from tokencake_vllm.transfer.step_messages import Reports
 
         self._read(batch)
         self._write(batch)

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 from vllm.v1.outputs import KVConnectorOutput
 
-from tokencake_vllm.connector import Jobs, Reports
+from tokencake_vllm.transfer.step_messages import Jobs, Reports
 
 if TYPE_CHECKING:
     from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
 
     from tokencake_sim.device.worker import Links
-    from tokencake_vllm.transfer.copier import Job
+    from tokencake_vllm.transfer.jobs import Job
 
 
 class TimeWorker:

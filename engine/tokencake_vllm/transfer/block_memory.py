@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 if TYPE_CHECKING:
-    from tokencake_vllm.transfer.copier import Job
+    from tokencake_vllm.transfer.jobs import Job
 
 PIN_BYTES: Final = 64 * 2**30
 """At most so much is pinned by one call: from 512 GiB on, one registration for all fails on some drivers."""

@@ -17,7 +17,7 @@ from vllm.logger import init_logger
 
 from tokencake.registry.metric_names import Count
 from tokencake.time_scheduler.host_tier import HostBlock, HostTier
-from tokencake_vllm.transfer.copier import Job, Kind
+from tokencake_vllm.transfer.jobs import Job, Kind
 
 if TYPE_CHECKING:
     from vllm.v1.core.block_pool import BlockPool

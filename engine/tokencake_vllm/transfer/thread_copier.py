@@ -20,7 +20,7 @@ import torch
 from vllm.logger import init_logger
 
 from tokencake_vllm.transfer.block_memory import Checksums, parts_of
-from tokencake_vllm.transfer.copier import DRAIN_S, Done, Job
+from tokencake_vllm.transfer.jobs import DRAIN_S, Done, Job
 
 logger = init_logger("vllm.tokencake")
 

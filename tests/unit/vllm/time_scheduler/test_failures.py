@@ -17,10 +17,12 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 
 from tests.harness.stall_bench import PROMPT, Bench
 from tokencake import protocol
-from tokencake_vllm.connector import Jobs, Reports, TokenCakeConnector, block_bytes_of, host_slots, unfit
+from tokencake_vllm.connector import TokenCakeConnector
 from tokencake_vllm.transfer import host_memory
-from tokencake_vllm.transfer.copier import Job, NoCopier
 from tokencake_vllm.transfer.host_memory import Memory
+from tokencake_vllm.transfer.host_size import block_bytes_of, host_slots, unfit
+from tokencake_vllm.transfer.jobs import Job, NoCopier
+from tokencake_vllm.transfer.step_messages import Jobs, Reports
 
 
 def stalled_elsewhere(engine: Bench) -> str:

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from tests.harness.made_up_streams import Device, Event, Stream
 from tokencake_vllm.transfer import block_memory, slot_transfers, stream_copier
 from tokencake_vllm.transfer.block_memory import block_views, new_rows, pin
-from tokencake_vllm.transfer.copier import Job
+from tokencake_vllm.transfer.jobs import Job
 from tokencake_vllm.transfer.slot_transfers import DriverTransfers, TorchTransfers, runs
 from tokencake_vllm.transfer.stream_copier import StreamCopier
 

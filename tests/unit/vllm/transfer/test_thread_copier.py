@@ -12,10 +12,11 @@ pytest.importorskip("vllm", reason="the plug-in's tests need vLLM")
 
 import torch
 
-from tokencake_vllm.connector import Reports
 from tokencake_vllm.transfer import thread_copier
 from tokencake_vllm.transfer.block_memory import block_views, host_rows
-from tokencake_vllm.transfer.copier import Job, NoCopier, make_copier
+from tokencake_vllm.transfer.copier import make_copier
+from tokencake_vllm.transfer.jobs import Job, NoCopier
+from tokencake_vllm.transfer.step_messages import Reports
 from tokencake_vllm.transfer.thread_copier import ThreadCopier
 
 BLOCKS, LAYERS = 6, 3

@@ -1,0 +1,43 @@
+"""What travels with each step between the two sides of the connector: jobs to the workers, reports from them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Final
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorWorkerMetadata
+
+from tokencake_vllm.transfer.jobs import Job
+
+LOST: Final = 0
+"""The id of a load that copies nothing: the worker reports it as failed, and the call that waits computes."""
+
+
+@dataclass(slots=True)
+class Jobs(KVConnectorMetadata):
+    """The copies that begin with a step."""
+
+    jobs: list[Job] = field(default_factory=list)
+    urgent: tuple[int, ...] = ()
+    """Copies begun earlier for which a call waits by now."""
+    is_computing: bool = False
+
+
+@dataclass(slots=True)
+class Reports(KVConnectorWorkerMetadata):
+    """What workers are through with: job id -> ranks, seconds of the slowest, all well?"""
+
+    done: dict[int, tuple[int, float, bool]] = field(default_factory=dict)
+    slots: tuple[int, int] | None = None
+    """The fewest and the most slots of host memory that a rank has; told once."""
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
+        """Both, added up by job."""
+        if not isinstance(other, Reports):
+            raise TypeError(f"reports of TokenCake cannot be joined with {type(other).__name__}")
+        joined = dict(self.done)
+        for job_id, (ranks, seconds, ok) in other.done.items():
+            have_ranks, have_seconds, have_ok = joined.get(job_id, (0, 0.0, True))
+            joined[job_id] = (have_ranks + ranks, max(have_seconds, seconds), have_ok and ok)
+        slots = [count for report in (self, other) for count in report.slots or ()]
+        return Reports(joined, (min(slots), max(slots)) if slots else None)
