@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from tokencake.space_scheduler.policy import Refusal, SpacePolicy
     from tokencake.space_scheduler.settings import SpaceSettings
     from tokencake_vllm.component import ErrorContainment
-    from tokencake_vllm.vllm_adapter.block_pool import BlockView
+    from tokencake_vllm.vllm_adapter.block_view import BlockView
 
 logger = init_logger("vllm.tokencake")
 

@@ -19,7 +19,7 @@ from tokencake_vllm.component import SchedulerComponent, TaggedRequest
 from tokencake_vllm.space_scheduler.admission_gate import Gate
 from tokencake_vllm.space_scheduler.ranked_queue import RankedQueue
 from tokencake_vllm.space_scheduler.swap import Swap
-from tokencake_vllm.vllm_adapter.block_pool import BlockView
+from tokencake_vllm.vllm_adapter.block_view import BlockView
 from tokencake_vllm.vllm_adapter.requests import (
     ADMISSIBLE,
     admitted_requests,

@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING, Final
 
 from tokencake.space_scheduler.growth import Promise, tokens_until_free
 from tokencake.space_scheduler.swap_victims import Candidate, Losses, by_seniority, victims
-from tokencake_vllm.vllm_adapter.requests import ADMISSIBLE, admitted_requests, has_prompt_computed, is_paused
+from tokencake_vllm.vllm_adapter.requests import (
+    ADMISSIBLE,
+    admitted_requests,
+    has_prompt_computed,
+    is_paused,
+    leaving_blocks,
+)
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -25,7 +31,7 @@ if TYPE_CHECKING:
     from tokencake.space_scheduler.settings import SpaceSettings
     from tokencake_vllm.component import Offload
     from tokencake_vllm.space_scheduler.admission_gate import Gate
-    from tokencake_vllm.vllm_adapter.block_pool import BlockView
+    from tokencake_vllm.vllm_adapter.block_view import BlockView
 
 _LOST_SHARE: Final = 0.005
 """Nobody is swapped out while more than this share of all tokens was computed again for calls that were."""
@@ -129,7 +135,7 @@ class Swap:
     def _coming_blocks(self) -> int:
         """Blocks that come free without anybody's end: the step under way or a copy to the host still has them."""
         holds = Counter(self._offload.storing())
-        holds.update(block.block_id for _, blocks in self._scheduler.deferred_frees for block in blocks)
+        holds.update(block.block_id for block in leaving_blocks(self._scheduler))
         return self._view.held_only_by(holds)
 
     def _left_tokens(self, request: Request) -> int:

@@ -20,7 +20,7 @@ from tokencake.time_scheduler.stall_tracker import StallBook
 from tokencake_vllm.time_scheduler.free_queue import FreeOrder
 from tokencake_vllm.time_scheduler.uploads import GROWTH_BLOCKS, QUEUE_SCAN, Uploads, demand
 from tokencake_vllm.time_scheduler.wakeup import Alarm
-from tokencake_vllm.vllm_adapter.requests import cached_tokens, computed_blocks, is_answered
+from tokencake_vllm.vllm_adapter.requests import cached_tokens, computed_blocks, is_answered, queued_requests
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_utils import KVCacheBlock
@@ -77,7 +77,7 @@ class TimeEngine:
         request, hint = tagged.request, tagged.hint
         keys = list(request.block_hashes)
         parent = self.book.arrive(request.request_id, keys, hint, now, tagged.tenant)
-        self._order.renew_keys(self.book.wake(keys, request.request_id, hint))
+        self._order.renew(self.book.wake(keys, request.request_id, hint))
         if hint is not None and hint.reuse == "final" and hint.parent_call is not None:
             # The last call of a sub-agent: whoever waits for it is back soon.
             for employer in self.book.stalled_at(hint.parent_call):
@@ -207,8 +207,8 @@ class TimeEngine:
             if self.settings.policy == "lru":
                 distance, own_s = least_recent(now), -1.0
             else:
-                line = itertools.chain(self._scheduler.kv_holding_waiting, self._scheduler.waiting)
-                places = {request.request_id: place for place, request in enumerate(line)}
+                queue = queued_requests(self._scheduler)
+                places = {request.request_id: place for place, request in enumerate(queue)}
                 pace_s = cache.rates.admission.seconds
                 distance, own_s = distances(self.chains, cache.tier, places, chain, self.book.returns, now, pace_s)
         stored = cache.store(keys, blocks, now, distance, own_s)

@@ -11,6 +11,8 @@ from __future__ import annotations
 import itertools
 from typing import TYPE_CHECKING, Final
 
+from tokencake_vllm.vllm_adapter.block_pool import move_to_head, move_to_tail
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -121,7 +123,7 @@ class Uploads:
                 # There is nothing to bring, or what was brought has been displaced: once is enough.
                 chain.is_uploaded = name in self._spans
                 self.cancel(name)
-                self._order.renew(here)
+                move_to_tail(self._pool, here)
                 continue
             if name not in self._spans and not self._is_worth(chain):
                 self.cancel(name)
@@ -144,7 +146,7 @@ class Uploads:
     def _upload(self, chain: Chain, here: list[KVCacheBlock], found: list[KVCacheBlock]) -> None:
         cache = self._cache
         is_first = chain.id not in self._spans
-        self._order.prefer(found)
+        move_to_head(self._pool, found)
         cache.release(chain.id)
         cache.hold(chain.id, here)
 

@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from vllm.logger import init_logger
-from vllm.v1.core.kv_cache_utils import BlockHash, make_block_hash_with_group_id
 
 from tokencake.registry.metric_names import Count, CountKey
 from tokencake.time_scheduler.host_tier import Distance, HostBlock, HostTier, leading
 from tokencake_vllm.transfer.in_flight import MAX_FAILURES, Transfers
+from tokencake_vllm.vllm_adapter.block_pool import find_block, publish_block
 
 if TYPE_CHECKING:
     from vllm.v1.core.block_pool import BlockPool
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from tokencake.forecast.costs import Rates
 
 logger = init_logger("vllm.tokencake")
-
-_GROUP: Final = 0
 
 
 def _uncounted(key: CountKey, by: float) -> None:
@@ -196,10 +194,9 @@ class HostCache:
 
     def on_device(self, keys: Sequence[bytes]) -> list[KVCacheBlock]:
         """The leading blocks of the chain that are in the device's prefix cache."""
-        find = self.pool.cached_block_hash_to_block.get_one_block
         found = []
         for key in keys:
-            block = find(make_block_hash_with_group_id(BlockHash(key), _GROUP))
+            block = find_block(self.pool, key)
             if block is None:
                 break
             found.append(block)
@@ -207,8 +204,7 @@ class HostCache:
 
     def count_on_device(self, keys: Sequence[bytes]) -> int:
         """About how many leading blocks of the chain are in the device's prefix cache; vLLM evicts its end first."""
-        find = self.pool.cached_block_hash_to_block.get_one_block
-        return leading(keys, lambda key: find(make_block_hash_with_group_id(BlockHash(key), _GROUP)) is not None)
+        return leading(keys, lambda key: find_block(self.pool, key) is not None)
 
     def hold(self, chain_id: str, blocks: Sequence[KVCacheBlock]) -> None:
         """Pin device blocks for a chain."""
@@ -235,9 +231,8 @@ class HostCache:
         def finish(ok: bool) -> None:  # a callback
             if ok:
                 for index, (block, source) in enumerate(zip(device, host, strict=True)):
-                    key = make_block_hash_with_group_id(BlockHash(source.key), _GROUP)
                     tokens = (first + index + 1) * self.rates.block_tokens
-                    self.pool._insert_block_hash(key, block, num_tokens=tokens)  # noqa: SLF001  # the public way wants a request
+                    publish_block(self.pool, block, source.key, num_tokens=tokens)
                 self.held.setdefault(chain_id, []).extend(device)
             else:
                 self.pool.free_blocks(reversed(device))

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from vllm.v1.request import RequestStatus
 
+from tokencake_vllm.vllm_adapter.requests import leaving_blocks
+
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_utils import KVCacheBlock
     from vllm.v1.core.sched.scheduler import Scheduler
@@ -62,8 +64,7 @@ def block_budget(scheduler: Scheduler, pinned: Mapping[str, Iterable[KVCacheBloc
         pinned: blocks held for each stalled chain.
     """
     state_of = {block.block_id: "pinned" for block in chain.from_iterable(pinned.values())}
-    for _, blocks in scheduler.deferred_frees:
-        state_of.update((block.block_id, "leaving") for block in blocks)
+    state_of.update((block.block_id, "leaving") for block in leaving_blocks(scheduler))
     calls: dict[str, list[KVCacheBlock]] = {"leaving": [], "loading": [], "running": []}
     for manager in scheduler.kv_cache_manager.coordinator.single_type_managers:
         for name, blocks in manager.req_to_blocks.items():

@@ -1,92 +1,82 @@
-"""Who holds which blocks? Questions to vLLM's block pool that cost a few look-ups, whatever the length of a prompt.
+"""vLLM's block pool: blocks by their hash, and the order of its free list.
 
-Whoever shares blocks of a call shares them from its first block on, so each border is found by bisection.
+A free block keeps what was computed until vLLM gives it away. vLLM takes blocks from the head of the list.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from vllm.v1.core.kv_cache_utils import make_block_hash_with_group_id
+from vllm.v1.core.kv_cache_utils import BlockHash, make_block_hash_with_group_id
 
 if TYPE_CHECKING:
-    from vllm.v1.core.kv_cache_manager import KVCacheManager
-    from vllm.v1.request import Request
+    from collections.abc import Iterable, Iterator, Sequence
 
-_NOTHING: Final[Mapping[int, int]] = {}
+    from vllm.v1.core.block_pool import BlockPool
+    from vllm.v1.core.kv_cache_utils import KVCacheBlock
 
-
-class BlockView:
-    """The first KV-cache group of a block manager, read only."""
-
-    def __init__(self, manager: KVCacheManager, block_tokens: int) -> None:
-        self._manager = manager
-        self.block_tokens = block_tokens
-        self.total_blocks = max(1, manager.block_pool.num_gpu_blocks - 1)
-        """Without the null block."""
-
-    @property
-    def free_blocks(self) -> int:
-        """Blocks that nobody holds, cached ones included."""
-        return self._manager.block_pool.get_num_free_blocks()
-
-    def blocks_of(self, tokens: int) -> int:
-        """Blocks that so many tokens need."""
-        return -(-tokens // self.block_tokens)
-
-    def held_prefix_blocks(self, request: Request, but_for: Mapping[int, int] = _NOTHING) -> int:
-        """Blocks at the head of a waiting request that are on the device and held by others: they cost it nothing.
-
-        Holds in `but_for`, so many by the id of a block, do not count.
-        """
-        find = self._manager.block_pool.cached_block_hash_to_block.get_one_block
-        hashes = request.block_hashes
-
-        def is_held(index: int) -> bool:
-            block = find(make_block_hash_with_group_id(hashes[index], 0))
-            return block is not None and block.ref_cnt > but_for.get(block.block_id, 0)
-
-        # The last token is always computed, so vLLM hits no block that ends behind it.
-        return _first_without(is_held, min(len(hashes), (request.num_tokens - 1) // self.block_tokens))
-
-    def needed_blocks(self, request: Request) -> int:
-        """Blocks that a waiting request would take: all of its own but those that others hold already."""
-        return self.blocks_of(request.num_tokens) - self.held_prefix_blocks(request)
-
-    def freed_by(self, leaving: Iterable[str], request: Request) -> int:
-        """Blocks that come free when these requests lose theirs, without those that the waiting `request` will hit."""
-        tables = (self._manager.coordinator.get_blocks(name)[0] for name in leaving)
-        holds = Counter(block.block_id for table in tables for block in table)
-        find = self._manager.block_pool.cached_block_hash_to_block.get_one_block
-        for key in request.block_hashes[: self.held_prefix_blocks(request)]:
-            if (block := find(make_block_hash_with_group_id(key, 0))) is not None:
-                holds.pop(block.block_id, None)
-        return self.held_only_by(holds)
-
-    def held_only_by(self, holds: Mapping[int, int]) -> int:
-        """Blocks that nobody holds but for these, so many by the id of a block."""
-        blocks = self._manager.block_pool.blocks
-        return sum(1 for number, count in holds.items() if blocks[number].ref_cnt == count)
-
-    def allocated_blocks(self, request_id: str) -> int:
-        """Blocks that a request has."""
-        return len(self._manager.coordinator.get_blocks(request_id)[0])
-
-    def private_blocks(self, request_id: str, *, holders: int = 1) -> int:
-        """Blocks of a request that not more than so many hold; those that only it holds come free with it."""
-        blocks = self._manager.coordinator.get_blocks(request_id)[0]
-        return len(blocks) - _first_without(lambda index: blocks[index].ref_cnt > holders, len(blocks))
+GROUP: Final = 0
+"""The KV-cache group whose blocks are moved."""
+_GROUP_BYTES: Final = 4
 
 
-def _first_without(has: Callable[[int], bool], count: int) -> int:
-    """The first of `count` places that `has` denies; it grants none behind one that it denies."""
-    low, high = 0, count
-    while low < high:
-        middle = (low + high) // 2
-        if has(middle):
-            low = middle + 1
-        else:
-            high = middle
-    return low
+def find_block(pool: BlockPool, block_hash: bytes) -> KVCacheBlock | None:
+    """The block with this hash in the prefix cache, or None."""
+    block: KVCacheBlock | None = pool.cached_block_hash_to_block.get_one_block(
+        make_block_hash_with_group_id(BlockHash(block_hash), GROUP)
+    )
+    return block
+
+
+def block_hash_of(block: KVCacheBlock) -> bytes | None:
+    """The hash of a cached block, without the group that vLLM keeps with it; None for an empty block."""
+    return None if block.block_hash is None else block.block_hash[:-_GROUP_BYTES]
+
+
+def publish_block(pool: BlockPool, block: KVCacheBlock, block_hash: bytes, num_tokens: int) -> None:
+    """Make a block that was filled without a request a prefix-cache hit, for prompts of `num_tokens` up to its end."""
+    key = make_block_hash_with_group_id(BlockHash(block_hash), GROUP)
+    pool._insert_block_hash(key, block, num_tokens=num_tokens)  # noqa: SLF001  # the public way wants a request
+
+
+def free_list(pool: BlockPool) -> Iterator[KVCacheBlock]:
+    """The free blocks, the next to be given away first. The list may not change meanwhile."""
+    block = pool.free_block_queue.fake_free_list_head.next_free_block
+    while block is not None and block.next_free_block is not None:  # the last one is vLLM's end mark
+        yield block
+        block = block.next_free_block
+
+
+def next_free(block: KVCacheBlock) -> KVCacheBlock | None:
+    """The free block that is given away after this one; None behind the last."""
+    following = block.next_free_block
+    return None if following is None or following.next_free_block is None else following
+
+
+def move_to_head(pool: BlockPool, blocks: Sequence[KVCacheBlock]) -> None:
+    """Let vLLM give these free blocks away next."""
+    queue = pool.free_block_queue
+    for block in blocks:
+        queue.remove(block)
+    queue.prepend_n(list(blocks))
+
+
+def move_to_tail(pool: BlockPool, blocks: Iterable[KVCacheBlock]) -> None:
+    """Let vLLM give away last those of these blocks that are free, as if they had been used now."""
+    free = [block for block in blocks if not block.ref_cnt]
+    pool.touch(free)
+    pool.free_blocks(reversed(free))
+
+
+def move_before(pool: BlockPool, position: KVCacheBlock | None, blocks: Sequence[KVCacheBlock]) -> None:
+    """Put these free blocks before the free block `position`, which is none of them, or at the end."""
+    queue: Any = pool.free_block_queue
+    for block in blocks:
+        queue.remove(block)
+    after: Any = queue.fake_free_list_tail if position is None else position
+    before = after.prev_free_block
+    for block in blocks:
+        before.next_free_block, block.prev_free_block = block, before
+        before = block
+    before.next_free_block, after.prev_free_block = after, before
+    queue.num_free_blocks += len(blocks)

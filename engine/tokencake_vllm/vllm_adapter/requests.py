@@ -58,6 +58,18 @@ def computed_blocks(scheduler: Scheduler, request: Request) -> tuple[list[bytes]
     return block_hashes, blocks[: len(block_hashes)]
 
 
+def leaving_blocks(scheduler: Scheduler) -> Iterator[KVCacheBlock]:
+    """Blocks of requests that have ended, which come free when the step under way is over."""
+    for _, blocks in scheduler.deferred_frees:
+        yield from blocks
+
+
+def queued_requests(scheduler: Scheduler) -> Iterator[Request]:
+    """Requests that wait for blocks, those that hold some first."""
+    yield from scheduler.kv_holding_waiting
+    yield from scheduler.waiting
+
+
 def cached_tokens(request: Request) -> tuple[int, int]:
     """Prompt tokens that the request found on the device and on the host.
 

@@ -1,0 +1,90 @@
+"""Who holds which blocks? Questions to vLLM's block pool that cost a few look-ups, whatever the length of a prompt.
+
+Whoever shares blocks of a call shares them from its first block on, so each border is found by bisection.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Final
+
+from tokencake_vllm.vllm_adapter.block_pool import find_block
+
+if TYPE_CHECKING:
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+    from vllm.v1.request import Request
+
+_NOTHING: Final[Mapping[int, int]] = {}
+
+
+class BlockView:
+    """The first KV-cache group of a block manager, read only."""
+
+    def __init__(self, manager: KVCacheManager, block_tokens: int) -> None:
+        self._manager = manager
+        self.block_tokens = block_tokens
+        self.total_blocks = max(1, manager.block_pool.num_gpu_blocks - 1)
+        """Without the null block."""
+
+    @property
+    def free_blocks(self) -> int:
+        """Blocks that nobody holds, cached ones included."""
+        return self._manager.block_pool.get_num_free_blocks()
+
+    def blocks_of(self, tokens: int) -> int:
+        """Blocks that so many tokens need."""
+        return -(-tokens // self.block_tokens)
+
+    def held_prefix_blocks(self, request: Request, but_for: Mapping[int, int] = _NOTHING) -> int:
+        """Blocks at the head of a waiting request that are on the device and held by others: they cost it nothing.
+
+        Holds in `but_for`, so many by the id of a block, do not count.
+        """
+        hashes, pool = request.block_hashes, self._manager.block_pool
+
+        def is_held(index: int) -> bool:
+            block = find_block(pool, hashes[index])
+            return block is not None and block.ref_cnt > but_for.get(block.block_id, 0)
+
+        # The last token is always computed, so vLLM hits no block that ends behind it.
+        return _first_without(is_held, min(len(hashes), (request.num_tokens - 1) // self.block_tokens))
+
+    def needed_blocks(self, request: Request) -> int:
+        """Blocks that a waiting request would take: all of its own but those that others hold already."""
+        return self.blocks_of(request.num_tokens) - self.held_prefix_blocks(request)
+
+    def freed_by(self, leaving: Iterable[str], request: Request) -> int:
+        """Blocks that come free when these requests lose theirs, without those that the waiting `request` will hit."""
+        tables = (self._manager.coordinator.get_blocks(name)[0] for name in leaving)
+        holds = Counter(block.block_id for table in tables for block in table)
+        for key in request.block_hashes[: self.held_prefix_blocks(request)]:
+            if (block := find_block(self._manager.block_pool, key)) is not None:
+                holds.pop(block.block_id, None)
+        return self.held_only_by(holds)
+
+    def held_only_by(self, holds: Mapping[int, int]) -> int:
+        """Blocks that nobody holds but for these, so many by the id of a block."""
+        blocks = self._manager.block_pool.blocks
+        return sum(1 for number, count in holds.items() if blocks[number].ref_cnt == count)
+
+    def allocated_blocks(self, request_id: str) -> int:
+        """Blocks that a request has."""
+        return len(self._manager.coordinator.get_blocks(request_id)[0])
+
+    def private_blocks(self, request_id: str, *, holders: int = 1) -> int:
+        """Blocks of a request that not more than so many hold; those that only it holds come free with it."""
+        blocks = self._manager.coordinator.get_blocks(request_id)[0]
+        return len(blocks) - _first_without(lambda index: blocks[index].ref_cnt > holders, len(blocks))
+
+
+def _first_without(has: Callable[[int], bool], count: int) -> int:
+    """The first of `count` places that `has` denies; it grants none behind one that it denies."""
+    low, high = 0, count
+    while low < high:
+        middle = (low + high) // 2
+        if has(middle):
+            low = middle + 1
+        else:
+            high = middle
+    return low
