@@ -27,7 +27,7 @@ class Launch:
     environment: dict[str, str] = field(default_factory=dict)
 
 
-def for_tenants(
+def launch_with_tenants(
     flags: Sequence[str], environ: Mapping[str, str], secret_file: Path | None, *, shares_prefixes: bool
 ) -> Launch:
     """Both sides keep tenants apart, with one secret.

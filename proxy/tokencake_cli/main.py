@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 from tokencake import __version__
 from tokencake.protocol.tenancy import SECRET_FILE_VARIABLE, SECRET_VARIABLE, SecretError
+from tokencake.settings import SettingsError
 from tokencake_cli.processes import (
     DEFAULT_ENGINE_PORT,
     DEFAULT_PROXY_PORT,
@@ -24,7 +25,7 @@ from tokencake_cli.processes import (
     proxy_command,
     raise_on_sigterm,
 )
-from tokencake_proxy.settings import NUMBERS, ProxySettings, SettingsError, numbers_from
+from tokencake_proxy.settings import NUMBER_SETTINGS, ProxySettings, read_number_settings
 
 if TYPE_CHECKING:
     from tokencake_cli.launch import Launch
@@ -56,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_tenants(proxy)
     proxy.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
     limits = proxy.add_argument_group("limits", "each also as an environment variable: docs/proxy.md")
-    for number in NUMBERS:
+    for number in NUMBER_SETTINGS:
         limits.add_argument(number.flag, metavar="N", help=f"{number.meaning} (default {number.default})")
 
     serve = commands.add_parser(
@@ -105,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         case "engine":
             return _engine(arguments[1:])
         case "sim":
-            return _become("tokencake_sim", arguments[1:])
+            return _exec_module("tokencake_sim", arguments[1:])
         case "serve":
             return _serve(args, rest, is_model_first=arguments[1:2] == [args.model])
         case "demo":
@@ -123,10 +124,10 @@ def _engine(flags: Sequence[str]) -> int:
     if not flags:
         sys.stderr.write("usage: tokencake engine MODEL [vLLM's own flags]; `tokencake engine --help=all` lists them\n")
         return 2
-    return _become("tokencake_vllm.serve", flags)
+    return _exec_module("tokencake_vllm.serve", flags)
 
 
-def _become(module: str, arguments: Sequence[str]) -> int:
+def _exec_module(module: str, arguments: Sequence[str]) -> int:
     """Let `python -m module` take this process over; signals and the exit status are its own."""
     if not _has_vllm():
         return 1
@@ -148,7 +149,7 @@ def _proxy(args: argparse.Namespace) -> int:
     from tokencake_proxy.server import run  # noqa: PLC0415
 
     try:
-        numbers = numbers_from(vars(args), os.environ)
+        numbers = read_number_settings(vars(args), os.environ)
         settings = ProxySettings(
             upstream=args.upstream,
             tenant_secret=tenant_secret(os.environ, args.tenant_secret_file) if args.tenants else None,
@@ -204,11 +205,11 @@ def _serve(args: argparse.Namespace, flags: list[str], *, is_model_first: bool) 
 
 
 def _launch(args: argparse.Namespace, flags: list[str]) -> Launch:
-    from tokencake_cli.launch import Launch, for_tenants  # noqa: PLC0415
+    from tokencake_cli.launch import Launch, launch_with_tenants  # noqa: PLC0415
 
     if not args.tenants:
         return Launch(flags)
-    return for_tenants(flags, os.environ, args.tenant_secret_file, shares_prefixes=args.tenants_share_prefixes)
+    return launch_with_tenants(flags, os.environ, args.tenant_secret_file, shares_prefixes=args.tenants_share_prefixes)
 
 
 def _say_every_10_s(waited_s: float) -> None:

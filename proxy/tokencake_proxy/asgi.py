@@ -1,4 +1,4 @@
-"""What does the proxy take from, and say to, the server that runs it? Plain ASGI 3, written down as types."""
+"""Types of ASGI 3, the interface between the proxy and the server that runs it."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ Scope: TypeAlias = MutableMapping[str, Any]
 Message: TypeAlias = MutableMapping[str, Any]
 Receive: TypeAlias = Callable[[], Awaitable[Message]]
 Send: TypeAlias = Callable[[Message], Awaitable[None]]
-App: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-HeaderLine: TypeAlias = tuple[bytes, bytes]
-"""A name and its value, undecoded: what a peer sent goes on as it came."""
+Header: TypeAlias = tuple[bytes, bytes]
+"""The name and value of a header field, undecoded, so that it is forwarded byte for byte."""
 
 
-async def send_whole(
-    send: Send, status: int, content_type: bytes, body: bytes, extra: Iterable[HeaderLine] = ()
+async def send_response(
+    send: Send, status: int, content_type: bytes, body: bytes, extra: Iterable[Header] = ()
 ) -> None:
-    """Send a response that is complete in `body`."""
+    """Send a complete response."""
     headers = [(b"content-type", content_type), (b"content-length", b"%d" % len(body)), *extra]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

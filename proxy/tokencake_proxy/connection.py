@@ -1,12 +1,12 @@
-"""A client's connection up to the moment at which its request is known: bounded in bytes, lines and seconds.
+"""A client's connection, with limits on the bytes, header fields and seconds of a request.
 
-uvicorn's HTTP protocol over httptools takes heads of any size and waits for them without end. This subclass bounds
-both, and holds to three rules where a parser could be led astray:
+uvicorn's HTTP protocol over httptools accepts heads of any size and waits for them without a limit. This subclass
+limits both, and follows three rules where a parser could be misled:
 
-- An offer to change the protocol (`Upgrade: h2c`, which JDK's client makes, or a WebSocket) is not taken, and the
-  request is read as if it had not been made (RFC 9110, 7.8). llhttp would take the body for the new protocol's bytes.
-- Trailer fields never become header fields. httptools reports the last one when the next request begins.
-- An answer is written only where it cannot fall into the middle of another one.
+- An offer to change the protocol (`Upgrade: h2c`, which JDK's client makes, or a WebSocket) is ignored, and the request
+  is read as if it had not been made (RFC 9110, 7.8). llhttp would read the body as bytes of the new protocol.
+- Trailer fields never become header fields. httptools reports the last trailer when the next request begins.
+- A response is written only where it cannot cut another one in two.
 """
 
 from __future__ import annotations
@@ -17,73 +17,73 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from tokencake_proxy.errors import Refusal, whole_response
+from tokencake_proxy.errors import Refusal, response_bytes
 
 if TYPE_CHECKING:
     import asyncio
 
-    from tokencake_proxy.asgi import HeaderLine
-    from tokencake_proxy.refusals import Refusals
+    from tokencake_proxy.asgi import Header
+    from tokencake_proxy.refusal_log import RefusalLog
     from tokencake_proxy.settings import ProxySettings
 
 _LINGER_S: Final = 1.0
-"""How long what a client still sends is thrown away after a refusal; to close at once could destroy the answer."""
+"""How long further input is discarded after a refusal; closing at once could destroy the response."""
 _LINGER_BYTES: Final = 2**20
 
 _UNREADABLE: Final = Refusal(
-    HTTPStatus.BAD_REQUEST, "bad_request", "This is not proper HTTP/1.1, so where the request ends is not certain."
+    HTTPStatus.BAD_REQUEST, "bad_request", "This is not valid HTTP/1.1, so it is not certain where the request ends."
 )
 _CONNECT: Final = Refusal(
-    HTTPStatus.NOT_IMPLEMENTED, "method", "This proxy opens no tunnels (CONNECT); send requests to it."
+    HTTPStatus.NOT_IMPLEMENTED, "method", "This proxy opens no tunnels (CONNECT). Send requests to the proxy itself."
 )
 _PIPELINED: Final = Refusal(
     HTTPStatus.BAD_REQUEST,
     "bad_request",
-    "Too many requests (`max_pipelined`), or one behind a chunked one, were sent without waiting for answers.",
+    "The client sent too many requests (`max_pipelined`), or one after a chunked one, without waiting for responses.",
 )
 
 
-def connection_class(settings: ProxySettings, refusals: Refusals) -> type[Connection]:
+def connection_class(settings: ProxySettings, refusal_log: RefusalLog) -> type[ClientConnection]:
     """The protocol class for `uvicorn.Config(http=...)`."""
-    return type("BoundedConnection", (Connection,), {"settings": settings, "refusals": refusals})
+    return type("BoundedConnection", (ClientConnection,), {"settings": settings, "refusal_log": refusal_log})
 
 
-class Connection(HttpToolsProtocol):
-    """One client's connection. uvicorn makes it, so what it needs stands in its class (`connection_class`)."""
+class ClientConnection(HttpToolsProtocol):
+    """One client's connection. uvicorn creates it, so its settings are class attributes (see `connection_class`)."""
 
     settings: ClassVar[ProxySettings]
-    refusals: ClassVar[Refusals]
+    refusal_log: ClassVar[RefusalLog]
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
         self._is_head_open = False
         self._is_chunked = False
-        self._is_parser_used_up = False
-        self._is_offer_open = False
-        self._offer: list[HeaderLine] = []
-        """The `Upgrade` lines of a head that is being read again without them."""
+        self._needs_new_parser = False
+        self._is_upgrade_offered = False
+        self._upgrade_headers: list[Header] = []
+        """The `Upgrade` fields of a head that is being parsed again without them."""
         self._is_refused = False
         self._fault: Refusal | None = None
         self._answered: RequestResponseCycle | None = None
-        """The request that is being answered; `cycle` is the last one that came, `pipeline` has those between."""
+        """The request that is being answered. `cycle` is the latest request, `pipeline` holds those between."""
         self._timer: asyncio.TimerHandle | None = None
         self._send_timer: asyncio.TimerHandle | None = None
-        self._unheard_bytes = 0
-        """Taken in since the parser last came to the end of a head, or to a piece of a body."""
+        self._pending_bytes = 0
+        """Bytes received since the last complete head or piece of a body."""
 
     # --- the transport ------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as in uvicorn
-        """Take the connection, or refuse it if there are too many."""
+        """Accept the connection, or refuse it if there are too many."""
         super().connection_made(transport)
         if len(self.connections) > self.settings.max_connections:
-            self._refuse(_too_many(self.settings.max_connections))
-            self.transport.close()  # without lingering, which would keep more than the limit open
+            self._refuse(_too_many_connections(self.settings.max_connections))
+            self.transport.close()  # at once: lingering would keep more connections open than the limit
         else:
             self._start_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Let go of everything, and of all requests that came together. uvicorn tells the last one only."""
+        """End all requests of the connection. uvicorn itself tells only the last one."""
         self._stop_timer()
         self._stop_send_timer()
         self.pipeline.clear()
@@ -93,38 +93,38 @@ class Connection(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def pause_writing(self) -> None:
-        """Wait for the client to take what was sent, but not without end."""
+        """Wait until the client reads what was sent, at most `send_timeout_s`."""
         super().pause_writing()
         self._stop_send_timer()
-        self._send_timer = self.loop.call_later(self.settings.send_timeout_s, self._give_up_sending)
+        self._send_timer = self.loop.call_later(self.settings.send_timeout_s, self._on_send_timeout)
 
     def resume_writing(self) -> None:
-        """Send on."""
+        """Continue sending."""
         self._stop_send_timer()
         super().resume_writing()
 
     def data_received(self, data: bytes) -> None:
-        """Parse `data`, or throw it away if the connection is refused."""
+        """Parse `data`, or discard it if the connection is refused."""
         self._unset_keepalive_if_required()
-        self._unheard_bytes += len(data)
+        self._pending_bytes += len(data)
         if self._is_refused:
-            if self._unheard_bytes > _LINGER_BYTES:
+            if self._pending_bytes > _LINGER_BYTES:
                 self.transport.abort()
             return
         while data:
             try:
                 self.parser.feed_data(data)
-            except httptools.HttpParserUpgrade as offer:
-                data = self._head_without_offer() + data[offer.args[0] :]
+            except httptools.HttpParserUpgrade as upgrade:
+                data = self._head_without_upgrade() + data[upgrade.args[0] :]
             except httptools.HttpParserError:
                 self._refuse(self._fault or _UNREADABLE)
                 return
             else:
                 break
-        if self._is_parser_used_up:
+        if self._needs_new_parser:
             self._renew_parser()
         cycle = self.cycle
-        if self._unheard_bytes > self.settings.max_head_bytes:
+        if self._pending_bytes > self.settings.max_head_bytes:
             self._refuse(self._too_long())
         elif self._timer is None and (
             self._is_head_open or cycle is None or cycle.response_complete or cycle.more_body
@@ -132,45 +132,45 @@ class Connection(HttpToolsProtocol):
             self._start_timer()
 
     def _renew_parser(self) -> None:
-        self._is_parser_used_up = False
+        self._needs_new_parser = False
         self.parser = httptools.HttpRequestParser(self)
         self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
 
-    def _head_without_offer(self) -> bytes:
+    def _head_without_upgrade(self) -> bytes:
         method = self.parser.get_method()
         version = self.parser.get_http_version().encode()
-        self._is_offer_open = False
+        self._is_upgrade_offered = False
         self._renew_parser()
-        lines = b"".join(b"%s: %s\r\n" % line for line in self.headers if line[0] != b"upgrade")
-        return b"%s %s HTTP/%s\r\n%s\r\n" % (method, self.url, version, lines)
+        headers = b"".join(b"%s: %s\r\n" % header for header in self.headers if header[0] != b"upgrade")
+        return b"%s %s HTTP/%s\r\n%s\r\n" % (method, self.url, version, headers)
 
     # --- the parser ---------------------------------------------------------------------------------
 
     def on_message_begin(self) -> None:
-        """Begin a request."""
-        if self._is_parser_used_up or len(self.pipeline) >= self.settings.max_pipelined:
-            # After a chunked request this parser may still hold a trailer, and would take it for a line of this head.
-            self._stop(_PIPELINED)
+        """Start a request."""
+        if self._needs_new_parser or len(self.pipeline) >= self.settings.max_pipelined:
+            # After a chunked request this parser may still hold a trailer, and would read it as a field of this head.
+            self._abort_parsing(_PIPELINED)
         self._is_head_open = True
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
-        """Hand the request to the application, unless it has to be read again without an offer."""
+        """Pass the request to the application, unless its head must be parsed again without an upgrade."""
         settings = self.settings
         if len(self.headers) > settings.max_header_lines or (
-            self._unheard_bytes > settings.max_head_bytes and self._head_bytes() > settings.max_head_bytes
+            self._pending_bytes > settings.max_head_bytes and self._head_bytes() > settings.max_head_bytes
         ):
-            self._stop(self._too_long())
-        self._unheard_bytes = 0
+            self._abort_parsing(self._too_long())
+        self._pending_bytes = 0
         if self.parser.should_upgrade():
             if self.parser.get_method() == b"CONNECT":
-                self._stop(_CONNECT)
-            self._is_offer_open = True
-            self._offer = [line for line in self.headers if line[0] == b"upgrade"]
+                self._abort_parsing(_CONNECT)
+            self._is_upgrade_offered = True
+            self._upgrade_headers = [header for header in self.headers if header[0] == b"upgrade"]
             return
-        if self._offer:
-            self.headers += self._offer
-            self._offer = []
+        if self._upgrade_headers:
+            self.headers += self._upgrade_headers
+            self._upgrade_headers = []
         self._is_head_open = False
         self._stop_timer()
         super().on_headers_complete()
@@ -179,28 +179,28 @@ class Connection(HttpToolsProtocol):
         self.headers = []  # for trailers; the request has the other list
 
     def on_chunk_header(self) -> None:
-        """Note that the body is chunked, so that trailers may follow."""
+        """The body is chunked, so trailers may follow."""
         self._is_chunked = True
 
     def on_body(self, body: bytes) -> None:
-        """Take a piece of the body."""
-        self._unheard_bytes = 0
+        """Receive a piece of the body."""
+        self._pending_bytes = 0
         super().on_body(body)
 
     def on_message_complete(self) -> None:
         """End the request."""
-        if self._is_offer_open:
+        if self._is_upgrade_offered:
             return
         if len(self.headers) > self.settings.max_header_lines:  # trailers
-            self._stop(self._too_long())
-        self._unheard_bytes = 0
-        self._is_parser_used_up, self._is_chunked = self._is_chunked, False
+            self._abort_parsing(self._too_long())
+        self._pending_bytes = 0
+        self._needs_new_parser, self._is_chunked = self._is_chunked, False
         self._stop_timer()
         super().on_message_complete()
-        self.cycle.more_body = False  # also where the answer is complete already
+        self.cycle.more_body = False  # even if the response is complete already
 
     def on_response_complete(self) -> None:
-        """Go on to the next request, or read for a while what is left of one that was answered early."""
+        """Continue with the next request, or discard the rest of a request that was answered early."""
         if self.pipeline:
             self._answered = self.pipeline[-1][0]
         super().on_response_complete()
@@ -212,8 +212,8 @@ class Connection(HttpToolsProtocol):
     def _head_bytes(self) -> int:
         return len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
 
-    def _stop(self, refusal: Refusal) -> None:
-        """End the parsing: httptools turns what is raised in a callback into an HttpParserError."""
+    def _abort_parsing(self, refusal: Refusal) -> None:
+        """Stop the parser: httptools turns an exception in a callback into an HttpParserError."""
         self._fault = refusal
         raise _StoppedError
 
@@ -222,25 +222,25 @@ class Connection(HttpToolsProtocol):
     def _start_timer(self) -> None:
         is_upload = self.cycle is not None and not self.cycle.response_complete and not self._is_head_open
         wait_s = self.settings.upload_timeout_s if is_upload else self.settings.head_timeout_s
-        self._timer = self.loop.call_later(wait_s, self._be_late)
+        self._timer = self.loop.call_later(wait_s, self._on_timeout)
 
     def _stop_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
-    def _be_late(self) -> None:
+    def _on_timeout(self) -> None:
         self._timer = None
         cycle = self.cycle
         if self._is_refused or (cycle is not None and cycle.response_complete and cycle.more_body):
             self.transport.close()
         elif cycle is not None and not cycle.response_complete:
             if self._is_head_open or self.pipeline:
-                self._start_timer()  # a request behind one that is being answered
+                self._start_timer()  # a request that follows one that is being answered
             else:
-                self._refuse(_too_slow(self.settings.upload_timeout_s))
-        elif self._is_head_open or self._unheard_bytes:
-            self._refuse(_late(self.settings.head_timeout_s))
+                self._refuse(_upload_timeout(self.settings.upload_timeout_s))
+        elif self._is_head_open or self._pending_bytes:
+            self._refuse(_head_timeout(self.settings.head_timeout_s))
         else:
             self.transport.close()
 
@@ -249,8 +249,8 @@ class Connection(HttpToolsProtocol):
             self._send_timer.cancel()
             self._send_timer = None
 
-    def _give_up_sending(self) -> None:
-        self.refusals.note(_unread(self.settings.send_timeout_s), self.client)
+    def _on_send_timeout(self) -> None:
+        self.refusal_log.record(_send_timeout(self.settings.send_timeout_s), self.client)
         self.transport.abort()
 
     # --- refusing -----------------------------------------------------------------------------------
@@ -261,30 +261,30 @@ class Connection(HttpToolsProtocol):
         )
 
     def _refuse(self, refusal: Refusal) -> None:
-        """Answer with `refusal` if an answer can stand here, read no more, and close soon."""
-        self.refusals.note(refusal, self.client)
+        """Answer with `refusal` where a response may be written, stop parsing, and close soon."""
+        self.refusal_log.record(refusal, self.client)
         self._is_refused = True
-        self._unheard_bytes = 0
+        self._pending_bytes = 0
         self._stop_timer()
         cycle = self.cycle
         if cycle is not None and not cycle.response_complete:
-            is_of_cycle = cycle.more_body and not self._is_head_open
-            if self.pipeline or not is_of_cycle or cycle.response_started:
-                # Answers come first that this one must not cut in two.
+            belongs_to_cycle = cycle.more_body and not self._is_head_open
+            if self.pipeline or not belongs_to_cycle or cycle.response_started:
+                # Earlier responses must be completed first.
                 cycle.keep_alive = False
-                if is_of_cycle:
+                if belongs_to_cycle:
                     self.transport.close()
                 return
-            cycle.disconnected = True  # the application hears that the client is gone, and writes nothing
+            cycle.disconnected = True  # tells the application that the client is gone, so that it writes nothing
             cycle.message_event.set()
-        self.parser = self.headers = None  # type: ignore[assignment]  # as uvicorn does, to free them
-        self.transport.write(whole_response(refusal))
+        self.parser = self.headers = None  # type: ignore[assignment]  # frees them, as uvicorn does
+        self.transport.write(response_bytes(refusal))
         self.transport.write_eof()
-        self._timer = self.loop.call_later(_LINGER_S, self._be_late)
+        self._timer = self.loop.call_later(_LINGER_S, self._on_timeout)
 
 
 class _StoppedError(Exception):
-    """The parsing ends here."""
+    """Ends the parsing."""
 
 
 def _too_long(settings: ProxySettings, *, is_in_target: bool) -> Refusal:
@@ -293,11 +293,11 @@ def _too_long(settings: ProxySettings, *, is_in_target: bool) -> Refusal:
         status,
         "head_too_long",
         f"The request's head has more than {settings.max_head_bytes} bytes (`max_head_bytes`) or "
-        f"{settings.max_header_lines} lines (`max_header_lines`), the limits of this proxy. Send less.",
+        f"{settings.max_header_lines} header fields (`max_header_lines`), the limits of this proxy. Send less.",
     )
 
 
-def _late(head_timeout_s: float) -> Refusal:
+def _head_timeout(head_timeout_s: float) -> Refusal:
     return Refusal(
         HTTPStatus.REQUEST_TIMEOUT,
         "head_timeout",
@@ -305,7 +305,7 @@ def _late(head_timeout_s: float) -> Refusal:
     )
 
 
-def _too_slow(upload_timeout_s: float) -> Refusal:
+def _upload_timeout(upload_timeout_s: float) -> Refusal:
     return Refusal(
         HTTPStatus.REQUEST_TIMEOUT,
         "upload_timeout",
@@ -313,15 +313,15 @@ def _too_slow(upload_timeout_s: float) -> Refusal:
     )
 
 
-def _unread(send_timeout_s: float) -> Refusal:
+def _send_timeout(send_timeout_s: float) -> Refusal:
     return Refusal(
         HTTPStatus.REQUEST_TIMEOUT,
         "send_timeout",
-        f"The client took nothing of its answer for {send_timeout_s:g} s (`send_timeout_s`).",
+        f"The client read nothing of its response for {send_timeout_s:g} s (`send_timeout_s`).",
     )
 
 
-def _too_many(max_connections: int) -> Refusal:
+def _too_many_connections(max_connections: int) -> Refusal:
     return Refusal(
         HTTPStatus.SERVICE_UNAVAILABLE,
         "too_many_connections",

@@ -1,25 +1,25 @@
-"""What does a client read when the proxy, not the engine, has to answer?
+"""Errors that the proxy itself answers, as exceptions and as HTTP responses.
 
-The shape is OpenAI's, so that every OpenAI client turns it into its own exception with our words in it.
+A dialect decides the shape of the body (`dialects`), so that each client raises its own exception with our message.
 
 ```
-Refusal                 carries status, code and words
-  UpstreamError         the engine could not be reached, or broke off
+Refusal                 has status, code and message
+  UpstreamError         the engine cannot be reached, or broke off its response
 ```
 """
 
 from __future__ import annotations
 
-import json
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from tokencake_proxy.asgi import Send, send_whole
+from tokencake_proxy.asgi import Send, send_response
+from tokencake_proxy.dialects import DEFAULT_DIALECT, Dialect
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from tokencake_proxy.asgi import HeaderLine
+    from tokencake_proxy.asgi import Header
 
 RefusalReason: TypeAlias = Literal[
     "bad_header",
@@ -45,7 +45,7 @@ RefusalReason: TypeAlias = Literal[
     "upload_timeout",
     "websocket",
 ]
-"""Why the proxy refuses a request: `error.code` of the answer and `reason` in the metrics."""
+"""Why the proxy refuses a request: `error.code` in the response and the label `reason` in the metrics."""
 
 UpstreamCode: TypeAlias = Literal[
     "upstream_bad_answer",
@@ -56,39 +56,40 @@ UpstreamCode: TypeAlias = Literal[
     "upstream_unreachable",
 ]
 
-_FIRST_SERVER_ERROR: Final = 500
 
-
-class Refusal(Exception):  # noqa: N818 - it is an answer that is raised, not a fault of ours
-    """The request is answered by the proxy itself.
+class Refusal(Exception):  # noqa: N818 - it is a response that is raised, not a fault of the proxy
+    """The proxy itself answers the request.
 
     Attributes:
         status: HTTP status.
-        code: stable word for programs, in `error.code`.
-        message: for people: what happened and the way out.
-        lines: header lines that the status asks for.
+        code: stable identifier for programs, in `error.code`.
+        message: for people: what happened and what to do.
+        headers: header fields that the status calls for.
     """
 
     def __init__(
-        self, status: int, code: RefusalReason | UpstreamCode, message: str, lines: Iterable[HeaderLine] = ()
+        self, status: int, code: RefusalReason | UpstreamCode, message: str, headers: Iterable[Header] = ()
     ) -> None:
         super().__init__(message)
         self.status = status
         self.code = code
         self.message = message
-        self.lines = tuple(lines)
+        self.headers = tuple(headers)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.status, self.code, self.message, self.lines)
+        return type(self), (self.status, self.code, self.message, self.headers)
 
-    @property
-    def body(self) -> bytes:
-        """The whole body of the answer, JSON in OpenAI's shape."""
-        return json.dumps({"error": _error_object(self)}).encode()
+    def body(self, dialect: Dialect = DEFAULT_DIALECT) -> bytes:
+        """The whole body of the response."""
+        return dialect.error_body(self.status, self.code, self.message)
+
+    def event(self, dialect: Dialect = DEFAULT_DIALECT) -> bytes:
+        """The event that ends a stream which has begun."""
+        return dialect.error_event(self.status, self.code, self.message)
 
 
 class UpstreamError(Refusal):
-    """The engine gave no answer, or not all of it."""
+    """The engine gave no response, or an incomplete one."""
 
     def __init__(self, status: int, code: UpstreamCode, message: str) -> None:
         super().__init__(status, code, message)
@@ -102,29 +103,19 @@ class UpstreamError(Refusal):
         return self.code.removeprefix("upstream_")
 
 
-async def send_refusal(send: Send, refusal: Refusal) -> None:
-    """Send `refusal` as a whole response."""
-    await send_whole(send, refusal.status, b"application/json", refusal.body, refusal.lines)
+async def send_refusal(send: Send, refusal: Refusal, dialect: Dialect = DEFAULT_DIALECT) -> None:
+    """Send `refusal` as a complete response."""
+    await send_response(send, refusal.status, b"application/json", refusal.body(dialect), refusal.headers)
 
 
-def whole_response(refusal: Refusal) -> bytes:
-    """`refusal` as the bytes of a response after which the connection is closed."""
-    body = refusal.body
-    lines = (
-        *refusal.lines,
+def response_bytes(refusal: Refusal) -> bytes:
+    """`refusal` as the bytes of a response that closes the connection."""
+    body = refusal.body()
+    headers = (
+        *refusal.headers,
         (b"content-type", b"application/json"),
         (b"content-length", b"%d" % len(body)),
         (b"connection", b"close"),
     )
     status_line = f"HTTP/1.1 {refusal.status:d} {HTTPStatus(refusal.status).phrase}\r\n".encode()
-    return status_line + b"".join(b"%s: %s\r\n" % line for line in lines) + b"\r\n" + body
-
-
-def error_event(refusal: Refusal) -> bytes:
-    """`refusal` as a server-sent event that OpenAI's and Anthropic's clients both raise."""
-    return b"event: error\ndata: " + json.dumps({"type": "error", "error": _error_object(refusal)}).encode() + b"\n\n"
-
-
-def _error_object(refusal: Refusal) -> dict[str, Any]:
-    kind = "server_error" if refusal.status >= _FIRST_SERVER_ERROR else "invalid_request_error"
-    return {"message": refusal.message, "type": kind, "param": None, "code": refusal.code}
+    return status_line + b"".join(b"%s: %s\r\n" % header for header in headers) + b"\r\n" + body

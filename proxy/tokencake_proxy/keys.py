@@ -1,10 +1,10 @@
-"""API keys that the engine has taken of late.
+"""API keys that the engine has accepted recently.
 
-The engine alone knows which keys are valid, and it guards `/v1` with them, but not `/tokenize` and its like. So the
-engine proves a key. Its answer to a call under `/v1` tells without further cost. Where the proxy has to know earlier
-(before it reads a large body, parses one, or forwards to a route that the engine leaves open), it asks for `/v1/models`
-with that key. With an engine that demands no key, all are proven. A key that the engine has refused is not remembered:
-a stranger who tries many displaces none, and a key that was added counts at once.
+The engine alone knows which keys are valid. It checks them under `/v1`, but not on `/tokenize` and similar routes. So
+the proxy learns from the engine's responses under `/v1`, at no further cost. Where it has to know earlier (before it
+reads a large body, parses one, or forwards to a route that the engine leaves open), it sends `GET /v1/models` with that
+key. An engine that demands no key accepts all of them. Rejected keys are not stored: a client that tries many keys
+displaces none, and a newly added key is accepted at once.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from hashlib import sha256
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Final
 
+from tokencake.bounded import BoundedDict
 from tokencake_proxy.errors import Refusal
 from tokencake_proxy.headers import first_value
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from tokencake_proxy.asgi import HeaderLine
+    from tokencake_proxy.asgi import Header
 
 _MAX_KEYS: Final = 4_096
 _REFUSED: Final = (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
@@ -28,61 +29,58 @@ _SUCCESS: Final = range(200, 300)
 
 
 class ProvenKeys:
-    """Which keys one engine takes.
+    """The keys that one engine accepts.
 
     Args:
-        takes_key: asks the engine; given no header line, or the client's `authorization`.
-        ttl_s: how long the engine's word counts.
-        clock: seconds that never go back.
+        accepts_key: asks the engine; receives the client's `authorization` field, or an empty list.
+        ttl_s: how long the engine's answer is valid.
+        clock: seconds, monotonic.
     """
 
     def __init__(
         self,
-        takes_key: Callable[[list[HeaderLine]], Awaitable[bool]],
+        accepts_key: Callable[[list[Header]], Awaitable[bool]],
         ttl_s: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._takes_key = takes_key
+        self._accepts_key = accepts_key
         self._ttl_s = ttl_s
         self._clock = clock
-        self._until_s: dict[bytes, float] = {}
-        """Oldest proof first."""
+        self._until_s: BoundedDict[bytes, float] = BoundedDict(_MAX_KEYS)
+        """Digest of a key -> the time until which it counts as accepted."""
 
-    def are_in(self, lines: list[HeaderLine]) -> bool:
-        """Whether the key in these header lines (or that there is none) is proven."""
-        return self._until_s.get(_digest(lines), 0.0) > self._clock()
+    def is_proven(self, headers: list[Header]) -> bool:
+        """Whether the engine has accepted the key in `headers`, or the absence of one, within `ttl_s`."""
+        return self._until_s.get(_digest(headers), 0.0) > self._clock()
 
-    async def prove(self, lines: list[HeaderLine]) -> None:
-        """Return if the key in these header lines is valid.
+    async def prove(self, headers: list[Header]) -> None:
+        """Return if the key in `headers` is valid, asking the engine if necessary.
 
         Raises:
-            Refusal: it is not.
+            Refusal: the key is not valid.
             UpstreamError: the engine did not say.
         """
-        if self.are_in(lines):
+        if self.is_proven(headers):
             return
-        authorization = first_value(lines, b"authorization")
-        if not await self._takes_key([] if authorization is None else [(b"authorization", authorization)]):
+        authorization = first_value(headers, b"authorization")
+        if not await self._accepts_key([] if authorization is None else [(b"authorization", authorization)]):
             raise _invalid()
-        self._remember(_digest(lines))
+        self._remember(_digest(headers))
 
-    def learn(self, lines: list[HeaderLine], status: int) -> None:
-        """Learn from the `status` with which the engine answered a call that it guards itself."""
-        digest = _digest(lines)
+    def learn(self, headers: list[Header], status: int) -> None:
+        """Learn from the `status` with which the engine answered a request whose key it checks itself."""
+        digest = _digest(headers)
         if status in _REFUSED:
             self._until_s.pop(digest, None)
         elif status in _SUCCESS and self._until_s.get(digest, 0.0) < self._clock() + self._ttl_s / 2:
             self._remember(digest)
 
     def _remember(self, digest: bytes) -> None:
-        self._until_s.pop(digest, None)
         self._until_s[digest] = self._clock() + self._ttl_s
-        if len(self._until_s) > _MAX_KEYS:
-            del self._until_s[next(iter(self._until_s))]
 
 
-def _digest(lines: list[HeaderLine]) -> bytes:
-    authorization = first_value(lines, b"authorization")
+def _digest(headers: list[Header]) -> bytes:
+    authorization = first_value(headers, b"authorization")
     return b"" if authorization is None else sha256(authorization).digest()
 
 
@@ -90,7 +88,7 @@ def _invalid() -> Refusal:
     return Refusal(
         HTTPStatus.UNAUTHORIZED,
         "invalid_api_key",
-        "The engine does not take this API key. Send one that it was started with (--api-key) as "
+        "The engine does not accept this API key. Send a key that the engine was started with (--api-key) as "
         "`Authorization: Bearer KEY`.",
         [(b"www-authenticate", b"Bearer")],
     )

@@ -1,76 +1,77 @@
-"""Pictures, sounds and films to which a client gives a name, under a name of its tenant's own.
+"""Names of media (images, audio, video) in a request, made unique to its tenant.
 
-vLLM keeps processed media under the `uuid` that a client gives, or under the hash that it claims (`features` of its
-`generate`), and takes what it has kept for any request that says the same: without this, one tenant could be given
-another's, or replace it.
+vLLM caches processed media under the `uuid` that a client gives, or under the hash that it claims (`features` of its
+`generate` route), and reuses the entry for any request with the same name. Without this renaming, one tenant could
+receive or replace the media of another.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeAlias
 
-from tokencake_proxy.json_members import elements_of, inner_of, is_null, text_of, written
+from tokencake_proxy.raw_json import array_or_none, is_null, object_or_none, string_or_none, to_raw
 
 if TYPE_CHECKING:
-    from tokencake_proxy.json_members import Member, Members
+    from tokencake_proxy.raw_json import RawJson, RawMembers
 
-_NAMED: Final = re.compile(rb'"(?:u|\\u0075){2}(?:i|\\u0069)(?:d|\\u0064)"\s*:')
-"""The name `uuid`, however it is spelled."""
-_MARKS_OF_NAMES: Final = (b"uuid", b"mm_hashes", b"\\u", b"\0")
-"""One of them is in every JSON text that names media, in escapes and in UTF-16 too."""
+_UUID_MEMBER: Final = re.compile(rb'"(?:u|\\u0075){2}(?:i|\\u0069)(?:d|\\u0064)"\s*:')
+"""A member named `uuid`, in every spelling that JSON allows."""
+_MEDIA_NAME_SIGNS: Final = (b"uuid", b"mm_hashes", b"\\u", b"\0")
+"""Every JSON text that names media contains one of these, in escapes and in UTF-16 too."""
 _MANY: Final = 8_192
 _WITHOUT_MEDIA: Final = ("prompt", "token_ids", "tools")
 
-_MOST_LEVELS: Final = 8
-"""Messages, their parts, and the parts of a tool's result are four; each level is read anew."""
+_MAX_LEVELS: Final = 8
+"""Messages, their parts, and the parts of a tool's result are four levels. Each level is parsed again."""
 
-_OwnName = Callable[[str], str]
+_Rename: TypeAlias = Callable[[str], str]
 
 
-def with_own_media(members: Members, own_name: _OwnName) -> None:
-    """Rename the media in the body `members`: parts of messages or of inputs, and hashes.
+def scope_media_names(members: RawMembers, rename: _Rename) -> None:
+    """Rename the media in the body `members`, in place: those of parts of messages or of inputs, and hashes.
 
     Raises:
-        RecursionError: they are nested more deeply than any engine looks.
+        RecursionError: they are nested more deeply than any engine reads.
     """
     for name, member in members.items():
-        if name not in _WITHOUT_MEDIA and _NAMED.search(member):
-            members[name] = _renamed(member, own_name)
-    features = inner_of(members.get("features"))
-    kinds = inner_of(features.get("mm_hashes")) if features is not None else None
+        if name not in _WITHOUT_MEDIA and _UUID_MEMBER.search(member):
+            members[name] = _rename_in(member, rename)
+    features = object_or_none(members.get("features"))
+    kinds = object_or_none(features.get("mm_hashes")) if features is not None else None
     if features is not None and kinds is not None:
         for kind, member in kinds.items():
-            if (hashes := elements_of(member)) is not None:
-                kinds[kind] = written([_own(each, own_name) for each in hashes])
-        members["features"] = written({**features, "mm_hashes": kinds})
+            if (hashes := array_or_none(member)) is not None:
+                kinds[kind] = to_raw([_renamed(each, rename) for each in hashes])
+        members["features"] = to_raw({**features, "mm_hashes": kinds})
 
 
-def is_costly(body: bytes) -> bool:
-    """Whether the JSON text `body` takes long for its size: 1 MiB of hashes 0.8 s, and one prompt of 1 MiB 1 ms."""
-    strings = (body.count(b'"') - body.count(b'\\"')) // 2  # never less than half of them; quotes within do not count
-    return strings > _MANY or (body.count(b",") > _MANY and any(mark in body for mark in _MARKS_OF_NAMES))
+def is_costly_json(body: bytes) -> bool:
+    """Whether `body` is slow to process for its size: 1 MiB of hashes takes 0.8 s, one prompt of 1 MiB takes 1 ms."""
+    # At least half of the strings are counted; quotes within strings are not.
+    strings = (body.count(b'"') - body.count(b'\\"')) // 2
+    return strings > _MANY or (body.count(b",") > _MANY and any(sign in body for sign in _MEDIA_NAME_SIGNS))
 
 
-def _renamed(member: Member, own_name: _OwnName, level: int = 0) -> Member:
-    """A list of messages or parts, or one of them; whatever else it is stays."""
-    if level > _MOST_LEVELS:
+def _rename_in(member: RawJson, rename: _Rename, level: int = 0) -> RawJson:
+    """A list of messages or parts, or one of them, with its media renamed; anything else as it is."""
+    if level > _MAX_LEVELS:
         raise RecursionError
-    if (items := elements_of(member)) is not None:
-        return written([_renamed(item, own_name, level + 1) for item in items])
-    item = inner_of(member)
+    if (items := array_or_none(member)) is not None:
+        return to_raw([_rename_in(item, rename, level + 1) for item in items])
+    item = object_or_none(member)
     if item is None:
         return member
-    if elements_of(item.get("content")) is not None:
-        item["content"] = _renamed(item["content"], own_name, level + 1)
+    if array_or_none(item.get("content")) is not None:
+        item["content"] = _rename_in(item["content"], rename, level + 1)
     if not is_null(item.get("uuid")):
-        item["uuid"] = _own(item["uuid"], own_name)
-    return written(item)
+        item["uuid"] = _renamed(item["uuid"], rename)
+    return to_raw(item)
 
 
-def _own(member: Member, own_name: _OwnName) -> Member:
+def _renamed(member: RawJson, rename: _Rename) -> RawJson:
     if is_null(member):
         return member
-    name = text_of(member)
-    return written(own_name(name if name is not None else bytes(member).decode(errors="replace")))
+    name = string_or_none(member)
+    return to_raw(rename(name if name is not None else bytes(member).decode(errors="replace")))

@@ -1,4 +1,4 @@
-"""What does the proxy count? Labels come from closed sets only: no path, model or key of a client becomes a label."""
+"""The proxy's metrics. Labels come from closed sets: no path, model or key of a client becomes a label."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 from tokencake_proxy.errors import RefusalReason
 
-Phase: TypeAlias = Literal["upload", "waiting", "streaming"]
+RequestPhase: TypeAlias = Literal["upload", "waiting", "streaming"]
 
 CONTENT_TYPE: Final = CONTENT_TYPE_PLAIN_0_0_4.encode()
 
@@ -20,36 +20,36 @@ _TIME_TO_FIRST_BYTE_BUCKETS_S: Final = (
 
 
 class ProxyMetrics:
-    """The proxy's metrics in a registry of their own, so that two proxies in one process do not meet."""
+    """The metrics of one proxy. They have their own registry, so that two proxies in one process do not collide."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self._requests = Counter(
             "tokencake_proxy_requests",
-            "Requests by route, method and status; status `none` where the client left before its answer began.",
+            "Requests by route, method and status; status `none` if the client disconnected before the response began.",
             ["route", "method", "status"],
             registry=self.registry,
         )
         self.in_flight = Gauge(
             "tokencake_proxy_requests_in_flight",
-            "Requests that have arrived and are not answered completely.",
+            "Requests that have arrived and whose response is not complete.",
             registry=self.registry,
         )
         self.time_to_first_byte_s = Histogram(
             "tokencake_proxy_time_to_first_byte_seconds",
-            "From a request's arrival to the first byte of the body of the engine's answer.",
+            "Time from a request's arrival to the first byte of the body of the engine's response.",
             ["route"],
             buckets=_TIME_TO_FIRST_BYTE_BUCKETS_S,
             registry=self.registry,
         )
         self.upstream_retries = Counter(
             "tokencake_proxy_upstream_retries",
-            "Requests sent a second time because the engine had closed a kept connection.",
+            "Requests sent a second time because the engine had closed a pooled connection.",
             registry=self.registry,
         )
         self.upstream_errors = Counter(
             "tokencake_proxy_upstream_errors",
-            "Requests that the engine did not answer, or not completely.",
+            "Requests that the engine did not answer completely, by kind.",
             ["kind"],
             registry=self.registry,
         )
@@ -63,18 +63,18 @@ class ProxyMetrics:
             self.refusals.labels(reason)
         self.client_disconnects = Counter(
             "tokencake_proxy_client_disconnects",
-            "Clients that left while they sent their request, waited for the answer, or received it.",
+            "Clients that disconnected, by phase: sending the request, waiting for the response, receiving it.",
             ["phase"],
             registry=self.registry,
         )
         self.event_bodies = Counter(
             "tokencake_proxy_event_bodies_forwarded",
-            "Bodies of events that the engine has taken.",
+            "Bodies of events that the engine has accepted.",
             registry=self.registry,
         )
 
     def count_request(self, route: str, method: str, status: int | None) -> None:
-        """Count a request that is over. `route` must be a name of `routes`; any `method` may come."""
+        """Count a finished request. `route` must be a name of `routes`; `method` is arbitrary."""
         known_method = method if method in _METHODS else "other"
         self._requests.labels(route, known_method, "none" if status is None else str(status)).inc()
 

@@ -1,9 +1,9 @@
-"""Which requests may reach the engine, and under which name are they counted?
+"""The allow-list of routes that reach the engine, and the name under which each is counted.
 
-A proxy is where strangers arrive, so this is a list of what passes. vLLM checks its API key under `/v1`, `/v2`,
-`/inference` and `/cohere` only; its development and administration routes (`/sleep`, `/collective_rpc`,
-`/reset_prefix_cache`, `/pause`, ...) stand open beside them and do not pass. Neither does `/invocations`, which reaches
-every kind of generation. What passes beside `/v1` (`/tokenize`, `/pooling`, ...) needs a key that the proxy has proven.
+Everything else is refused. vLLM checks its API key under `/v1`, `/v2`, `/inference` and `/cohere` only; its development
+and administration routes (`/sleep`, `/collective_rpc`, `/reset_prefix_cache`, `/pause`, ...) need no key at the engine
+and do not pass. `/invocations` does not pass either, because it reaches every kind of generation. A route outside `/v1`
+that passes (`/tokenize`, `/pooling`, ...) needs a key that the engine has accepted.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import re
 from typing import Final
 
 from tokencake.protocol import DECISIONS_PATH, EVENTS_PATH, STATE_PATH
+from tokencake_proxy.dialects import DIALECTS
 
 HEALTH_PATHS: Final = ("/health", "/ping")
 METRICS_PATH: Final = "/metrics"
@@ -20,18 +21,12 @@ EVENTS_ROUTE: Final = "tokencake_events"
 VIEW_ROUTES: Final = ("tokencake_state", "tokencake_decisions")
 REFUSED_ROUTE: Final = "refused"
 
-_NAMED: Final = {
-    "/v1/chat/completions": "chat_completions",
-    "/v1/completions": "completions",
-    "/v1/responses": "responses",
-    "/v1/messages": "messages",
+ROUTES: Final = {dialect.path: dialect.name for dialect in DIALECTS} | {
     "/v1/embeddings": "embeddings",
     "/v1/models": "models",
     EVENTS_PATH: EVENTS_ROUTE,
     STATE_PATH: "tokencake_state",
     DECISIONS_PATH: "tokencake_decisions",
-    "/inference/v1/generate": "generate",
-    "/cohere/v2/chat": "cohere_chat",
     "/tokenize": "tokenize",
     "/detokenize": "detokenize",
     "/pooling": "pooling",
@@ -40,16 +35,18 @@ _NAMED: Final = {
     "/rerank": "rerank",
     "/version": "version",
 }
+"""Path -> the value of the label `route` in the metrics."""
+
 _ADMINISTRATION: Final = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
 _OPEN_PREFIXES: Final = {"/v1/": "other_v1", "/v2/": "other_v2"}
 
-_GUARDED: Final = "/v1/"
+_KEY_CHECKED_PREFIX: Final = "/v1/"
 
 _SEPARATORS: Final = re.compile(r"[/\\]")
 
 
 def engine_route(path: str) -> str | None:
-    """The bounded name of a decoded `path` that passes to the engine, or None for one that does not.
+    """The name of the decoded `path`, one of a bounded set; None for a path that does not pass.
 
     Dot segments never pass: a server between proxy and engine might resolve `/v1/../sleep`.
     """
@@ -57,12 +54,12 @@ def engine_route(path: str) -> str | None:
         return None
     if path.rstrip("/") in _ADMINISTRATION:
         return None
-    named = _NAMED.get(path)
+    named = ROUTES.get(path)
     if named is not None:
         return named
     return next((name for prefix, name in _OPEN_PREFIXES.items() if path.startswith(prefix)), None)
 
 
-def is_guarded(path: str, method: str) -> bool:
-    """Whether every supported vLLM itself asks for the key there; `OPTIONS` it answers without."""
-    return path.startswith(_GUARDED) and method != "OPTIONS"
+def engine_checks_key(path: str, method: str) -> bool:
+    """Whether every supported vLLM itself checks the API key there. It answers `OPTIONS` without a key."""
+    return path.startswith(_KEY_CHECKED_PREFIX) and method != "OPTIONS"

@@ -1,6 +1,6 @@
-"""The secret behind the tenants' prefixes and marks: given, read from a file, or made once and kept.
+"""The tenant secret, from which prefixes and marks are derived: given, read from a file, or generated once and stored.
 
-Proxies that serve one engine share it, and the engine has it too (`tokencake_vllm/tenant_secret.py`).
+All proxies before one engine share it, and so does the engine (`tokencake_vllm/tenant_secret.py`).
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 
 def tenant_secret(environ: Mapping[str, str], file: Path | None = None) -> bytes:
-    """The secret of `file`, of the variables in `environ`, or of the default file, which is made where it is missing.
+    """The secret in `file`, in the variables of `environ`, or in the default file, which is created if it is missing.
 
     Raises:
-        SecretError: what was given holds no secret, or the default file can be neither read nor made.
+        SecretError: the given source holds no valid secret, or the default file can be neither read nor created.
     """
     if file is None and (text := environ.get(SECRET_VARIABLE)):
         return checked_secret(text, f"`{SECRET_VARIABLE}`")
@@ -36,17 +36,17 @@ def tenant_secret(environ: Mapping[str, str], file: Path | None = None) -> bytes
     try:
         if file is None:
             file = Path(default_secret_file(environ, str(Path.home())))
-            _make(file)
+            _create(file)
         return checked_secret(file.read_text(encoding="utf-8"), str(file))
     except (OSError, UnicodeDecodeError) as error:
         raise SecretError(
-            f"the tenants' secret cannot be had from {file}: {error}. Set `{SECRET_VARIABLE}` to a random text, or "
-            f"`{SECRET_FILE_VARIABLE}` to a file that holds one"
+            f"the tenant secret cannot be read from {file}: {error}. Set `{SECRET_VARIABLE}` to a random text, or "
+            f"`{SECRET_FILE_VARIABLE}` to a file that contains one"
         ) from None
 
 
-def _make(file: Path) -> None:
-    """Make `file` with a new secret, readable for its owner only, unless it is there; complete or not at all."""
+def _create(file: Path) -> None:
+    """Create `file` with a new secret, readable for its owner only, unless it exists. The file is never incomplete."""
     if file.exists():
         return
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -54,7 +54,7 @@ def _make(file: Path) -> None:
     with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as output:
         output.write(secrets.token_hex(32) + "\n")
     try:
-        with contextlib.suppress(FileExistsError):  # another proxy was first: its secret counts
+        with contextlib.suppress(FileExistsError):  # another proxy was first: its secret is used
             os.link(part, file)
     finally:
         part.unlink()

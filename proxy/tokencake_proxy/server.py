@@ -1,4 +1,4 @@
-"""How is the proxy run as a server of its own?"""
+"""The proxy as a server process: uvicorn, listening sockets, and the limit of open files."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def run(settings: ProxySettings, host: str, port: int, log_level: str) -> None:
     """Serve until Ctrl-C or SIGTERM.
 
     Args:
-        settings: what the proxy forwards to, and how.
+        settings: the upstream and the limits.
         host: name or address to listen on.
-        port: 0 takes a free one, which the log names.
-        log_level: a level of `logging`, such as "info".
+        port: 0 selects a free port, which the log names.
+        log_level: a level of `logging`, for example "info".
 
     Raises:
-        SystemExit: the address cannot be listened on; the words say why. Exit code 1.
+        SystemExit: it cannot listen on the address; the message says why. Exit code 1.
     """
     logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     settings = _within_open_files(settings)
@@ -50,17 +50,17 @@ def run(settings: ProxySettings, host: str, port: int, log_level: str) -> None:
 
 
 def server_config(settings: ProxySettings) -> uvicorn.Config:
-    """How uvicorn serves the proxy."""
+    """The configuration of uvicorn."""
     app = create_app(settings)
     return uvicorn.Config(
         app,
-        http=connection_class(settings, app.refusals),
+        http=connection_class(settings, app.refusal_log),
         ws="none",
         lifespan="on",
         log_config=None,
         access_log=False,
         proxy_headers=False,
-        server_header=False,  # the engine's own `server` and `date` go through
+        server_header=False,  # the engine's own `server` and `date` are forwarded
         date_header=False,
         timeout_keep_alive=settings.idle_client_s,  # type: ignore[arg-type]  # seconds for `call_later`
         timeout_graceful_shutdown=settings.shutdown_grace_s,
@@ -69,7 +69,7 @@ def server_config(settings: ProxySettings) -> uvicorn.Config:
 
 
 def _listen(host: str, port: int) -> list[socket.socket]:
-    """Sockets that listen on every address that `host` stands for."""
+    """Sockets that listen on every address that `host` resolves to."""
     listeners: list[socket.socket] = []
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
@@ -77,7 +77,7 @@ def _listen(host: str, port: int) -> list[socket.socket]:
             try:
                 listeners.append(socket.create_server(address[:2], family=family, backlog=_BACKLOG))
             except OSError as error:
-                # `localhost` stands for an IPv6 address also where there is no IPv6.
+                # `localhost` resolves to an IPv6 address even on a machine without IPv6.
                 if family != socket.AF_INET6 or error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
                     raise
     except OSError as error:
@@ -92,18 +92,18 @@ def _listen(host: str, port: int) -> list[socket.socket]:
 def _cannot_listen(host: str, port: int, error: OSError) -> str:
     match error.errno:
         case errno.EADDRINUSE:
-            return f"Port {port} on {host} is taken. Stop what listens there, or choose another with --port."
+            return f"Port {port} on {host} is in use. Stop the server there, or choose another port with --port."
         case errno.EACCES:
-            return f"Port {port} on {host} is not allowed to this user. Choose one above 1023 with --port."
+            return f"This user may not listen on port {port} of {host}. Choose a port above 1023 with --port."
         case _:
             return f"The proxy cannot listen on {host} port {port}: {error}. Give another --host or --port."
 
 
 def _within_open_files(settings: ProxySettings) -> ProxySettings:
-    """Raise the process's limit of open files as far as `max_connections` needs, or lower `max_connections` to it."""
+    """Raise the limit of open files to what `max_connections` needs; if that fails, lower `max_connections`."""
     if sys.platform == "win32":
         return settings
-    import resource  # noqa: PLC0415 - only where it exists
+    import resource  # noqa: PLC0415 - not available on Windows
 
     wanted = settings.max_connections * _FILES_PER_CONNECTION + _OTHER_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -115,7 +115,7 @@ def _within_open_files(settings: ProxySettings) -> ProxySettings:
     if possible >= settings.max_connections:
         return settings
     logger.warning(
-        "max_connections is %d, but this process may open %d files only: serving %d connections. Raise `ulimit -n`",
+        "max_connections is %d, but this process may open only %d files: serving %d connections. Raise `ulimit -n`",
         settings.max_connections,
         allowed,
         possible,

@@ -1,8 +1,8 @@
-"""How does a request reach the engine exactly as the client wrote it?
+"""An HTTP transport that sends a request exactly as the client wrote it.
 
-httpx-aiohttp's transport, with the one method replaced that would change it: there, URLs are normalised, repeated
-headers are joined, and an engine that hangs up looks like a timeout. The session behind it adds no header, keeps no
-cookie (it would hand one client's to the next), has any number of connections and waits for answers without end.
+It replaces one method of httpx-aiohttp's transport, which normalises URLs, joins repeated headers, and reports an
+engine that hangs up as a timeout. The session behind it adds no header, keeps no cookie (it would send one client's
+cookie for the next), opens any number of connections and waits for responses without a limit.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ if TYPE_CHECKING:
 _MAX_RESPONSE_LINE_BYTES: Final = 65_536
 _MAX_RESPONSE_HEADERS: Final = 1_000
 _SENT_AT_ONCE_BYTES: Final = 2**20
-"""aiohttp wants longer bodies as a file, which it writes in pieces."""
+"""A longer body is given to aiohttp as a file, which it writes in pieces."""
 
 _MALFORMED_CHECK_S: Final = 5.0
-"""How long a body that has stopped coming may turn out to be malformed."""
+"""How often a body that stopped arriving is checked for being malformed."""
 
 _FRAMING: Final = frozenset({b"host", b"content-length", b"transfer-encoding"})
 _PEER_HUNG_UP: Final = frozenset({errno.ECONNRESET, errno.EPIPE, errno.ECONNABORTED, errno.ESHUTDOWN, errno.ENOTCONN})
 
 
 class StaleConnectionError(httpx.ReadError):
-    """A kept connection turned out closed before any byte of an answer: the request may be sent once more."""
+    """A pooled connection was closed before the first byte of a response: the request may be sent once more."""
 
 
 @dataclass(slots=True)
 class _Attempt:
     connections: int = 0
-    """Two when aiohttp itself has repeated an idempotent request."""
+    """Two if aiohttp itself has repeated an idempotent request."""
     is_reused: bool = False
 
 
@@ -64,12 +64,12 @@ class ExactTransport(AiohttpTransport):
         self._idle_connection_s = idle_connection_s
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        """Send `request` and return as soon as the head of the response is there.
+        """Send `request` and return as soon as the head of the response has arrived.
 
         Raises:
             httpx.ConnectError, httpx.ConnectTimeout: nothing was sent.
-            StaleConnectionError: sent in vain, see there.
-            httpx.ReadError, httpx.ReadTimeout, httpx.RemoteProtocolError: sent, and not answered properly.
+            StaleConnectionError: sent on a connection that was already closed.
+            httpx.ReadError, httpx.ReadTimeout, httpx.RemoteProtocolError: sent, without a valid response.
             httpx.LocalProtocolError: cannot be sent unchanged, because a header is not UTF-8.
         """
         if not isinstance(self.client, aiohttp.ClientSession):
@@ -90,11 +90,13 @@ class ExactTransport(AiohttpTransport):
                 trace_request_ctx=attempt,
             )
         except aiohttp.ClientError as error:
-            raise _in_terms_of_httpx(error, attempt, request) from error
+            raise _to_httpx_error(error, attempt, request) from error
         return httpx.Response(
             answer.status,
             headers=list(answer.raw_headers),
-            stream=_Body(answer),  # and not `request=request`: its body would be kept until the answer ends
+            stream=_ResponseBody(
+                answer
+            ),  # without `request=request`, which would keep its body in memory until the response ends
             extensions={"connections": attempt.connections},
         )
 
@@ -121,24 +123,24 @@ class ExactTransport(AiohttpTransport):
         )
 
 
-class _Body(httpx.AsyncByteStream):
-    """The body in the pieces in which it arrives. Closing it early closes the connection, which tells the engine."""
+class _ResponseBody(httpx.AsyncByteStream):
+    """A response body, in the pieces that arrive. Closing it early closes the connection, which stops the engine."""
 
     def __init__(self, answer: aiohttp.ClientResponse) -> None:
         self._answer = answer
-        # None when the whole body came with the head.
+        # None if the whole body came with the head.
         self._protocol = answer.connection.protocol if answer.connection is not None else None
 
-    def __aiter__(self) -> _Body:
+    def __aiter__(self) -> _ResponseBody:
         return self
 
     async def __anext__(self) -> bytes:
         try:
             piece = await self._read()
         except TimeoutError as error:
-            raise httpx.ReadTimeout(_words(error)) from error
+            raise httpx.ReadTimeout(_describe(error)) from error
         except (aiohttp.ClientError, OSError) as error:
-            raise httpx.ReadError(_words(error)) from error
+            raise httpx.ReadError(_describe(error)) from error
         if not piece:
             raise StopAsyncIteration
         return piece
@@ -149,7 +151,7 @@ class _Body(httpx.AsyncByteStream):
     async def _read(self) -> bytes:
         content = self._answer.content
         if (piece := content.read_nowait()) or content.at_eof():
-            return piece  # without the cost of a timer
+            return piece  # saves the cost of a timer
         while True:
             try:
                 async with asyncio.timeout(_MALFORMED_CHECK_S) as check:
@@ -157,7 +159,7 @@ class _Body(httpx.AsyncByteStream):
             except TimeoutError:
                 if not check.expired():
                     raise
-            # aiohttp 3.14 closes a connection on which chunks turn into nonsense without waking who reads the body.
+            # aiohttp 3.14 closes a connection with malformed chunks without waking the reader of the body.
             problem = self._protocol.exception() if self._protocol is not None else None
             if isinstance(problem, HttpProcessingError):
                 raise aiohttp.ClientPayloadError(problem.message)
@@ -165,12 +167,12 @@ class _Body(httpx.AsyncByteStream):
 
 @cache
 def _tls_context() -> ssl.SSLContext:
-    """Verifies against certifi's authorities, or those of `SSL_CERT_FILE` and `SSL_CERT_DIR`. Slow to load."""
+    """Verifies with certifi's authorities, or with those of `SSL_CERT_FILE` and `SSL_CERT_DIR`. Slow to load."""
     return httpx.create_ssl_context()
 
 
 def _decoded(request: httpx.Request) -> CIMultiDict[str]:
-    """The headers in the form that aiohttp encodes, as UTF-8, to the same bytes."""
+    """The headers as text, which aiohttp encodes as UTF-8 to the same bytes."""
     try:
         return CIMultiDict(
             (name.decode(), value.decode()) for name, value in request.headers.raw if name.lower() not in _FRAMING
@@ -181,8 +183,8 @@ def _decoded(request: httpx.Request) -> CIMultiDict[str]:
         ) from None
 
 
-def _in_terms_of_httpx(error: aiohttp.ClientError, attempt: _Attempt, request: httpx.Request) -> httpx.TransportError:
-    words = _words(error)
+def _to_httpx_error(error: aiohttp.ClientError, attempt: _Attempt, request: httpx.Request) -> httpx.TransportError:
+    words = _describe(error)
     match error:
         case aiohttp.ConnectionTimeoutError():
             return httpx.ConnectTimeout(words, request=request)
@@ -200,18 +202,18 @@ def _in_terms_of_httpx(error: aiohttp.ClientError, attempt: _Attempt, request: h
 def _is_unanswered(error: aiohttp.ClientConnectionError) -> bool:
     match error:
         case aiohttp.ServerDisconnectedError():
-            return isinstance(error.message, str)  # else it is the part of the answer that had arrived
+            return isinstance(error.message, str)  # else it is the part of the response that had arrived
         case OSError():
-            # While a body is being written, aiohttp puts an error without a number around the one that tells.
+            # While a body is being written, aiohttp wraps the informative error in one without a number.
             is_reset = isinstance(error, ConnectionResetError) or isinstance(error.__cause__, ConnectionResetError)
             return is_reset or error.errno in _PEER_HUNG_UP
         case _:
             return False
 
 
-def _words(error: BaseException) -> str:
+def _describe(error: BaseException) -> str:
     if isinstance(error, aiohttp.ClientConnectorError) and not isinstance(error, aiohttp.ClientSSLError):
-        cause = error.os_error  # the error itself adds words about TLS also where there is none
+        cause = error.os_error  # the error's own text mentions TLS even without TLS
         return os.strerror(cause.errno) if cause.errno and cause.errno > 0 else str(cause)
     return " ".join(str(error).split()) or type(error).__name__
 

@@ -13,7 +13,7 @@ from tokencake.protocol.tenancy import SECRET_VARIABLE
 from tokencake.settings import section
 from tokencake.space_scheduler.settings import SpaceSettings
 from tokencake_cli import main as cli
-from tokencake_cli.launch import Launch, for_tenants
+from tokencake_cli.launch import Launch, launch_with_tenants
 from tokencake_cli.processes import StartError
 
 KEYS = ["--api-key", "alice", "bob"]
@@ -21,7 +21,7 @@ KEYS = ["--api-key", "alice", "bob"]
 
 def launch(*flags: str, tmp_path: Path, shares_prefixes: bool = False, **environ: str) -> Launch:
     environ.setdefault("XDG_STATE_HOME", str(tmp_path))
-    return for_tenants(flags, environ, None, shares_prefixes=shares_prefixes)
+    return launch_with_tenants(flags, environ, None, shares_prefixes=shares_prefixes)
 
 
 def space_of(flags: list[str]) -> SpaceSettings:

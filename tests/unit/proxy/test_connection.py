@@ -22,7 +22,7 @@ def code_of(answer):
     return json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"]
 
 
-def refusals(proxy, reason):
+def refusal_log(proxy, reason):
     return proxy.metric("tokencake_proxy_refusals_total", reason=reason)
 
 
@@ -76,7 +76,7 @@ def test_a_head_over_the_limit_is_refused(engine, proxy, dial, head, status, pie
 
     assert (status_of(answer), code_of(answer)) == (status, "head_too_long")
     assert engine.requests == []
-    assert refusals(proxy, "head_too_long") == 1
+    assert refusal_log(proxy, "head_too_long") == 1
 
 
 def test_header_lines_without_end_are_not_taken(proxy, dial):
@@ -110,7 +110,7 @@ def test_many_requests_sent_at_once_are_answered_up_to_a_number_and_then_refused
         b"HTTP/1.1 200 OK\r\n"
     ) == answers.count(b"HTTP/1.1 ")
     assert 1 < len(engine.requests) < 50
-    assert refusals(proxy, "bad_request") == 1
+    assert refusal_log(proxy, "bad_request") == 1
 
 
 def test_a_client_that_leaves_takes_all_its_requests_with_it(engine, proxy, dial):
@@ -141,14 +141,14 @@ def test_a_head_that_does_not_end_is_given_up(engine, start_proxy, exchange_byte
     answer = exchange_bytes(proxy.port, begun)
 
     assert (status_of(answer), code_of(answer)) == (408, "head_timeout")
-    assert refusals(proxy, "head_timeout") == 1
+    assert refusal_log(proxy, "head_timeout") == 1
 
 
 def test_a_connection_on_which_nothing_comes_is_closed_without_a_word(engine, start_proxy, exchange_bytes):
     proxy = start_proxy(engine.url, head_timeout_s=0.1)
 
     assert exchange_bytes(proxy.port, b"") == b""
-    assert refusals(proxy, "head_timeout") == 0
+    assert refusal_log(proxy, "head_timeout") == 0
 
 
 def test_dripping_bytes_win_no_time(engine, start_proxy, dial):
@@ -218,7 +218,7 @@ def test_a_client_that_takes_nothing_of_its_answer_is_cut_off_and_frees_the_engi
     dial(proxy.port).sendall(WHOLE)
 
     assert engine.saw_disconnect.wait(10)
-    assert refusals(proxy, "send_timeout") == 1
+    assert refusal_log(proxy, "send_timeout") == 1
 
 
 # --- too many ---------------------------------------------------------------------------------------
@@ -362,4 +362,4 @@ def test_many_refusals_of_one_kind_are_one_line_of_the_log_and_all_are_counted(e
     own = [record.getMessage() for record in caplog.records if record.name.startswith("tokencake_proxy")]
     # Nothing that the client sent is shown.
     assert sorted(own) == ["refused with 400 bad_request: 127.0.0.1", "refused with 404 not_forwarded: 127.0.0.1"]
-    assert (refusals(proxy, "bad_request"), refusals(proxy, "not_forwarded")) == (20, 20)
+    assert (refusal_log(proxy, "bad_request"), refusal_log(proxy, "not_forwarded")) == (20, 20)

@@ -8,9 +8,9 @@ import pytest
 
 from tokencake_proxy.errors import Refusal
 from tokencake_proxy.keys import ProvenKeys
-from tokencake_proxy.routes import _NAMED, is_guarded
+from tokencake_proxy.routes import ROUTES, engine_checks_key
 
-BY_THE_PROXY = [path for path in _NAMED if not path.startswith("/v1/")]
+BY_THE_PROXY = [path for path in ROUTES if not path.startswith("/v1/")]
 ALICE = {"Authorization": "Bearer alice"}
 LARGE = b'{"prompt": "' + b"x" * 100_000 + b'"}'
 
@@ -71,7 +71,7 @@ def test_only_a_preflight_of_a_browser_goes_without_a_key(engine, proxy, http):
     assert http.options(f"{proxy.url}/tokenize", headers={"Origin": "http://app"}).status_code == 401
     assert http.request("OPTIONS", f"{proxy.url}/tokenize", headers=preflight, content=b"{}").status_code == 401
     assert http.options(f"{proxy.url}/v1/completions").status_code == 401
-    assert not is_guarded("/v1/completions", "OPTIONS")
+    assert not engine_checks_key("/v1/completions", "OPTIONS")
 
 
 # --- large bodies -----------------------------------------------------------------------------------
@@ -224,24 +224,24 @@ def clock():
 
 @pytest.fixture
 def keys(clock):
-    async def takes_key(lines):
+    async def accepts_key(lines):
         return lines != [] and lines[0][1].startswith(b"Bearer good")
 
-    return ProvenKeys(takes_key, ttl_s=60, clock=clock)
+    return ProvenKeys(accepts_key, ttl_s=60, clock=clock)
 
 
 def test_a_proof_lasts_its_time(keys, clock):
     asyncio.run(keys.prove(lines(b"good")))
     clock.now_s = 59
-    assert keys.are_in(lines(b"good"))
+    assert keys.is_proven(lines(b"good"))
     clock.now_s = 60
-    assert not keys.are_in(lines(b"good"))
+    assert not keys.is_proven(lines(b"good"))
 
 
 def test_calls_that_go_on_keep_a_key_proven(keys, clock):
     for clock.now_s in range(0, 1_000, 20):
         keys.learn(lines(b"good"), 200)
-        assert keys.are_in(lines(b"good"))
+        assert keys.is_proven(lines(b"good"))
 
 
 @pytest.mark.parametrize("status", [401, 403])
@@ -249,7 +249,7 @@ def test_a_refusal_of_the_engine_ends_a_proof_at_once(keys, status):
     keys.learn(lines(b"good"), 200)
     keys.learn(lines(b"good"), status)
 
-    assert not keys.are_in(lines(b"good"))
+    assert not keys.is_proven(lines(b"good"))
 
 
 @pytest.mark.parametrize("status", [302, 400, 404, 429, 500, 503])
@@ -258,7 +258,7 @@ def test_an_answer_that_says_nothing_about_the_key_changes_nothing(keys, status)
     keys.learn(lines(b"good"), 200)
     keys.learn(lines(b"good"), status)
 
-    assert (keys.are_in(lines(b"new")), keys.are_in(lines(b"good"))) == (False, True)
+    assert (keys.is_proven(lines(b"new")), keys.is_proven(lines(b"good"))) == (False, True)
 
 
 def test_a_stranger_who_tries_many_keys_displaces_none(keys):
@@ -270,7 +270,7 @@ def test_a_stranger_who_tries_many_keys_displaces_none(keys):
 
     asyncio.run(many())
 
-    assert keys.are_in(lines(b"good"))
+    assert keys.is_proven(lines(b"good"))
     assert len(keys._until_s) == 1
 
 
@@ -279,7 +279,7 @@ def test_the_memory_of_keys_is_bounded_and_drops_the_oldest(keys):
         keys.learn(lines(b"%d" % number), 200)
 
     assert len(keys._until_s) == 4_096
-    assert (keys.are_in(lines(b"0")), keys.are_in(lines(b"4999"))) == (False, True)
+    assert (keys.is_proven(lines(b"0")), keys.is_proven(lines(b"4999"))) == (False, True)
 
 
 def test_no_key_is_kept_as_it_is(keys):

@@ -89,7 +89,8 @@ def test_a_taken_port_is_named_with_the_way_out():
 
     assert ended.returncode == 1
     assert (
-        ended.stderr == f"Port {port} on 127.0.0.1 is taken. Stop what listens there, or choose another with --port.\n"
+        ended.stderr
+        == f"Port {port} on 127.0.0.1 is in use. Stop the server there, or choose another port with --port.\n"
     )
 
 
@@ -113,4 +114,4 @@ def test_it_serves_as_many_connections_as_it_may_open_files_for(monkeypatch, cap
 
     assert settings.max_connections == served
     assert limits[-1] == (264, hard)
-    assert ("may open 264 files only" in caplog.text) == (served < wanted)
+    assert ("may open only 264 files" in caplog.text) == (served < wanted)

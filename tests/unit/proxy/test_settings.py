@@ -7,8 +7,9 @@ from typing import get_args
 
 import pytest
 
+from tokencake.settings import SettingsError
 from tokencake_proxy.errors import RefusalReason
-from tokencake_proxy.settings import NUMBERS, ProxySettings, SettingsError, numbers_from
+from tokencake_proxy.settings import NUMBER_SETTINGS, ProxySettings, read_number_settings
 
 DOCS = Path(__file__).parents[3] / "docs" / "proxy.md"
 
@@ -33,20 +34,20 @@ def test_an_upstream_is_kept_without_its_last_slash(written, kept):
         ("localhost:8000", "does not begin with http"),
         ("127.0.0.1:8000", "does not begin with http"),
         ("ftp://host", "does not begin with http"),
-        ("http://", "names no host"),
-        ("http://:8000", "names no host"),
+        ("http://", "has no host"),
+        ("http://:8000", "has no host"),
         ("http://host:0", "no usable port"),
         ("http://host:99999", "out of range"),
         ("http://host:abc", "'http://host:abc'"),
         ("http://[::1", "'http://\\[::1'"),
-        ("http://host /", "characters that no URL has"),
-        ("http://host\r\nX: y", "characters that no URL has"),
-        ("http://höst", "characters that no URL has"),
-        ("http://user:secret@host", "names user, query or fragment"),
-        ("http://host/?a=b", "names user, query or fragment"),
-        ("http://host/a/../b", "walks with dots"),
-        ("http://host:8000/v1", "leave off the /v1, clients send it: http://host:8000$"),
-        ("http://host:8000/a/v1/", "leave off the /v1, clients send it: http://host:8000/a$"),
+        ("http://host /", "characters that are not allowed in a URL"),
+        ("http://host\r\nX: y", "characters that are not allowed in a URL"),
+        ("http://höst", "characters that are not allowed in a URL"),
+        ("http://user:secret@host", "has a user, query or fragment"),
+        ("http://host/?a=b", "has a user, query or fragment"),
+        ("http://host/a/../b", "has dot segments"),
+        ("http://host:8000/v1", "omit the /v1, clients send it: http://host:8000$"),
+        ("http://host:8000/a/v1/", "omit the /v1, clients send it: http://host:8000/a$"),
     ],
 )
 def test_an_upstream_that_cannot_work_is_refused_with_the_reason(written, reason):
@@ -64,7 +65,7 @@ def test_the_words_about_a_refused_upstream_do_not_repeat_a_password():
 MAY_BE_ZERO = ("idle_connection_s", "shutdown_grace_s")
 
 
-@pytest.mark.parametrize("name", [number.name for number in NUMBERS if number.name not in MAY_BE_ZERO])
+@pytest.mark.parametrize("name", [number.name for number in NUMBER_SETTINGS if number.name not in MAY_BE_ZERO])
 @pytest.mark.parametrize("value", [0, -1, float("nan"), float("inf")])
 def test_limits_are_above_zero(name, value):
     with pytest.raises(SettingsError, match=f"{name} is {value}; expected a number above 0"):
@@ -85,14 +86,14 @@ def test_a_body_that_would_never_fit_the_budget_is_refused():
         ProxySettings("http://h", max_body_bytes=100, max_bodies_bytes=199)
 
 
-@pytest.mark.parametrize("number", NUMBERS, ids=lambda number: number.name)
+@pytest.mark.parametrize("number", NUMBER_SETTINGS, ids=lambda number: number.name)
 def test_each_number_is_a_flag_before_a_variable_before_a_default(number):
     value = number.default + 1
 
-    assert numbers_from({}, {}) == {}
-    assert numbers_from({}, {number.variable: str(value)}) == {number.name: value}
-    assert numbers_from({number.name: str(value)}, {number.variable: "7"}) == {number.name: value}
-    assert numbers_from({number.name: None}, {number.variable: ""}) == {}
+    assert read_number_settings({}, {}) == {}
+    assert read_number_settings({}, {number.variable: str(value)}) == {number.name: value}
+    assert read_number_settings({number.name: str(value)}, {number.variable: "7"}) == {number.name: value}
+    assert read_number_settings({number.name: None}, {number.variable: ""}) == {}
 
 
 @pytest.mark.parametrize(
@@ -106,18 +107,18 @@ def test_each_number_is_a_flag_before_a_variable_before_a_default(number):
     ],
 )
 def test_a_value_that_cannot_be_read_is_named_with_its_source_and_the_way_out(name, text, words):
-    (number,) = [number for number in NUMBERS if number.name == name]
+    (number,) = [number for number in NUMBER_SETTINGS if number.name == name]
 
     with pytest.raises(SettingsError) as by_flag:
-        numbers_from({name: text}, {})
+        read_number_settings({name: text}, {})
     with pytest.raises(SettingsError) as by_variable:
-        numbers_from({}, {number.variable: text})
+        read_number_settings({}, {number.variable: text})
 
     assert str(by_flag.value) == f"{number.flag} is {words}"
     assert str(by_variable.value) == f"{number.variable} is {words}"
 
 
-@pytest.mark.parametrize("number", NUMBERS, ids=lambda number: number.name)
+@pytest.mark.parametrize("number", NUMBER_SETTINGS, ids=lambda number: number.name)
 def test_each_number_is_a_line_of_the_docs(number):
     line = f"| `{number.flag}` | `{number.variable}` | {number.default} | {number.meaning} |"
 

@@ -25,7 +25,7 @@ from tests.harness.steps import Steps, with_settings
 from tests.harness.tenancy import TENANTS, mark_of, prefix_of
 from tokencake import protocol
 from tokencake_proxy.tenants import TenantScope
-from tokencake_proxy.upstream import Call
+from tokencake_proxy.upstream import ForwardedRequest
 from tokencake_vllm.api.routes import TokenCakeEndpoints
 from tokencake_vllm.scheduler import create_scheduler
 
@@ -55,10 +55,10 @@ class World:
         assert name == "tokencake"
         return [getattr(self.scheduler, method)(*json.loads(json.dumps(args)))]  # as it crosses vLLM's RPC
 
-    def _scoped(self, key: str, route: str, target: str, body: Any) -> Call:
+    def _scoped(self, key: str, route: str, target: str, body: Any) -> ForwardedRequest:
         text = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
-        lines = [(b"authorization", f"Bearer {key}".encode())]
-        return self._scope.scoped(Call("POST", target.encode(), lines, text), route)
+        headers = [(b"authorization", f"Bearer {key}".encode())]
+        return self._scope.scoped(ForwardedRequest("POST", target.encode(), headers, text), route)
 
     def call(
         self, key: str, tokens: list[int], hint: dict[str, Any] | None = None, max_tokens: int = 4, **body: Any

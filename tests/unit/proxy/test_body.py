@@ -1,4 +1,4 @@
-"""Bodies cost a bounded memory and a bounded time, one by one and all together."""
+"""Request bodies have bounded memory and time, each and together."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from tokencake_proxy.body import Body, Intake
+from tokencake_proxy.body import BodyBudget, RequestBody
 from tokencake_proxy.errors import Refusal
 from tokencake_proxy.settings import ProxySettings
 
@@ -37,7 +37,7 @@ def scarce(engine, start_proxy):
     return start_proxy(engine.url, max_bodies_bytes=200_000, max_body_bytes=100_000)
 
 
-def test_bodies_over_the_budget_are_refused_until_there_is_room(engine, scarce, dial, exchange_bytes, world):
+def test_bodies_over_the_budget_are_refused_until_memory_is_free(engine, scarce, dial, exchange_bytes, world):
     may_answer = threading.Event()
 
     async def script(line):
@@ -64,12 +64,12 @@ def test_bodies_over_the_budget_are_refused_until_there_is_room(engine, scarce, 
     assert scarce.metric("tokencake_proxy_refusals_total", reason="bodies_full") == 1
 
 
-def test_bodies_that_are_being_sent_count_too(scarce, dial, exchange_bytes):
+def test_bodies_that_are_still_arriving_count_too(scarce, dial, exchange_bytes):
     for _ in range(2):
         dial(scarce.port).sendall(head(40_001) + b"x" * 40_000)
     refused = b""
     deadline_s = time.monotonic() + PATIENCE_S
-    while b"bodies_full" not in refused:  # the proxy may not have read the two yet
+    while b"bodies_full" not in refused:  # the proxy may not have read the first two yet
         assert time.monotonic() < deadline_s
         refused = exchange_bytes(scarce.port, head(40_000, b"Connection: close") + b"x" * 40_000)
 
@@ -86,7 +86,7 @@ def test_the_part_of_a_body_that_was_refused_does_not_count(scarce, exchange_byt
         assert status_of(answer) == 413
 
 
-def test_the_part_of_a_body_whose_client_left_does_not_count(scarce, dial, exchange_bytes):
+def test_the_part_of_a_body_of_a_disconnected_client_does_not_count(scarce, dial, exchange_bytes):
     for number in range(1, 6):
         sock = dial(scarce.port)
         sock.sendall(head(90_001) + b"x" * 90_000)
@@ -114,36 +114,36 @@ def test_a_body_does_not_count_while_its_answer_streams(engine, scarce, dial, ex
 
 
 @pytest.fixture
-def intake():
-    return Intake(ProxySettings("http://h", max_body_bytes=10, max_bodies_bytes=120))
+def budget():
+    return BodyBudget(ProxySettings("http://h", max_body_bytes=10, max_bodies_bytes=120))
 
 
-def fill(intake, key):
+def fill(budget, key):
     """Bytes that one key gets."""
     for count in range(1_000):
         try:
-            intake.hold(key, 1)
+            budget.hold(key, 1)
         except Refusal:
-            intake.hold(key, -1)
+            budget.hold(key, -1)
             return count
     raise AssertionError
 
 
-def test_one_key_gets_half_of_what_is_free_and_leaves_room_for_the_next(intake):
-    assert [fill(intake, key) for key in (b"alice", b"bob", b"carol", None)] == [60, 30, 15, 7]
+def test_each_key_gets_half_of_what_is_free(budget):
+    assert [fill(budget, key) for key in (b"alice", b"bob", b"carol", None)] == [60, 30, 15, 7]
 
 
-def test_what_a_key_lets_go_is_free_for_all(intake):
-    fill(intake, b"alice")
-    intake.hold(b"alice", -60)
+def test_released_bytes_are_free_for_all_keys(budget):
+    fill(budget, b"alice")
+    budget.hold(b"alice", -60)
 
-    assert intake.held_bytes == 0
-    assert not intake._held_bytes_by_key
-    assert fill(intake, b"bob") == 60
+    assert budget.held_bytes == 0
+    assert not budget._held_bytes_by_key
+    assert fill(budget, b"bob") == 60
 
 
-def test_a_body_is_counted_once_and_released_once(intake):
-    first, second = Body(intake, b"alice"), Body(intake, b"alice")
+def test_a_body_is_counted_once_and_released_once(budget):
+    first, second = RequestBody(budget, b"alice"), RequestBody(budget, b"alice")
     first._add(8)
     with pytest.raises(Refusal):
         second._add(60)
@@ -151,14 +151,14 @@ def test_a_body_is_counted_once_and_released_once(intake):
     second.release()
     first.release()
 
-    assert intake.held_bytes == 0
+    assert budget.held_bytes == 0
 
 
 # --- time -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("begun", [head(10), head(10) + b"x", head(10_000_000) + b"x" * 100_000])
-def test_a_body_that_does_not_end_is_given_up(engine, start_proxy, exchange_bytes, begun):
+def test_an_incomplete_body_times_out(engine, start_proxy, exchange_bytes, begun):
     proxy = start_proxy(engine.url, upload_timeout_s=0.1)
 
     answer = exchange_bytes(proxy.port, begun)
@@ -168,7 +168,7 @@ def test_a_body_that_does_not_end_is_given_up(engine, start_proxy, exchange_byte
     assert proxy.metric("tokencake_proxy_refusals_total", reason="upload_timeout") == 1
 
 
-def test_dripping_bytes_win_no_time(engine, start_proxy, dial):
+def test_slow_bytes_do_not_extend_the_timeout(engine, start_proxy, dial):
     proxy = start_proxy(engine.url, upload_timeout_s=0.2)
     sock = dial(proxy.port)
     sock.sendall(head(10_000))
@@ -185,7 +185,7 @@ def test_dripping_bytes_win_no_time(engine, start_proxy, dial):
     assert status_of(answer) == 408
 
 
-def test_an_answer_may_take_longer_than_the_upload(engine, start_proxy, http, world):
+def test_a_response_may_take_longer_than_the_upload_timeout(engine, start_proxy, http, world):
     proxy = start_proxy(engine.url, upload_timeout_s=0.1, head_timeout_s=0.1)
 
     async def script(line):
@@ -199,10 +199,10 @@ def test_an_answer_may_take_longer_than_the_upload(engine, start_proxy, http, wo
     assert http.post(f"{proxy.url}/v1/completions", json={}).status_code == 200
 
 
-# --- what is left of a refused body -----------------------------------------------------------------
+# --- the rest of a refused body -----------------------------------------------------------------
 
 
-def test_the_rest_of_a_refused_body_is_read_and_the_connection_goes_on(engine, start_proxy, dial):
+def test_the_rest_of_a_refused_body_is_discarded_and_the_connection_stays_open(engine, start_proxy, dial):
     proxy = start_proxy(engine.url, max_body_bytes=1_000)
     sock = dial(proxy.port)
     sock.sendall(head(5_000_000) + b"x" * 5_000_000)
@@ -213,7 +213,7 @@ def test_the_rest_of_a_refused_body_is_read_and_the_connection_goes_on(engine, s
     assert [request.body for request in engine.requests] == [b"{}"]
 
 
-def test_the_rest_of_a_refused_body_is_not_waited_for_without_end(engine, start_proxy, exchange_bytes):
+def test_waiting_for_the_rest_of_a_refused_body_times_out(engine, start_proxy, exchange_bytes):
     proxy = start_proxy(engine.url, max_body_bytes=1_000, head_timeout_s=0.1)
 
     assert status_of(exchange_bytes(proxy.port, head(5_000_000) + b"x" * 100_000)) == 413
