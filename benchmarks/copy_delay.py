@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "engine")]
 
 from tokencake_vllm.transfer.block_memory import block_views, host_rows  # noqa: E402  # the path comes first
-from tokencake_vllm.transfer.jobs import Job  # noqa: E402
+from tokencake_vllm.transfer.jobs import TransferJob  # noqa: E402
 from tokencake_vllm.transfer.thread_copier import ThreadCopier  # noqa: E402
 
 BLOCKS, BLOCK_WORDS, WIDTH, LAYERS = 200, 64 * 1_024, 1_024, 24
@@ -54,7 +54,7 @@ def main() -> int:
         for kind, seconds in found.items():
             copier.pace(is_computing=kind == "paced", urgent=())
             if kind != "no copy":
-                copier.start(Job(next(ids), "store", everything, everything))
+                copier.start(TransferJob(next(ids), "store", everything, everything))
             seconds.append(step_s(weights, state))
             copier.pace(is_computing=False, urgent=())
             while kind != "no copy" and not (done := copier.finished()):

@@ -95,12 +95,12 @@ class Subject:
 
 
 def _reports(output: Any, kind: Any) -> Any:
-    from tokencake_vllm.transfer.step_messages import Reports  # noqa: PLC0415  # heavy
+    from tokencake_vllm.transfer.step_messages import StepReports  # noqa: PLC0415  # heavy
 
     jobs = output.kv_connector_metadata.jobs
     loads = {job.request for job in jobs if job.request is not None}
     done = {job.id: (1, 1e-3, True) for job in jobs}
-    return kind(finished_recving=loads or None, kv_connector_worker_meta=Reports(done) if done else None)
+    return kind(finished_recving=loads or None, kv_connector_worker_meta=StepReports(done) if done else None)
 
 
 def main() -> int:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final, Self
 import torch
 
 from tokencake_vllm.transfer.block_memory import block_views, host_rows, parts_of
-from tokencake_vllm.transfer.jobs import Done, Job, Kind
+from tokencake_vllm.transfer.jobs import TransferJob, TransferKind, TransferResult
 from tokencake_vllm.transfer.stream_copier import StreamCopier
 
 if TYPE_CHECKING:
@@ -84,25 +84,27 @@ class Rig:
 
     # --- jobs ---------------------------------------------------------------------------------------
 
-    def begin(self, kind: Kind, blocks: Sequence[int], slots: Sequence[int] = (), request: str | None = None) -> int:
+    def begin(
+        self, kind: TransferKind, blocks: Sequence[int], slots: Sequence[int] = (), request: str | None = None
+    ) -> int:
         """Start a job; returns its number."""
         self._jobs += 1
         self.open += 1
-        self.world.start(self.copier, Job(self._jobs, kind, tuple(blocks), tuple(slots), request))
+        self.world.start(self.copier, TransferJob(self._jobs, kind, tuple(blocks), tuple(slots), request))
         return self._jobs
 
-    def begin_all(self, kind: Kind, blocks: Sequence[int], slots: Sequence[int], job_blocks: int) -> None:
+    def begin_all(self, kind: TransferKind, blocks: Sequence[int], slots: Sequence[int], job_blocks: int) -> None:
         """Start jobs of `job_blocks` blocks each."""
         for at in range(0, len(blocks), job_blocks):
             self.begin(kind, blocks[at : at + job_blocks], slots[at : at + job_blocks])
 
-    def finished(self) -> list[Done]:
+    def finished(self) -> list[TransferResult]:
         """Jobs told as ended since the last call."""
         done = self.copier.finished()
         self.open -= len(done)
         return done
 
-    def wait(self, *, until: int | None = None, is_spinning: bool = False) -> list[Done]:
+    def wait(self, *, until: int | None = None, is_spinning: bool = False) -> list[TransferResult]:
         """Wait until all jobs, or the one of number `until`, are told as ended.
 
         Raises:

@@ -17,7 +17,7 @@ from tokencake_vllm.transfer.block_memory import pin
 
 if TYPE_CHECKING:
     from benchmarks.gpu.worlds import Gpu, World
-    from tokencake_vllm.transfer.jobs import Kind
+    from tokencake_vllm.transfer.jobs import TransferKind
 
 GIB: Final = 2**30
 JOB_BYTES: Final = 64 * 2**20
@@ -30,7 +30,7 @@ SHAPES: Final = {
     "Llama-3.3-70B, one of 8 ranks": Shape(layers=80, heads=1, tokens=16, content=2 * 128),
     "Kimi-K2, MLA": Shape(layers=61, heads=1, tokens=64, content=576),
 }
-KINDS: Final[tuple[Kind, Kind]] = ("store", "load")
+KINDS: Final[tuple[TransferKind, TransferKind]] = ("store", "load")
 
 
 def gbps(size: float, seconds: float) -> float:
@@ -74,7 +74,7 @@ def rates(report: Report, world: Gpu, native: Any) -> None:
         torch.cuda.empty_cache()
 
 
-def _ours(rig: Rig, kind: Kind, blocks: list[int], slots: list[int], *, is_spinning: bool = False) -> float:
+def _ours(rig: Rig, kind: TransferKind, blocks: list[int], slots: list[int], *, is_spinning: bool = False) -> float:
     job_blocks = max(1, JOB_BYTES // rig.rows[0].nbytes)
 
     def copy() -> None:
@@ -85,12 +85,12 @@ def _ours(rig: Rig, kind: Kind, blocks: list[int], slots: list[int], *, is_spinn
     return gbps(len(blocks) * rig.rows[0].nbytes, best_s(rig.world, copy))
 
 
-def _plain(rig: Rig, count: int) -> dict[Kind, float]:
+def _plain(rig: Rig, count: int) -> dict[TransferKind, float]:
     host = _host_bytes(rig)[: count * rig.rows[0].nbytes]
     device = torch.empty_like(host, device=rig.world.device)
-    ends: dict[Kind, tuple[torch.Tensor, torch.Tensor]] = {"store": (host, device), "load": (device, host)}
+    ends: dict[TransferKind, tuple[torch.Tensor, torch.Tensor]] = {"store": (host, device), "load": (device, host)}
 
-    def copy(kind: Kind) -> None:
+    def copy(kind: TransferKind) -> None:
         to, from_ = ends[kind]
         to.copy_(from_, non_blocking=True)
         rig.world.settle()

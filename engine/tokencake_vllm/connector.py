@@ -29,9 +29,9 @@ from tokencake.time_scheduler.policy import TimeSettings
 from tokencake_vllm.transfer.copier import make_copier
 from tokencake_vllm.transfer.host_cache import HostCache
 from tokencake_vllm.transfer.host_memory import shortage
-from tokencake_vllm.transfer.host_size import block_bytes_of, host_slots, unfit
-from tokencake_vllm.transfer.jobs import Copier, Done, Job, NoCopier
-from tokencake_vllm.transfer.step_messages import LOST, Jobs, Reports
+from tokencake_vllm.transfer.host_size import block_bytes_of, host_slots, unsupported_reason
+from tokencake_vllm.transfer.jobs import Copier, NoCopier, TransferJob, TransferResult
+from tokencake_vllm.transfer.step_messages import NOOP_LOAD, StepJobs, StepReports
 
 if TYPE_CHECKING:
     import torch
@@ -60,33 +60,33 @@ class TokenCakeConnector(KVConnectorBase_V1, SupportsHMA):
         self.cache: HostCache | None = None
         self._block_tokens = vllm_config.cache_config.block_size
         self._copier: Copier = NoCopier()
-        self._lost_loads: list[str] = []
+        self._noop_loads: list[str] = []
         """Calls that wait for a load that could not be queued."""
-        self._unloadable: set[str] = set()
+        self._not_loading_again: set[str] = set()
         """Calls that will not ask for a load again after such a one."""
-        self._bad_loads: set[str] = set()
-        self._good_loads: set[str] = set()
+        self._failed_loads: set[str] = set()
+        self._loaded: set[str] = set()
         self._reports: dict[int, tuple[int, float, bool]] = {}
         self._slots = 0
         """Of host memory, on this worker."""
         self._tells_slots = False
         # A load that failed must cost time, not the call; vLLM reads this after the connector was made.
         self._kv_transfer_config.kv_load_failure_policy = "recompute"
-        if role == KVConnectorRole.SCHEDULER and self.settings.enabled and (problem := self._unfit()):
+        if role == KVConnectorRole.SCHEDULER and self.settings.enabled and (problem := self._unsupported_reason()):
             logger.warning("TokenCake: the Time Scheduler stays off: %s", problem)
 
     @property
     def is_on(self) -> bool:
         """Whether there is anything to do for this model and these settings."""
-        return self.settings.enabled and self._unfit() is None
+        return self.settings.enabled and self._unsupported_reason() is None
 
     @property
     def off_reason(self) -> str | None:
         """Why there is nothing to do, or None."""
-        return self._unfit() if self.settings.enabled else "the setting time.enabled is false"
+        return self._unsupported_reason() if self.settings.enabled else "the setting time.enabled is false"
 
-    def _unfit(self) -> str | None:
-        return unfit(self._vllm_config, self._kv_cache_config)
+    def _unsupported_reason(self) -> str | None:
+        return unsupported_reason(self._vllm_config, self._kv_cache_config)
 
     @contextlib.contextmanager
     def _contained(self) -> Iterator[None]:
@@ -124,7 +124,7 @@ class TokenCakeConnector(KVConnectorBase_V1, SupportsHMA):
         """Tokens that the host holds behind those on the device; None while they are on their way already."""
         count: int | None = 0
         with self._contained():
-            if self.cache is not None and request.request_id not in self._unloadable:
+            if self.cache is not None and request.request_id not in self._not_loading_again:
                 first = num_computed_tokens // self._block_tokens
                 last = (request.num_tokens - 1) // self._block_tokens
                 count = self.cache.match(request.request_id, request.block_hashes[:last], first)
@@ -140,8 +140,8 @@ class TokenCakeConnector(KVConnectorBase_V1, SupportsHMA):
             device_ids = blocks.get_block_ids()[0] if count else ()
             is_queued = self.cache.admit(request.request_id, request.block_hashes, device_ids, count)
         if num_external_tokens and not is_queued:
-            self._lost_loads.append(request.request_id)
-            self._unloadable.add(request.request_id)
+            self._noop_loads.append(request.request_id)
+            self._not_loading_again.add(request.request_id)
 
     def request_finished_all_groups(
         self,
@@ -150,7 +150,7 @@ class TokenCakeConnector(KVConnectorBase_V1, SupportsHMA):
     ) -> tuple[bool, dict[str, Any] | None]:
         """Never delays the freeing: what a copy needs is pinned block by block."""
         told = None
-        self._unloadable.discard(request.request_id)
+        self._not_loading_again.discard(request.request_id)
         with self._contained():
             if self.cache is not None:
                 self.cache.forget_match(request.request_id)
@@ -161,16 +161,16 @@ class TokenCakeConnector(KVConnectorBase_V1, SupportsHMA):
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         """The jobs that were queued since the last step."""
         if self.cache is None:
-            return Jobs()
-        jobs, urgent = self.cache.transfers.take()
-        lost, self._lost_loads = self._lost_loads, []
-        jobs += [Job(LOST, "load", (), request=name) for name in lost]
-        return Jobs(jobs, urgent, is_computing=scheduler_output.total_num_scheduled_tokens > 0)
+            return StepJobs()
+        jobs, urgent = self.cache.transfers.drain_jobs()
+        lost, self._noop_loads = self._noop_loads, []
+        jobs += [TransferJob(NOOP_LOAD, "load", (), request=name) for name in lost]
+        return StepJobs(jobs, urgent, is_computing=scheduler_output.total_num_scheduled_tokens > 0)
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         """Take the workers' reports."""
         reports = connector_output.kv_connector_worker_meta
-        if self.cache is not None and isinstance(reports, Reports):
+        if self.cache is not None and isinstance(reports, StepReports):
             if reports.slots is not None:
                 with self._contained():
                     self.cache.compare_slots(*reports.slots, host_kv_gib=self.settings.host_kv_gib)
@@ -204,7 +204,7 @@ class TokenCakeConnector(KVConnectorBase_V1, SupportsHMA):
 
     def _make_copier(self, kv_caches: dict[str, torch.Tensor]) -> int:
         """Returns how many slots of host memory there are."""
-        if self._unfit() is not None:
+        if self._unsupported_reason() is not None:
             return 0
         slots = host_slots(self._vllm_config, self._kv_cache_config, self.settings)
         parallel = self._vllm_config.parallel_config
@@ -231,7 +231,7 @@ class TokenCakeConnector(KVConnectorBase_V1, SupportsHMA):
         """A step begins."""
         super().bind_connector_metadata(connector_metadata)
         with self._contained():
-            if isinstance(connector_metadata, Jobs):
+            if isinstance(connector_metadata, StepJobs):
                 self._copier.pace(is_computing=connector_metadata.is_computing, urgent=connector_metadata.urgent)
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:  # noqa: ARG002  # vLLM's signature
@@ -244,17 +244,17 @@ class TokenCakeConnector(KVConnectorBase_V1, SupportsHMA):
 
     def _start(self, *, is_store: bool) -> None:
         metadata = self._connector_metadata
-        for job in metadata.jobs if isinstance(metadata, Jobs) else ():
+        for job in metadata.jobs if isinstance(metadata, StepJobs) else ():
             if (job.kind == "store") == is_store:
                 is_begun = False
                 with self._contained():
-                    if job.id != LOST and self._is_in_range(job):
+                    if job.id != NOOP_LOAD and self._is_in_range(job):
                         self._copier.start(job)
                         is_begun = True
                 if not is_begun:
-                    self._note(Done(job, 0.0, ok=False))
+                    self._record(TransferResult(job, 0.0, ok=False))
 
-    def _is_in_range(self, job: Job) -> bool:
+    def _is_in_range(self, job: TransferJob) -> bool:
         """Whether its blocks and slots exist: a kernel that is given others ends the device's context."""
         blocks = self._kv_cache_config.num_blocks
         is_in_range = (
@@ -274,24 +274,24 @@ class TokenCakeConnector(KVConnectorBase_V1, SupportsHMA):
         """The calls whose load has ended, and those of them whose load failed."""
         with self._contained():
             for done in self._copier.finished():
-                self._note(done)
+                self._record(done)
         results = KVConnectorTransferResults(
-            finished_recving=self._good_loads | self._bad_loads, failed_recving=self._bad_loads
+            finished_recving=self._loaded | self._failed_loads, failed_recving=self._failed_loads
         )
-        self._good_loads, self._bad_loads = set(), set()
+        self._loaded, self._failed_loads = set(), set()
         return results
 
-    def _note(self, done: Done) -> None:
+    def _record(self, done: TransferResult) -> None:
         self._reports[done.job.id] = (1, done.seconds, done.ok)
         if done.job.request is not None:
-            (self._good_loads if done.ok else self._bad_loads).add(done.job.request)
+            (self._loaded if done.ok else self._failed_loads).add(done.job.request)
 
     def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
         """Reports of all jobs that ended."""
         reports, self._reports = self._reports, {}
         slots = (self._slots, self._slots) if self._tells_slots else None
         self._tells_slots = False
-        return Reports(reports, slots) if reports or slots else None
+        return StepReports(reports, slots) if reports or slots else None
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """No layer waits: calls start when their load has ended."""

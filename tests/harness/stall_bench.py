@@ -131,7 +131,7 @@ class Bench:
     def _complete(self, batch: Batch, *, finish_jobs: bool) -> None:
         from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 
-        from tokencake_vllm.transfer.step_messages import Reports
+        from tokencake_vllm.transfer.step_messages import StepReports
 
         self._read(batch)
         self._write(batch)
@@ -141,7 +141,7 @@ class Bench:
         transfers = KVConnectorOutput(
             finished_recving=self.finished or None,
             failed_recving=self.failed,
-            kv_connector_worker_meta=Reports(self.reports) if self.reports else None,
+            kv_connector_worker_meta=StepReports(self.reports) if self.reports else None,
         )
         self.finished, self.failed, self.reports = set(), set(), {}
         ids = list(batch.output.num_scheduled_tokens)
@@ -204,7 +204,7 @@ class Bench:
         owners: Counter[int] = Counter()
         for table in scheduler.kv_cache_manager.coordinator.single_type_managers[0].req_to_blocks.values():
             owners.update(block.block_id for block in table)
-        for blocks in cache.held.values():
+        for blocks in cache.pinned.values():
             owners.update(block.block_id for block in blocks)
         for _, blocks in scheduler.deferred_frees:
             owners.update(block.block_id for block in blocks)

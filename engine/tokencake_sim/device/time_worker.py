@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 from vllm.v1.outputs import KVConnectorOutput
 
-from tokencake_vllm.transfer.step_messages import Jobs, Reports
+from tokencake_vllm.transfer.step_messages import StepJobs, StepReports
 
 if TYPE_CHECKING:
     from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
 
     from tokencake_sim.device.worker import Links
-    from tokencake_vllm.transfer.jobs import Job
+    from tokencake_vllm.transfer.jobs import TransferJob
 
 
 class TimeWorker:
@@ -22,11 +22,11 @@ class TimeWorker:
     def __init__(self, links: Links, block_bytes: int) -> None:
         self._links = links
         self._block_bytes = block_bytes
-        self._done: list[tuple[float, int, Job, float]] = []
+        self._done: list[tuple[float, int, TransferJob, float]] = []
 
     def start(self, metadata: KVConnectorMetadata | None, now_s: float, computed_s: float) -> None:
         """Queue the jobs of a step; a store reads what earlier steps write, a load starts at once."""
-        for job in metadata.jobs if isinstance(metadata, Jobs) else ():
+        for job in metadata.jobs if isinstance(metadata, StepJobs) else ():
             size = len(job.blocks) * self._block_bytes
             is_store = job.kind == "store"
             link = self._links.to_host if is_store else self._links.to_device
@@ -35,7 +35,7 @@ class TimeWorker:
 
     def finished(self, now_s: float) -> KVConnectorOutput | None:
         """Jobs done by `now_s`."""
-        reports = Reports()
+        reports = StepReports()
         calls: set[str] = set()
         while self._done and self._done[0][0] <= now_s:
             _, _, job, seconds = heapq.heappop(self._done)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 logger = init_logger("vllm.tokencake")
 
 
-class Gate:
+class AdmissionGate:
     """Asks the policy, and keeps for it what has been promised and refused since the step began."""
 
     def __init__(
@@ -38,7 +38,7 @@ class Gate:
         registry: Registry,
         contain_errors: ErrorContainment,
     ) -> None:
-        self.private_blocks: Mapping[str, int] = {}
+        self.exclusive_blocks: Mapping[str, int] = {}
         """By running request, as of the last ranking."""
         self.step = 0
         self._settings = settings
@@ -81,7 +81,7 @@ class Gate:
             self._note(call, self._declared(reason), need, now)
         return False
 
-    def note_kept(self, request: Request, call: LiveCall, now: float) -> None:
+    def note_reserved(self, request: Request, call: LiveCall, now: float) -> None:
         """`request` was not asked for: what is free was given up for another call."""
         with self._contain_errors:
             self._note(call, "kept", self._view.needed_blocks(request), now)
@@ -125,7 +125,7 @@ class Gate:
             has_passed_plain=self._has_passed_plain,
             is_closed=self._is_closed,
             passed=tuple(self._passed),
-            private_blocks=self.private_blocks,
+            private_blocks=self.exclusive_blocks,
             taken=tuple(self._taken),
             step=self.step,
         )
@@ -134,7 +134,7 @@ class Gate:
         """What an admitted request will yet take and give."""
         name = request.request_id
         pending = self._view.blocks_of(request.num_tokens) - self._view.allocated_blocks(name)
-        return Promise(self.left_tokens(request), max(0, pending), self._view.private_blocks(name))
+        return Promise(self.left_tokens(request), max(0, pending), self._view.exclusive_blocks(name))
 
     def left_tokens(self, request: Request) -> int:
         """Tokens that its answer will yet have, as far as can be foreseen."""

@@ -16,7 +16,7 @@ from tokencake.space_scheduler.applications import Applications
 from tokencake.space_scheduler.explain import SpaceWords
 from tokencake.space_scheduler.growth import peak_blocks
 from tokencake_vllm.component import SchedulerComponent, TaggedRequest
-from tokencake_vllm.space_scheduler.admission_gate import Gate
+from tokencake_vllm.space_scheduler.admission_gate import AdmissionGate
 from tokencake_vllm.space_scheduler.ranked_queue import RankedQueue
 from tokencake_vllm.space_scheduler.swap import Swap
 from tokencake_vllm.vllm_adapter.block_view import BlockView
@@ -71,7 +71,9 @@ class SpaceComponent(SchedulerComponent):
         self._scheduler, self._registry, self._offload = scheduler, registry, offload
         self._view = BlockView(scheduler.kv_cache_manager, scheduler.block_size)
         self.words = SpaceWords(settings, self.policy, self.applications, registry)
-        self.gate = Gate(settings, self.policy, self.applications, self._view, self.words, registry, contain_errors)
+        self.gate = AdmissionGate(
+            settings, self.policy, self.applications, self._view, self.words, registry, contain_errors
+        )
         self.swap = Swap(scheduler, settings, self.applications, self._view, self.gate, offload)
         self._needs: dict[str, int] = {}
         self._ages: dict[str, Rank] = {}
@@ -144,8 +146,8 @@ class SpaceComponent(SchedulerComponent):
         running = self._scheduler.running
         for request in running:
             self.applications.charge(request.request_id, self._held_share(request), now)
-        self.gate.private_blocks = {
-            request.request_id: self._view.private_blocks(request.request_id)
+        self.gate.exclusive_blocks = {
+            request.request_id: self._view.exclusive_blocks(request.request_id)
             for request in running
             if request.request_id in self.applications.calls
         }
@@ -217,7 +219,7 @@ class SpaceComponent(SchedulerComponent):
         if call is None or self._is_plain or not has_admitted(self._scheduler):
             return True
         if not self.swap.may_start(request.request_id, now):
-            self.gate.note_kept(request, call, now)
+            self.gate.note_reserved(request, call, now)
             return False
         return self.gate.admits(request, call, lambda: admitted_requests(self._scheduler), now)
 

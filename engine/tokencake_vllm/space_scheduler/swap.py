@@ -30,10 +30,10 @@ if TYPE_CHECKING:
     from tokencake.space_scheduler.policy import Rank
     from tokencake.space_scheduler.settings import SpaceSettings
     from tokencake_vllm.component import Offload
-    from tokencake_vllm.space_scheduler.admission_gate import Gate
+    from tokencake_vllm.space_scheduler.admission_gate import AdmissionGate
     from tokencake_vllm.vllm_adapter.block_view import BlockView
 
-_LOST_SHARE: Final = 0.005
+_MAX_RECOMPUTED_SHARE: Final = 0.005
 """Nobody is swapped out while more than this share of all tokens was computed again for calls that were."""
 _START_S: Final = 1.0
 """Whom others gave way to starts within so long, or not at all: vLLM has reasons of its own to pass a call over."""
@@ -48,7 +48,7 @@ class Swap:
         settings: SpaceSettings,
         applications: Applications,
         view: BlockView,
-        gate: Gate,
+        gate: AdmissionGate,
         offload: Offload,
     ) -> None:
         self._scheduler = scheduler
@@ -58,10 +58,10 @@ class Swap:
         self._view = view
         self._gate = gate
         self._losses = Losses()
-        self._heir: str | None = None
+        self._beneficiary: str | None = None
         """The call that others have given way to and that has not started yet."""
-        self._until_s = 0.0
-        self._away: set[str] = set()
+        self._reserved_until_s = 0.0
+        self._swapped_out: set[str] = set()
         """Calls that were swapped out and have not come back."""
 
     def choose(self, ages: Mapping[str, Rank], now: float) -> list[Request]:
@@ -71,7 +71,7 @@ class Swap:
             return []
         request = self._scheduler.requests[head.request_id]
         need = self._view.needed_blocks(request)
-        free = self._view.free_blocks + self._coming_blocks()
+        free = self._view.free_blocks + self._soon_free_blocks()
         if need <= free or need < self._settings.swap_share * self._view.total_blocks:
             return []
         apps = by_seniority((self._calls[name], rank) for name, rank in ages.items() if name in self._calls)
@@ -91,16 +91,16 @@ class Swap:
         for candidate in chosen:
             candidate.call.swaps += 1
             candidate.call.swapped_for = head.app
-        self._heir, self._until_s = head.request_id, now + _START_S
-        self._away |= names
+        self._beneficiary, self._reserved_until_s = head.request_id, now + _START_S
+        self._swapped_out |= names
         return [other for other in self._scheduler.running if other.request_id in names]
 
     def _head(self, now: float) -> LiveCall | None:
         """The first in line, if somebody may be swapped out for it at all."""
         scheduler, settings = self._scheduler, self._settings
-        if settings.policy != "ours" or not settings.swap_oldest or self._is_kept(now) or not scheduler.waiting:
+        if settings.policy != "ours" or not settings.swap_oldest or self._is_reserved(now) or not scheduler.waiting:
             return None
-        if not self._losses.are_within(_LOST_SHARE) or not self._offload.can_restore:
+        if not self._losses.are_within(_MAX_RECOMPUTED_SHARE) or not self._offload.can_restore:
             return None
         request = scheduler.waiting.peek_request()
         head = self._calls.get(request.request_id)
@@ -109,34 +109,36 @@ class Swap:
 
     def may_start(self, request_id: str, now: float) -> bool:
         """Whether this waiting call may take blocks: not what others gave for somebody else."""
-        return not self._is_kept(now) or request_id == self._heir
+        return not self._is_reserved(now) or request_id == self._beneficiary
 
-    def _is_kept(self, now: float) -> bool:
-        request = None if self._heir is None else self._scheduler.requests.get(self._heir)
+    def _is_reserved(self, now: float) -> bool:
+        request = None if self._beneficiary is None else self._scheduler.requests.get(self._beneficiary)
         if request is None or request.status not in ADMISSIBLE:  # it is gone, or has its blocks
-            self._heir = None
-        elif now > self._until_s:
-            self._heir = None
+            self._beneficiary = None
+        elif now > self._reserved_until_s:
+            self._beneficiary = None
             has_room = self._view.blocks_of(request.num_tokens) <= self._view.free_blocks
             call = self._calls.get(request.request_id)
             if call is not None and has_room and not is_paused(self._scheduler):
                 call.is_in_vain = True
-        return self._heir is not None
+        return self._beneficiary is not None
 
     def note_step(self, output: SchedulerOutput) -> None:
         """The step is scheduled: what had calls that come back to compute again?"""
         lost = 0
-        for name in [name for name in self._away if name in output.num_scheduled_tokens or name not in self._calls]:
-            self._away.discard(name)
+        for name in [
+            name for name in self._swapped_out if name in output.num_scheduled_tokens or name not in self._calls
+        ]:
+            self._swapped_out.discard(name)
             if (request := self._scheduler.requests.get(name)) is not None:
                 lost += request.num_tokens - request.num_computed_tokens + output.num_scheduled_tokens.get(name, 0)
         self._losses.add(output.total_num_scheduled_tokens, lost)
 
-    def _coming_blocks(self) -> int:
+    def _soon_free_blocks(self) -> int:
         """Blocks that come free without anybody's end: the step under way or a copy to the host still has them."""
         holds = Counter(self._offload.storing())
         holds.update(block.block_id for block in leaving_blocks(self._scheduler))
-        return self._view.held_only_by(holds)
+        return self._view.freed_if_released(holds)
 
     def _left_tokens(self, request: Request) -> int:
         """As the gate sees it; but who has written more than was expected may go on for as long as it is allowed to."""
@@ -154,7 +156,7 @@ class Swap:
         return [self._candidate(call, request, sizes[call.app.id]) for call, request in able]
 
     def _candidate(self, call: LiveCall, request: Request, size: int) -> Candidate:
-        private = self._view.private_blocks(call.request_id)
+        private = self._view.exclusive_blocks(call.request_id)
         # What calls of other applications hold too does not come free with those of its own.
-        shared = self._view.private_blocks(call.request_id, holders=size) - private
+        shared = self._view.exclusive_blocks(call.request_id, holders=size) - private
         return Candidate(call, private, shared, self._left_tokens(request))

@@ -15,7 +15,7 @@ from tokencake import protocol
 from tokencake_vllm.component import SchedulerComponent, TaggedRequest
 from tokencake_vllm.connector import TokenCakeConnector
 from tokencake_vllm.time_scheduler.forecast_file import ForecastFile
-from tokencake_vllm.time_scheduler.stall_manager import TimeEngine
+from tokencake_vllm.time_scheduler.stall_manager import StallManager
 from tokencake_vllm.vllm_adapter.requests import compute_loads_again, started_requests
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ class TimeComponent(NoOffload):
         clock: Callable[[], float],
     ) -> None:
         super().__init__(None)
-        self.stalls = TimeEngine(scheduler, registry, cache, connector.settings)
+        self.stalls = StallManager(scheduler, registry, cache, connector.settings)
         self._scheduler, self._cache, self._clock = scheduler, cache, clock
         self._contain_errors = contain_errors
         self._forecast_file = ForecastFile(self.stalls.book.forecast, connector.settings.forecast_file)
@@ -167,19 +167,19 @@ class TimeComponent(NoOffload):
 
     def is_due(self, now: float) -> bool:
         """Whether something of ours is due: the step that follows takes it off the list."""
-        return self.stalls.alarm.is_due(now)
+        return self.stalls.wakeups.is_due(now)
 
     def next_due_s(self) -> float | None:
         """When the next stall wants to be looked at."""
-        return self.stalls.alarm.next_s(self.stalls.is_stalled)
+        return self.stalls.wakeups.next_s(self.stalls.is_stalled)
 
     def bind_waker(self, wake: Callable[[], None]) -> None:
         """Remember it."""
-        self.stalls.alarm.wake = wake
+        self.stalls.wakeups.wake = wake
 
     def arm_waker(self, now: float) -> None:
         """Set a timer to the next stall that wants to be looked at."""
-        self.stalls.alarm.arm(now, self.stalls.is_stalled)
+        self.stalls.wakeups.arm(now, self.stalls.is_stalled)
 
     # --- what others ask ------------------------------------------------------------------------------
 
@@ -196,7 +196,7 @@ class TimeComponent(NoOffload):
     @property
     def pinned(self) -> Mapping[str, Sequence[KVCacheBlock]]:
         """Device blocks pinned for stalled agents, by the id of the request that left them."""
-        return self._cache.held
+        return self._cache.pinned
 
     @property
     def can_restore(self) -> bool:
@@ -205,10 +205,10 @@ class TimeComponent(NoOffload):
 
     def yield_pins(self) -> bool:
         """Unpin blocks of stalled agents, as far as the first request in the queue needs them; whether any were."""
-        before = len(self._cache.held)
+        before = len(self._cache.pinned)
         if before:
             self.stalls.yield_pins()
-        return len(self._cache.held) < before
+        return len(self._cache.pinned) < before
 
     def storing(self) -> Mapping[int, int]:
         """How often copies under way to the host hold each device block."""
@@ -216,7 +216,7 @@ class TimeComponent(NoOffload):
 
     def pinned_for(self, tenant: str) -> Sequence[Sequence[KVCacheBlock]]:
         """The pinned blocks of each stalled agent of one tenant."""
-        return self.stalls.held_for(tenant)
+        return self.stalls.pinned_for(tenant)
 
     def describe_sessions(self, sessions: Mapping[str, dict[str, Any]]) -> None:
         """Add to each session's view where its KV is."""
@@ -236,7 +236,7 @@ class TimeComponent(NoOffload):
                 self.stalls.reset()
                 if drops_loads:
                     compute_loads_again(self._scheduler)
-            with self._cache.lent():
+            with self._cache.counted_as_free():
                 yield
         finally:
             self.stalls.is_resetting = False

@@ -31,14 +31,14 @@ if TYPE_CHECKING:
 
 _FREE_SCAN: Final = 1_024
 """Free blocks looked at for such as nobody wants."""
-_DONORS: Final = 8
+_MAX_SOURCES: Final = 8
 """Stalled chains asked for blocks, those needed last first."""
 _LATER_TIMES: Final = 2.0
 _LATER_S: Final = 1.0
 """A chain gives its blocks to one that is needed in less than half the time, less a second (our choice)."""
 
 
-class FreeOrder:
+class FreeQueue:
     """The free queue of one block pool."""
 
     def __init__(self, scheduler: Scheduler, cache: HostCache, chains: Chains, dropped: Dropped) -> None:
@@ -86,24 +86,24 @@ class FreeOrder:
         found = (find_block(self._pool, key) for key in keys)
         move_to_tail(self._pool, [block for block in found if block is not None])
 
-    def worth_less(self, chain: Chain, count: int, now: float) -> list[KVCacheBlock]:
+    def reclaimable(self, chain: Chain, count: int, now: float) -> list[KVCacheBlock]:
         """Up to `count` free blocks that hold nothing, or what is worth less than the blocks of `chain`."""
-        found = list(itertools.islice(self._unwanted(), count))
+        found = list(itertools.islice(self._unreferenced(), count))
         if len(found) < count:
-            found += itertools.islice(self._of_later(chain, now), count - len(found))
+            found += itertools.islice(self._of_later_prefixes(chain, now), count - len(found))
         return found
 
-    def _unwanted(self) -> Iterator[KVCacheBlock]:
+    def _unreferenced(self) -> Iterator[KVCacheBlock]:
         for block in itertools.islice(free_list(self._pool), _FREE_SCAN):
             key = block_hash_of(block)
             if key is None or key not in self._chains.wanted:
                 yield block
 
-    def _of_later(self, chain: Chain, now: float) -> Iterator[KVCacheBlock]:
+    def _of_later_prefixes(self, chain: Chain, now: float) -> Iterator[KVCacheBlock]:
         """From the ends of chains that are needed far later: what is free, wanted by nobody else and on the host."""
         from_s = _LATER_TIMES * chain.rest_s(now) + _LATER_S
         later = [c for c in self._chains if c.phase == "stalled" and c.rest_s(now) > from_s]
-        for donor in sorted(later, key=lambda c: -c.rest_s(now))[:_DONORS]:
+        for donor in sorted(later, key=lambda c: -c.rest_s(now))[:_MAX_SOURCES]:
             for key in reversed(donor.keys[: len(self._cache.tier.ready(donor.keys))]):
                 if self._chains.wanted[key] > 1:
                     break

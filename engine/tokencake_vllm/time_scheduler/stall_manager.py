@@ -1,7 +1,7 @@
 """What does the Time Scheduler do when a call comes, runs, ends or is preempted, and when an event tells of its stall?
 
 What is expected comes from `StallBook`, decisions from `tokencake.policies`; copies go through `HostCache`,
-uploads through `Uploads`, the order of free blocks is kept by `FreeOrder`. Here is what joins them.
+uploads through `Uploads`, the order of free blocks is kept by `FreeQueue`. Here is what joins them.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from tokencake.registry.metric_names import CounterName, CountKey
 from tokencake.time_scheduler.host_tier import Distance
 from tokencake.time_scheduler.policy import CHURN_STEPS, MIN_CHANCE, Decision, Finished, TimeSettings, policy_of
 from tokencake.time_scheduler.stall_tracker import StallBook
-from tokencake_vllm.time_scheduler.free_queue import FreeOrder
+from tokencake_vllm.time_scheduler.free_queue import FreeQueue
 from tokencake_vllm.time_scheduler.uploads import GROWTH_BLOCKS, QUEUE_SCAN, Uploads, demand
-from tokencake_vllm.time_scheduler.wakeup import Alarm
+from tokencake_vllm.time_scheduler.wakeup import WakeupTimer
 from tokencake_vllm.vllm_adapter.requests import cached_tokens, computed_blocks, is_answered, queued_requests
 
 if TYPE_CHECKING:
@@ -36,16 +36,16 @@ if TYPE_CHECKING:
 _PAPER_BACKOFF_STEPS: Final = 8
 _PREFILL_STEP_TOKENS: Final = 256
 """A step with at least so many tokens tells how fast prefill is."""
-LOOK_AGAIN_S: Final = 0.5
+MIN_RETRY_S: Final = 0.5
 """After so long at the earliest, where an upload was not worth its copy yet."""
 IDLE_STEPS: Final = 16
-SHOWN_CHAINS: Final = 4
+SHOWN_PREFIXES: Final = 4
 """Of a session, in the state."""
-AHEAD: Final = 4
+LOOK_AHEAD: Final = 4
 """So often, and at so many stalled agents, is looked while the device has room."""
 
 
-class TimeEngine:
+class StallManager:
     """The Time Scheduler of one vLLM scheduler. Lives on the engine loop."""
 
     def __init__(self, scheduler: Scheduler, registry: Registry, cache: HostCache, settings: TimeSettings) -> None:
@@ -53,15 +53,15 @@ class TimeEngine:
         self.settings = settings
         self.book = StallBook(registry, scheduler.kv_cache_manager.block_pool.num_gpu_blocks)
         self.chains = self.book.chains
-        self.alarm = Alarm()
+        self.wakeups = WakeupTimer()
         self.is_resetting = False
         self._scheduler = scheduler
         self._registry = registry
         self._pool = scheduler.kv_cache_manager.block_pool
         self._policy = policy_of(settings)
-        self._order = FreeOrder(scheduler, cache, self.chains, self.book.dropped)
-        self.uploads = Uploads(scheduler, cache, self.chains, self._order, self._is_worth, self.count)
-        self._parents: dict[str, Chain] = {}
+        self._free_queue = FreeQueue(scheduler, cache, self.chains, self.book.dropped)
+        self.uploads = Uploads(scheduler, cache, self.chains, self._free_queue, self._is_worthwhile, self.count)
+        self._predecessors: dict[str, Chain] = {}
         """Of a waiting call: the chain that it extends, and whose pins it takes over."""
         self._steps = 0
         self._stored_at_step: deque[int] = deque()
@@ -77,14 +77,14 @@ class TimeEngine:
         request, hint = tagged.request, tagged.hint
         keys = list(request.block_hashes)
         parent = self.book.arrive(request.request_id, keys, hint, now, tagged.tenant)
-        self._order.renew(self.book.wake(keys, request.request_id, hint))
+        self._free_queue.renew(self.book.wake(keys, request.request_id, hint))
         if hint is not None and hint.reuse == "final" and hint.parent_call is not None:
             # The last call of a sub-agent: whoever waits for it is back soon.
             for employer in self.book.stalled_at(hint.parent_call):
-                self._refine(employer, now)
+                self._reforecast(employer, now)
         if parent is None:
             return
-        self._parents[request.request_id] = parent
+        self._predecessors[request.request_id] = parent
         parent.due_s = None
         self.uploads.cancel(parent.id)
         if self.uploads.is_late(parent):
@@ -96,15 +96,15 @@ class TimeEngine:
         self.cache.rates.residence.take(-(-request.num_tokens // self.cache.rates.block_tokens), now)
         local, external = cached_tokens(request)
         self.count("kv_tokens_saved", "load", by=external)
-        parent = self._parents.pop(request.request_id, None)
+        parent = self._predecessors.pop(request.request_id, None)
         if parent is not None:
             blocks = local // self.cache.rates.block_tokens
-            if parent.id not in self.cache.held and not self.uploads.has_brought(parent.id):
+            if parent.id not in self.cache.pinned and not self.uploads.has_uploaded(parent.id):
                 was_there = blocks >= len(parent.keys) - 1
                 self.cache.rates.residence.learn(now - parent.since_s, was_there=was_there)
-            gained = self.uploads.settle(parent.id, blocks)
+            gained = self.uploads.resolve(parent.id, blocks)
             self.count("kv_tokens_saved", "upload", by=gained * self.cache.rates.block_tokens)
-            self.cache.release(parent.id)
+            self.cache.unpin(parent.id)
 
     @property
     def can_restore(self) -> bool:
@@ -125,9 +125,9 @@ class TimeEngine:
     def finish(self, request: Request, now: float) -> dict[str, Any] | None:
         """The call still holds its blocks; returns what the client is told of them."""
         name = request.request_id
-        if (parent := self._parents.pop(name, None)) is not None:
-            self.uploads.settle(parent.id, None)
-            self.cache.release(parent.id)
+        if (parent := self._predecessors.pop(name, None)) is not None:
+            self.uploads.resolve(parent.id, None)
+            self.cache.unpin(parent.id)
         if not is_answered(request):
             self.chains.remove(name)
             return None
@@ -137,13 +137,13 @@ class TimeEngine:
             return None
         chain, rest = stalled
         decision = self._policy.at_finish(self._finished(chain, rest), self.cache.rates, self.settings)
-        stored = self._do(decision, chain, blocks, rest, now)
+        stored = self._carry_out(decision, chain, blocks, rest, now)
         for old in self.chains.overflow():
             self.chains.remove(old.id)
-            self._let_go(old)
-        return None if chain.hint is None else {"tokencake": self._told(chain, decision, stored, rest)}
+            self._release(old)
+        return None if chain.hint is None else {"tokencake": self._kv_report(chain, decision, stored, rest)}
 
-    def _told(self, chain: Chain, decision: Decision, stored: int, rest: Stall) -> dict[str, Any]:
+    def _kv_report(self, chain: Chain, decision: Decision, stored: int, rest: Stall) -> dict[str, Any]:
         """What goes back with the answer."""
         call = self.book.call_of(chain)
         return {
@@ -156,7 +156,7 @@ class TimeEngine:
             "queued_s": round(call.scheduled_s - call.arrived_s, 3) if call and call.scheduled_s is not None else None,
         }
 
-    def _do(self, decision: Decision, chain: Chain, blocks: list[KVCacheBlock], rest: Stall, now: float) -> int:
+    def _carry_out(self, decision: Decision, chain: Chain, blocks: list[KVCacheBlock], rest: Stall, now: float) -> int:
         """Act on a decision; returns how many blocks are copied."""
         self.count("kv_decisions", decision.action, decision.why)
         chain.outcome = decision.action
@@ -165,14 +165,14 @@ class TimeEngine:
             return 0
         stored = 0
         if decision.action == "keep":
-            self.cache.hold(chain.id, blocks)
+            self.cache.pin(chain.id, blocks)
             chain.keep_until_s = now + rest.quantile(0.95) + self.settings.short_stall_s
-            self.alarm.set(chain.id, chain.keep_until_s)
+            self.wakeups.set(chain.id, chain.keep_until_s)
         elif decision.action == "offload":
             stored = self._store(chain, chain.keys, blocks)
-            self.cache.part(chain.id, chain.keys)
+            self.cache.mark_offloaded(chain.id, chain.keys)
         self._plan_upload(chain, now, rest)
-        self.alarm.set(chain.id, chain.give_up_s or now)
+        self.wakeups.set(chain.id, chain.give_up_s or now)
         return stored
 
     def _finished(self, chain: Chain, rest: Stall) -> Finished:
@@ -221,12 +221,12 @@ class TimeEngine:
     def _drop(self, chain: Chain) -> None:
         """Nothing will extend it: what only it wanted is the first to be reused, and stays a hit until then."""
         self.book.drop(chain)
-        self._let_go(chain)
+        self._release(chain)
 
-    def _let_go(self, chain: Chain) -> None:
+    def _release(self, chain: Chain) -> None:
         """No call is expected: nothing is held or uploaded for it, and its blocks age as any others."""
-        self.uploads.settle(chain.id, None)
-        self.cache.release(chain.id)
+        self.uploads.resolve(chain.id, None)
+        self.cache.unpin(chain.id)
 
     # --- events -----------------------------------------------------------------------------------------
 
@@ -234,13 +234,13 @@ class TimeEngine:
         """The registry has taken `event` in: see whose stall it changes."""
         told, ended = self.book.hear(event)
         for chain in told:
-            self._refine(chain, now)
+            self._reforecast(chain, now)
         for chain in ended:
             self._drop(chain)
 
-    def _refine(self, chain: Chain, now: float) -> None:
+    def _reforecast(self, chain: Chain, now: float) -> None:
         rest = self.book.refine(chain, now)
-        self.alarm.set(chain.id, chain.give_up_s or now)
+        self.wakeups.set(chain.id, chain.give_up_s or now)
         self._plan_upload(chain, now, rest)
 
     # --- the step ---------------------------------------------------------------------------------------
@@ -249,42 +249,42 @@ class TimeEngine:
         """What is due, and room for those who wait."""
         self._steps += 1
         self._now = now
-        self._order.put_dropped_first()
-        for name in self.alarm.take_due(now):
+        self._free_queue.put_dropped_first()
+        for name in self.wakeups.take_due(now):
             chain = self.chains.by_id.get(name)
             if chain is not None and chain.phase == "stalled":
-                self._look(chain, now)
+                self._on_due(chain, now)
         if self._policy.does_wait_for_demand and self._steps % _PAPER_BACKOFF_STEPS == 0 and self._scheduler.waiting:
-            self._ask_again(now)
-        if self.cache.held:
+            self._retry_refused(now)
+        if self.cache.pinned:
             self.yield_pins()
         if len(self.uploads):
             self.uploads.start(self._steps, now)
         if self._steps % IDLE_STEPS == 0 and self.uploads.is_idle():
             self._look_ahead(now)
 
-    def _look(self, chain: Chain, now: float) -> None:
+    def _on_due(self, chain: Chain, now: float) -> None:
         if chain.give_up_s is not None and chain.give_up_s <= now:
             self.count("kv_stalls", "given_up")
             self.book.give_up(chain)
-            self._let_go(chain)
+            self._release(chain)
             return
         if chain.due_s is not None and chain.due_s <= now:
             chain.due_s = None
             self._learn_residence(chain, now)
-            self.uploads.want(chain.id)
+            self.uploads.add_due(chain.id)
         if chain.keep_until_s is not None and chain.keep_until_s <= now:
-            self._stop_keeping(chain)
+            self._offload_pinned(chain)
 
-    def _is_worth(self, chain: Chain) -> bool:
+    def _is_worthwhile(self, chain: Chain) -> bool:
         """Whether an upload now will be there still when the agent is back; if not, when to ask again."""
         rest = self.book.rest(chain, self._now)
         chance, residence_s = self.book.returns.chance(chain.hint), self._residence_s()
         if not self.book.may_last(chain) and self._policy.may_upload(rest, chance, residence_s):
             return True
         if chance >= MIN_CHANCE:
-            chain.due_s = self._now + max(LOOK_AGAIN_S, rest.quantile(self.settings.upload_quantile))
-            self.alarm.set(chain.id, chain.due_s)
+            chain.due_s = self._now + max(MIN_RETRY_S, rest.quantile(self.settings.upload_quantile))
+            self.wakeups.set(chain.id, chain.due_s)
         return False
 
     def _residence_s(self) -> float:
@@ -292,33 +292,33 @@ class TimeEngine:
 
     def _learn_residence(self, chain: Chain, now: float) -> None:
         """See whether its blocks, which nobody has touched since, are still on the device."""
-        if chain.id not in self.cache.held and not self.uploads.has_brought(chain.id):
+        if chain.id not in self.cache.pinned and not self.uploads.has_uploaded(chain.id):
             self.cache.rates.residence.learn(now - chain.since_s, was_there=self._is_here(chain))
 
     def _plan_upload(self, chain: Chain, now: float, rest: Stall) -> None:
         """Time the upload by the forecast."""
         if self.settings.upload and not chain.is_uploaded:
             chain.due_s = now + self._policy.upload_in_s(rest, len(chain.keys), self.cache.rates, self.settings)
-            self.alarm.set(chain.id, chain.due_s)
+            self.wakeups.set(chain.id, chain.due_s)
 
     def _look_ahead(self, now: float) -> None:
         """The device has room: those who are back next need not wait until their upload is due."""
         planned = [c for c in self.chains if c.due_s is not None and not c.is_uploaded and not self._is_here(c)]
-        for chain in heapq.nsmallest(AHEAD, planned, key=lambda c: c.rest_s(now)):
+        for chain in heapq.nsmallest(LOOK_AHEAD, planned, key=lambda c: c.rest_s(now)):
             self._learn_residence(chain, now)
-            self.uploads.want(chain.id)
+            self.uploads.add_due(chain.id)
 
     def _is_here(self, chain: Chain) -> bool:
         """Whether its end is on the device: the ends go first."""
         return bool(self.cache.on_device(chain.keys[-1:]))
 
-    def _stop_keeping(self, chain: Chain) -> None:
+    def _offload_pinned(self, chain: Chain) -> None:
         """A short stall has become a long one, or somebody needs the room: copy, then let go."""
-        blocks = self.cache.held.get(chain.id)
-        if blocks and not self.uploads.has_brought(chain.id):
+        blocks = self.cache.pinned.get(chain.id)
+        if blocks and not self.uploads.has_uploaded(chain.id):
             self._store(chain, chain.keys[: len(blocks)], blocks)
-        self.cache.release(chain.id)
-        self.cache.part(chain.id, chain.keys)
+        self.cache.unpin(chain.id)
+        self.cache.mark_offloaded(chain.id, chain.keys)
         chain.outcome, chain.keep_until_s = "offload", None
 
     def yield_pins(self) -> None:
@@ -327,19 +327,19 @@ class TimeEngine:
         heir = None
         for request in itertools.islice(self._scheduler.waiting, 1):
             need += -(-request.num_tokens // self._scheduler.block_size)
-            parent = self._parents.get(request.request_id)
+            parent = self._predecessors.get(request.request_id)
             heir = parent.id if parent is not None else None
-        for name in sorted(self.cache.held, key=lambda name: name == heir):
+        for name in sorted(self.cache.pinned, key=lambda name: name == heir):
             if self._pool.get_num_free_blocks() >= need:
                 return
             chain = self.chains.by_id.get(name)
             if chain is not None and chain.keep_until_s is not None:
-                self._stop_keeping(chain)
+                self._offload_pinned(chain)
             else:
-                self.cache.release(name)
+                self.cache.unpin(name)
             self.count("kv_pins", "yielded")
 
-    def _ask_again(self, now: float) -> None:
+    def _retry_refused(self, now: float) -> None:
         """The published gate looks again at what it refused, while the blocks are still there."""
         refused = (c for c in self.chains if c.phase == "stalled" and c.outcome == "leave")
         for chain in list(itertools.islice(refused, QUEUE_SCAN)):
@@ -349,7 +349,7 @@ class TimeEngine:
             rest = self.book.rest(chain, now)
             decision = self._policy.at_finish(self._finished(chain, rest), self.cache.rates, self.settings)
             if decision.action == "offload":
-                self._do(decision, chain, here, rest, now)
+                self._carry_out(decision, chain, here, rest, now)
 
     def after_step(self, started: Sequence[Request], resumed: Sequence[str], now: float) -> None:
         """Some calls got a slot."""
@@ -381,9 +381,9 @@ class TimeEngine:
         self.book.dropped.clear()
         self.cache.reset()
 
-    def held_for(self, tenant: str) -> list[list[KVCacheBlock]]:
+    def pinned_for(self, tenant: str) -> list[list[KVCacheBlock]]:
         """The pinned blocks of each stalled chain of one tenant."""
-        chains = ((self.chains.by_id.get(name), blocks) for name, blocks in self.cache.held.items())
+        chains = ((self.chains.by_id.get(name), blocks) for name, blocks in self.cache.pinned.items())
         return [list(blocks) for chain, blocks in chains if chain is not None and chain.tenant == tenant]
 
     def residency(self, session: str) -> list[dict[str, Any]]:
@@ -396,9 +396,11 @@ class TimeEngine:
                 "blocks": len(chain.keys),
                 "on_device": self.cache.count_on_device(chain.keys),
                 "on_host": self.cache.tier.loadable(chain.keys),
-                "pinned": len(self.cache.held.get(chain.id, ())),
+                "pinned": len(self.cache.pinned.get(chain.id, ())),
             }
-            for chain in heapq.nlargest(SHOWN_CHAINS, self.chains.of_session(session), key=lambda chain: chain.since_s)
+            for chain in heapq.nlargest(
+                SHOWN_PREFIXES, self.chains.of_session(session), key=lambda chain: chain.since_s
+            )
         ]
 
     def count(self, name: CounterName, /, *labels: str, by: float = 1) -> None:

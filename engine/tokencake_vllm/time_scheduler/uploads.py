@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from tokencake.registry.metric_names import CountByName
     from tokencake.time_scheduler.prefixes import Chain, Chains
-    from tokencake_vllm.time_scheduler.free_queue import FreeOrder
+    from tokencake_vllm.time_scheduler.free_queue import FreeQueue
     from tokencake_vllm.transfer.host_cache import HostCache
 
 PER_STEP: Final = 4
@@ -29,7 +29,7 @@ RETRY_STEPS: Final = 4
 """A chain for which there was no room is looked at again so many steps later."""
 QUEUE_SCAN: Final = 32
 """Waiting calls looked at for their demand: those behind will not get room in this step."""
-IDLE_SHARE: Final = 0.5
+IDLE_FREE_SHARE: Final = 0.5
 """A device with so much of it free has room to look ahead (our choice)."""
 GROWTH_BLOCKS: Final = 2
 """Left free for each running call."""
@@ -55,12 +55,12 @@ class Uploads:
         scheduler: Scheduler,
         cache: HostCache,
         chains: Chains,
-        order: FreeOrder,
+        order: FreeQueue,
         is_worth: Callable[[Chain], bool],
         count: CountByName,
     ) -> None:
         self._scheduler, self._cache, self._chains = scheduler, cache, chains
-        self._order, self._is_worth, self._count = order, is_worth, count
+        self._free_queue, self._is_worthwhile, self._count = order, is_worth, count
         self._pool = scheduler.kv_cache_manager.block_pool
         self._ready: dict[str, int] = {}
         """Chains whose upload is due; the step at which one was refused for want of room, or 0."""
@@ -70,7 +70,7 @@ class Uploads:
     def __len__(self) -> int:
         return len(self._ready)
 
-    def want(self, chain_id: str) -> None:
+    def add_due(self, chain_id: str) -> None:
         """Its time has come."""
         self._ready.setdefault(chain_id, 0)
 
@@ -78,7 +78,7 @@ class Uploads:
         """Start nothing more for it."""
         self._ready.pop(chain_id, None)
 
-    def has_brought(self, chain_id: str) -> bool:
+    def has_uploaded(self, chain_id: str) -> bool:
         """Whether blocks were uploaded for it, or are on their way."""
         return chain_id in self._spans
 
@@ -87,7 +87,7 @@ class Uploads:
         span = self._spans.get(chain.id)
         return span is not None and any(key in self._cache.loading for key in chain.keys[span[0] : span[1]])
 
-    def settle(self, chain_id: str, local_blocks: int | None) -> int:
+    def resolve(self, chain_id: str, local_blocks: int | None) -> int:
         """The call came and hit `local_blocks` on the device, or (None) it will not come.
 
         Returns:
@@ -111,7 +111,7 @@ class Uploads:
     def start(self, step: int, now: float) -> None:
         """Start what is due and finds room."""
         due = [name for name, refused in self._ready.items() if not refused or step - refused >= RETRY_STEPS]
-        room = self._spare() if due else 0
+        room = self._spare_blocks() if due else 0
         for name in due[:PER_STEP]:
             chain = self._chains.by_id.get(name)
             if chain is None or chain.is_uploaded:
@@ -125,12 +125,12 @@ class Uploads:
                 self.cancel(name)
                 move_to_tail(self._pool, here)
                 continue
-            if name not in self._spans and not self._is_worth(chain):
+            if name not in self._spans and not self._is_worthwhile(chain):
                 self.cancel(name)
                 continue
             # Gradually, half of what is missing at a time (paper 4.3); every piece is a hit of its own.
             piece = (left + 1) // 2 if left > self._cache.job_blocks else left
-            found = self._order.worth_less(chain, min(piece, room), now) if room > 0 else []
+            found = self._free_queue.reclaimable(chain, min(piece, room), now) if room > 0 else []
             if len(found) < min(piece, self._cache.job_blocks):
                 self._refuse(name, step)
                 break
@@ -147,20 +147,20 @@ class Uploads:
         cache = self._cache
         is_first = chain.id not in self._spans
         move_to_head(self._pool, found)
-        cache.release(chain.id)
-        cache.hold(chain.id, here)
+        cache.unpin(chain.id)
+        cache.pin(chain.id, here)
 
         def landed(ok: bool) -> None:  # a callback has no keywords
-            cache.release(chain.id)
+            cache.unpin(chain.id)
             if chain.id in self._chains.by_id and ok:
-                self.want(chain.id)  # perhaps there is more of it
+                self.add_due(chain.id)  # perhaps there is more of it
             elif not ok:
                 self._spans.pop(chain.id, None)
                 self._count("kv_uploads", "failed")
 
         started = cache.upload(chain.id, chain.keys, len(here), len(found), landed)
         if not started:
-            cache.release(chain.id)
+            cache.unpin(chain.id)
             return
         if is_first:
             self._count("kv_uploads", "started")
@@ -169,12 +169,12 @@ class Uploads:
 
     # --- room ---------------------------------------------------------------------------------------
 
-    def _spare(self) -> int:
+    def _spare_blocks(self) -> int:
         """Free blocks beyond what waits and what grows."""
         _, waiting_blocks, _ = demand(self._scheduler)
         return int(self._pool.get_num_free_blocks() - waiting_blocks - GROWTH_BLOCKS * len(self._scheduler.running))
 
     def is_idle(self) -> bool:
         """Whether nobody waits, nothing is on its way and half of the device is free."""
-        is_free = self._pool.get_num_free_blocks() >= IDLE_SHARE * self._pool.num_gpu_blocks
+        is_free = self._pool.get_num_free_blocks() >= IDLE_FREE_SHARE * self._pool.num_gpu_blocks
         return is_free and not self._scheduler.waiting and not self._cache.loading and not self._ready

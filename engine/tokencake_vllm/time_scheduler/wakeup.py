@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from math import inf
 
 
-class Alarm:
+class WakeupTimer:
     """Times at which chains want to be looked at."""
 
     def __init__(self) -> None:

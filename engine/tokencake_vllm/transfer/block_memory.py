@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 if TYPE_CHECKING:
-    from tokencake_vllm.transfer.jobs import Job
+    from tokencake_vllm.transfer.jobs import TransferJob
 
 PIN_BYTES: Final = 64 * 2**30
 """At most so much is pinned by one call: from 512 GiB on, one registration for all fails on some drivers."""
@@ -141,7 +141,7 @@ class Checksums:
             total = zlib.crc32(part[index].contiguous().cpu().numpy().tobytes(), total)
         return total
 
-    def check(self, job: Job, views: list[torch.Tensor], slots: list[torch.Tensor]) -> None:
+    def check(self, job: TransferJob, views: list[torch.Tensor], slots: list[torch.Tensor]) -> None:
         """What a copy has left must be what it was to copy.
 
         Raises:

@@ -1,7 +1,7 @@
-"""Which KV goes to host memory, which comes back, and where is it found?
+"""KV blocks in host memory, as the scheduler sees them: stores, loads for a request, uploads, and pinned blocks.
 
-The scheduler's side of every copy; `Transfers` knows those under way. A store pins the device blocks it reads. A
-request-free upload owns fresh device blocks, which become prefix-cache hits only when all ranks have reported it done.
+`InFlightTransfers` holds the copies under way. A store pins the device blocks that it reads. An upload, for which no
+request waits, owns fresh device blocks; they become prefix-cache hits only when all ranks have reported it done.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from vllm.logger import init_logger
 
 from tokencake.registry.metric_names import Count, CountKey
 from tokencake.time_scheduler.host_tier import Distance, HostBlock, HostTier, leading
-from tokencake_vllm.transfer.in_flight import MAX_FAILURES, Transfers
+from tokencake_vllm.transfer.in_flight import MAX_FAILURES, InFlightTransfers
 from tokencake_vllm.vllm_adapter.block_pool import find_block, publish_block
 
 if TYPE_CHECKING:
@@ -45,15 +45,15 @@ class HostCache:
     ) -> None:
         self.tier, self.pool, self.rates, self.job_blocks = tier, pool, rates, job_blocks
         self.count: Count = _uncounted
-        self.held: dict[str, list[KVCacheBlock]] = {}
+        self.pinned: dict[str, list[KVCacheBlock]] = {}
         """Device blocks pinned for a chain, by its id."""
-        self.transfers = Transfers(tier, pool, rates, world_size, self._count)
+        self.transfers = InFlightTransfers(tier, pool, rates, world_size, self._count)
         self._clock = clock
         self._matched: dict[str, tuple[int, list[HostBlock]]] = {}
         self._waiting: set[str] = set()
         """Calls that wait while somebody else's copy brings their prefix."""
         self._mismatch: str | None = None
-        self._parted: dict[str, tuple[int, float]] = {}
+        self._offloaded_since: dict[str, tuple[int, float]] = {}
         """Blocks of a stalled chain that need not stay on the device, and since when."""
         tier.on_evict = self._count_eviction
 
@@ -104,7 +104,7 @@ class HostCache:
     @property
     def pinned_blocks(self) -> int:
         """Device blocks pinned for chains; shared ones count for each."""
-        return sum(len(blocks) for blocks in self.held.values())
+        return sum(len(blocks) for blocks in self.pinned.values())
 
     # --- out ----------------------------------------------------------------------------------------
 
@@ -133,12 +133,12 @@ class HostCache:
         self.count(("kv_offloads", "stored"), len(taken))
         return len(taken)
 
-    def part(self, chain_id: str, keys: Sequence[bytes]) -> None:
+    def mark_offloaded(self, chain_id: str, keys: Sequence[bytes]) -> None:
         """From now on the blocks of a stalled chain that the host has need not stay on the device."""
-        self._parted[chain_id] = (self.tier.known(keys), self._clock())
+        self._offloaded_since[chain_id] = (self.tier.known(keys), self._clock())
 
-    def _rejoin(self, chain_id: str) -> None:
-        blocks, since_s = self._parted.pop(chain_id, (0, 0.0))
+    def _unmark_offloaded(self, chain_id: str) -> None:
+        blocks, since_s = self._offloaded_since.pop(chain_id, (0, 0.0))
         if blocks:
             self.count(("kv_freed_block_seconds",), blocks * (self._clock() - since_s))
 
@@ -156,7 +156,7 @@ class HostCache:
             if request_id not in self._waiting:
                 self._waiting.add(request_id)
                 self.count(("kv_loads", "waited"), 1)
-                self.transfers.hurry(wanted[0])
+                self.transfers.expedite(wanted[0])
             return None
         self._waiting.discard(request_id)
         found = [] if self.is_off else self.tier.ready(wanted)
@@ -206,17 +206,17 @@ class HostCache:
         """About how many leading blocks of the chain are in the device's prefix cache; vLLM evicts its end first."""
         return leading(keys, lambda key: find_block(self.pool, key) is not None)
 
-    def hold(self, chain_id: str, blocks: Sequence[KVCacheBlock]) -> None:
+    def pin(self, chain_id: str, blocks: Sequence[KVCacheBlock]) -> None:
         """Pin device blocks for a chain."""
         if blocks:
-            self._rejoin(chain_id)
+            self._unmark_offloaded(chain_id)
             self.pool.touch(blocks)
-            self.held.setdefault(chain_id, []).extend(blocks)
+            self.pinned.setdefault(chain_id, []).extend(blocks)
 
-    def release(self, chain_id: str) -> int:
+    def unpin(self, chain_id: str) -> int:
         """Unpin them; they stay cached until somebody needs the room. Returns how many there were."""
-        self._rejoin(chain_id)
-        blocks = self.held.pop(chain_id, [])
+        self._unmark_offloaded(chain_id)
+        blocks = self.pinned.pop(chain_id, [])
         self.pool.free_blocks(reversed(blocks))
         return len(blocks)
 
@@ -225,7 +225,7 @@ class HostCache:
         host = self.tier.ready(keys[first : first + limit])
         if not host or self.is_off or host[0].key in self.loading:
             return 0
-        self._rejoin(chain_id)
+        self._unmark_offloaded(chain_id)
         device = self.pool.get_new_blocks(len(host))
 
         def finish(ok: bool) -> None:  # a callback
@@ -233,7 +233,7 @@ class HostCache:
                 for index, (block, source) in enumerate(zip(device, host, strict=True)):
                     tokens = (first + index + 1) * self.rates.block_tokens
                     publish_block(self.pool, block, source.key, num_tokens=tokens)
-                self.held.setdefault(chain_id, []).extend(device)
+                self.pinned.setdefault(chain_id, []).extend(device)
             else:
                 self.pool.free_blocks(reversed(device))
             then(ok)
@@ -252,14 +252,14 @@ class HostCache:
 
     def reset(self) -> None:
         """Forget the host's blocks and give back every device block that no worker is writing."""
-        for chain_id in list(self.held):
-            self.release(chain_id)
-        self._parted.clear()
+        for chain_id in list(self.pinned):
+            self.unpin(chain_id)
+        self._offloaded_since.clear()
         self.transfers.reset()
         self.tier.reset()
 
     @contextmanager
-    def lent(self) -> Iterator[None]:
+    def counted_as_free(self) -> Iterator[None]:
         """Meanwhile the pool counts blocks that only a copy holds as free; nobody may allocate."""
-        with self.transfers.lent():
+        with self.transfers.counted_as_free():
             yield

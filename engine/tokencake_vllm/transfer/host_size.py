@@ -46,7 +46,7 @@ def host_slots(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, settings
     return int(settings.host_kv_gib * 2**30 / block_bytes_of(vllm_config, kv_cache_config))
 
 
-def unfit(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> str | None:
+def unsupported_reason(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> str | None:
     """Why the KV of this model cannot be moved, or None."""
     groups = kv_cache_config.kv_cache_groups
     if len(groups) != 1:

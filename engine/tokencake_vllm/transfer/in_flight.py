@@ -17,7 +17,7 @@ from vllm.logger import init_logger
 
 from tokencake.registry.metric_names import Count
 from tokencake.time_scheduler.host_tier import HostBlock, HostTier
-from tokencake_vllm.transfer.jobs import Job, Kind
+from tokencake_vllm.transfer.jobs import TransferJob, TransferKind
 
 if TYPE_CHECKING:
     from vllm.v1.core.block_pool import BlockPool
@@ -35,7 +35,7 @@ MAX_FAILURES: Final = 8
 class _Copy:
     """A job that the workers have, or will have with the next step."""
 
-    job: Job
+    job: TransferJob
     host: list[HostBlock]
     device: list[KVCacheBlock]
     """Held by the job; none of a load that a call waits for, which holds its own blocks."""
@@ -47,7 +47,7 @@ class _Copy:
 
 
 @dataclass(slots=True)
-class Transfers:
+class InFlightTransfers:
     """The copies of one engine between its block pool and its host tier."""
 
     tier: HostTier
@@ -58,7 +58,7 @@ class Transfers:
     loading: Counter[bytes] = field(default_factory=Counter)
     """Blocks on their way to the device."""
     _copies: dict[int, _Copy] = field(default_factory=dict)
-    _queue: list[Job] = field(default_factory=list)
+    _queue: list[TransferJob] = field(default_factory=list)
     _urgent: set[int] = field(default_factory=set)
     _ids: int = 0
     _epoch: int = 0
@@ -86,7 +86,7 @@ class Transfers:
 
     def begin(
         self,
-        kind: Kind,
+        kind: TransferKind,
         host: list[HostBlock],
         device: list[KVCacheBlock],
         *,
@@ -106,20 +106,20 @@ class Transfers:
         """
         self._ids += 1
         blocks = tuple(device_ids) if device_ids is not None else tuple(block.block_id for block in device)
-        job = Job(self._ids, kind, blocks, tuple(block.slot for block in host), request)
+        job = TransferJob(self._ids, kind, blocks, tuple(block.slot for block in host), request)
         if kind == "load":
             self.tier.pin(host)
             self.loading.update(block.key for block in host)
         self._copies[job.id] = _Copy(job, host, device, then, self._epoch)
         self._queue.append(job)
 
-    def hurry(self, key: bytes) -> None:
+    def expedite(self, key: bytes) -> None:
         """A call waits for this block, which is on its way to the device."""
         for copy in self._copies.values():
             if copy.job.kind == "load" and any(block.key == key for block in copy.host):
                 self._urgent.add(copy.job.id)
 
-    def take(self) -> tuple[list[Job], tuple[int, ...]]:
+    def drain_jobs(self) -> tuple[list[TransferJob], tuple[int, ...]]:
         """The jobs for the workers' next step, and the jobs for which a call waits by now."""
         jobs, self._queue = self._queue, []
         return jobs, tuple(self._urgent)
@@ -150,7 +150,7 @@ class Transfers:
                 copy.device = []
 
     @contextmanager
-    def lent(self) -> Iterator[None]:
+    def counted_as_free(self) -> Iterator[None]:
         """Meanwhile the pool counts the blocks that uploads are writing as free; nobody may allocate."""
         device = list(self.held_blocks())
         self.pool.free_blocks(reversed(device))

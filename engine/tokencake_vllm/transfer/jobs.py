@@ -10,18 +10,18 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Final, Literal, Protocol, TypeAlias
 
-Kind: TypeAlias = Literal["store", "load", "wipe"]
+TransferKind: TypeAlias = Literal["store", "load", "wipe"]
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class TransferJob:
     """Copy `blocks[i]` of the device to (`store`) or from (`load`) `slots[i]` of the host.
 
     `wipe` overwrites the blocks: a test's way to prove that what is read later was copied.
     """
 
     id: int
-    kind: Kind
+    kind: TransferKind
     blocks: tuple[int, ...]
     slots: tuple[int, ...] = ()
     request: str | None = None
@@ -29,10 +29,10 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True)
-class Done:
+class TransferResult:
     """A job is over; `seconds` of copying, without its time in the queue and its rests."""
 
-    job: Job
+    job: TransferJob
     seconds: float
     ok: bool
 
@@ -44,13 +44,13 @@ DRAIN_S: Final = 10.0
 class Copier(Protocol):
     """Carries jobs out in the background. Its methods do not raise."""
 
-    def start(self, job: Job) -> None:
+    def start(self, job: TransferJob) -> None:
         """Begin `job`: stores read what the device has been told to compute so far, loads may overwrite at once."""
 
     def pace(self, *, is_computing: bool, urgent: Collection[int]) -> None:
         """A step begins: whether the device computes in it, and for which jobs a call waits by now."""
 
-    def finished(self) -> list[Done]:
+    def finished(self) -> list[TransferResult]:
         """Jobs that ended since the last call."""
 
     def drain(self) -> None:
@@ -64,16 +64,16 @@ class NoCopier:
     """Stands where there is no host memory: every job fails, and the calls compute what they need."""
 
     def __init__(self) -> None:
-        self._failed: list[Done] = []
+        self._failed: list[TransferResult] = []
 
-    def start(self, job: Job) -> None:
+    def start(self, job: TransferJob) -> None:
         """Refuse it."""
-        self._failed.append(Done(job, 0.0, ok=False))
+        self._failed.append(TransferResult(job, 0.0, ok=False))
 
     def pace(self, *, is_computing: bool, urgent: Collection[int]) -> None:
         """Nothing to do."""
 
-    def finished(self) -> list[Done]:
+    def finished(self) -> list[TransferResult]:
         """Everything, failed."""
         failed, self._failed = self._failed, []
         return failed

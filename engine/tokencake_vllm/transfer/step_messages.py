@@ -7,24 +7,24 @@ from typing import Final
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorWorkerMetadata
 
-from tokencake_vllm.transfer.jobs import Job
+from tokencake_vllm.transfer.jobs import TransferJob
 
-LOST: Final = 0
+NOOP_LOAD: Final = 0
 """The id of a load that copies nothing: the worker reports it as failed, and the call that waits computes."""
 
 
 @dataclass(slots=True)
-class Jobs(KVConnectorMetadata):
+class StepJobs(KVConnectorMetadata):
     """The copies that begin with a step."""
 
-    jobs: list[Job] = field(default_factory=list)
+    jobs: list[TransferJob] = field(default_factory=list)
     urgent: tuple[int, ...] = ()
     """Copies begun earlier for which a call waits by now."""
     is_computing: bool = False
 
 
 @dataclass(slots=True)
-class Reports(KVConnectorWorkerMetadata):
+class StepReports(KVConnectorWorkerMetadata):
     """What workers are through with: job id -> ranks, seconds of the slowest, all well?"""
 
     done: dict[int, tuple[int, float, bool]] = field(default_factory=dict)
@@ -33,11 +33,11 @@ class Reports(KVConnectorWorkerMetadata):
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
         """Both, added up by job."""
-        if not isinstance(other, Reports):
+        if not isinstance(other, StepReports):
             raise TypeError(f"reports of TokenCake cannot be joined with {type(other).__name__}")
         joined = dict(self.done)
         for job_id, (ranks, seconds, ok) in other.done.items():
             have_ranks, have_seconds, have_ok = joined.get(job_id, (0, 0.0, True))
             joined[job_id] = (have_ranks + ranks, max(have_seconds, seconds), have_ok and ok)
         slots = [count for report in (self, other) for count in report.slots or ()]
-        return Reports(joined, (min(slots), max(slots)) if slots else None)
+        return StepReports(joined, (min(slots), max(slots)) if slots else None)

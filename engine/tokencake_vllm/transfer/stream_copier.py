@@ -28,7 +28,7 @@ import torch
 from vllm.logger import init_logger
 
 from tokencake_vllm.transfer.block_memory import Checksums, new_rows, parts_of
-from tokencake_vllm.transfer.jobs import DRAIN_S, Done, Job
+from tokencake_vllm.transfer.jobs import DRAIN_S, TransferJob, TransferResult
 from tokencake_vllm.transfer.slot_transfers import slot_transfers
 
 logger = init_logger("vllm.tokencake")
@@ -60,7 +60,7 @@ class Cuda(Protocol):
 class _Task:
     """A job: the first `place` blocks are submitted."""
 
-    job: Job
+    job: TransferJob
     order: int
     ready: Any
     """The event behind what the compute stream had been given."""
@@ -110,7 +110,7 @@ class _Lane:
     """One direction: jobs by urgency, then by age, in pieces on two halves in turn."""
 
     def __init__(
-        self, views: list[torch.Tensor], rows: torch.Tensor, cuda: Cuda, move: Callable[[Job, int, _Half], int]
+        self, views: list[torch.Tensor], rows: torch.Tensor, cuda: Cuda, move: Callable[[TransferJob, int, _Half], int]
     ) -> None:
         count = max(1, STAGING_BYTES // rows[0].nbytes) if len(rows) else 1
         self.halves = [_Half(views, count, cuda) for _ in range(2)]
@@ -222,12 +222,12 @@ class StreamCopier:
             "load": _Lane(views, rows, cuda, self._load),
         }
         self._under_way: list[_Task] = []
-        self._failed: list[Done] = []
+        self._failed: list[TransferResult] = []
         self._switch_s = sys.getswitchinterval()
         sys.setswitchinterval(min(self._switch_s, SWITCH_S))
         self._threads = [spawn(lane.work) for lane in self._lanes.values()]
 
-    def start(self, job: Job) -> None:
+    def start(self, job: TransferJob) -> None:
         """Queue it, behind what the compute stream has been given so far."""
         is_urgent = job.request is not None or job.kind == "wipe"
         order = _URGENT if is_urgent else _STORE if job.kind == "store" else _UPLOAD
@@ -239,7 +239,7 @@ class StreamCopier:
             self._lanes["store" if job.kind == "store" else "load"].add(task)
         except Exception:
             logger.exception("TokenCake: a %s of %d blocks could not be queued", job.kind, len(job.blocks))
-            self._failed.append(Done(job, 0.0, ok=False))
+            self._failed.append(TransferResult(job, 0.0, ok=False))
 
     def pace(self, *, is_computing: bool, urgent: Collection[int]) -> None:  # noqa: ARG002  # copies need no rests here
         """A step begins: uploads for which a request waits by now go first."""
@@ -251,7 +251,7 @@ class StreamCopier:
         results = [lane.advance() for lane in self._lanes.values()]
         return any(results)
 
-    def _store(self, job: Job, first: int, half: _Half) -> int:
+    def _store(self, job: TransferJob, first: int, half: _Half) -> int:
         last = min(first + len(half.staging), len(job.blocks))
         slots, ids = job.slots[first:last], half.device_ids(job.blocks[first:last])
         for view, staged in zip(self._views, half.parts, strict=True):
@@ -259,7 +259,7 @@ class StreamCopier:
         self._transfers.to_slots(half.staging, slots, half.stream)
         return last - first
 
-    def _load(self, job: Job, first: int, half: _Half) -> int:
+    def _load(self, job: TransferJob, first: int, half: _Half) -> int:
         last = min(first + len(half.staging), len(job.blocks))
         slots, ids = job.slots[first:last], half.device_ids(job.blocks[first:last])
         if job.kind == "wipe":
@@ -271,7 +271,7 @@ class StreamCopier:
             view.index_copy_(0, ids, staged[: last - first])
         return last - first
 
-    def finished(self) -> list[Done]:
+    def finished(self) -> list[TransferResult]:
         """Jobs whose last events have been reached; nothing is waited for."""
         done, self._failed = self._failed, []
         under_way: list[_Task] = []
@@ -283,11 +283,11 @@ class StreamCopier:
                     continue
                 if task.ok and self._checksums is not None and job.kind != "wipe":
                     self._checksums.check(job, self._views, self._slots)
-                done.append(Done(job, self._seconds(task), task.ok))
+                done.append(TransferResult(job, self._seconds(task), task.ok))
             except Exception:
                 logger.exception("TokenCake: a %s of %d blocks failed", job.kind, len(job.blocks))
                 task.ok = False  # the lane drops what is left of it
-                done.append(Done(job, 0.0, ok=False))
+                done.append(TransferResult(job, 0.0, ok=False))
         self._under_way = under_way
         return done
 

@@ -20,7 +20,7 @@ import torch
 from vllm.logger import init_logger
 
 from tokencake_vllm.transfer.block_memory import Checksums, parts_of
-from tokencake_vllm.transfer.jobs import DRAIN_S, Done, Job
+from tokencake_vllm.transfer.jobs import DRAIN_S, TransferJob, TransferResult
 
 logger = init_logger("vllm.tokencake")
 
@@ -36,7 +36,7 @@ _URGENT, _UPLOAD, _STORE = range(3)
 class _Task:
     """A job under way: the first `place` blocks are copied."""
 
-    job: Job
+    job: TransferJob
     order: int
     place: int = 0
     seconds: float = 0.0
@@ -58,14 +58,14 @@ class ThreadCopier:
         self._arrays = [(view.numpy(), slots.numpy()) for view, slots in zip(views, self._slots, strict=True)]
         self._checksums = Checksums() if checks else None
         self._tasks: list[_Task] = []
-        self._done: SimpleQueue[Done] = SimpleQueue()
+        self._done: SimpleQueue[TransferResult] = SimpleQueue()
         self._changed = threading.Condition()
         self._is_computing = self._is_closed = False
         self._rests_until = 0.0
         self._thread = threading.Thread(target=self._work, name="tokencake-copies", daemon=True)
         self._thread.start()
 
-    def start(self, job: Job) -> None:
+    def start(self, job: TransferJob) -> None:
         """Queue it."""
         is_urgent = job.request is not None or job.kind == "wipe"
         order = _URGENT if is_urgent else _STORE if job.kind == "store" else _UPLOAD
@@ -82,7 +82,7 @@ class ThreadCopier:
                     task.order = _URGENT
             self._changed.notify_all()
 
-    def finished(self) -> list[Done]:
+    def finished(self) -> list[TransferResult]:
         """What the thread has done."""
         done = []
         while not self._done.empty():
@@ -120,7 +120,7 @@ class ThreadCopier:
             if is_over:
                 with self._changed:
                     self._tasks.remove(task)
-                    self._done.put(Done(task.job, task.seconds, ok))
+                    self._done.put(TransferResult(task.job, task.seconds, ok))
                     self._changed.notify_all()
 
     def _next(self) -> _Task | None:

@@ -36,16 +36,16 @@ class BlockView:
         """Blocks that so many tokens need."""
         return -(-tokens // self.block_tokens)
 
-    def held_prefix_blocks(self, request: Request, but_for: Mapping[int, int] = _NOTHING) -> int:
+    def held_prefix_blocks(self, request: Request, excluding: Mapping[int, int] = _NOTHING) -> int:
         """Blocks at the head of a waiting request that are on the device and held by others: they cost it nothing.
 
-        Holds in `but_for`, so many by the id of a block, do not count.
+        Holds in `excluding`, so many by the id of a block, do not count.
         """
         hashes, pool = request.block_hashes, self._manager.block_pool
 
         def is_held(index: int) -> bool:
             block = find_block(pool, hashes[index])
-            return block is not None and block.ref_cnt > but_for.get(block.block_id, 0)
+            return block is not None and block.ref_cnt > excluding.get(block.block_id, 0)
 
         # The last token is always computed, so vLLM hits no block that ends behind it.
         return _first_without(is_held, min(len(hashes), (request.num_tokens - 1) // self.block_tokens))
@@ -61,9 +61,9 @@ class BlockView:
         for key in request.block_hashes[: self.held_prefix_blocks(request)]:
             if (block := find_block(self._manager.block_pool, key)) is not None:
                 holds.pop(block.block_id, None)
-        return self.held_only_by(holds)
+        return self.freed_if_released(holds)
 
-    def held_only_by(self, holds: Mapping[int, int]) -> int:
+    def freed_if_released(self, holds: Mapping[int, int]) -> int:
         """Blocks that nobody holds but for these, so many by the id of a block."""
         blocks = self._manager.block_pool.blocks
         return sum(1 for number, count in holds.items() if blocks[number].ref_cnt == count)
@@ -72,7 +72,7 @@ class BlockView:
         """Blocks that a request has."""
         return len(self._manager.coordinator.get_blocks(request_id)[0])
 
-    def private_blocks(self, request_id: str, *, holders: int = 1) -> int:
+    def exclusive_blocks(self, request_id: str, *, holders: int = 1) -> int:
         """Blocks of a request that not more than so many hold; those that only it holds come free with it."""
         blocks = self._manager.coordinator.get_blocks(request_id)[0]
         return len(blocks) - _first_without(lambda index: blocks[index].ref_cnt > holders, len(blocks))

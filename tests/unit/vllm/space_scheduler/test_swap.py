@@ -165,7 +165,7 @@ def test_nobody_gives_way_where_the_first_in_line_would_lose_what_it_shares_with
     engine.call([3] * 320 + [9] * (16 * (free + 20)), "old", 2, app="old")
     for _ in range(8):
         engine.step(finish_jobs=True)
-        assert engine.scheduler.admission.swap._heir is None
+        assert engine.scheduler.admission.swap._beneficiary is None
     assert engine.count("space_swaps") == 0
     engine.run(1_500)
 
@@ -177,7 +177,7 @@ def test_a_slow_copy_is_no_reason_never_to_ask_again(bench: Callable[..., Bench]
     engine.step()
     engine.clock.now += 1.5
     engine.step()
-    assert engine.scheduler.admission.swap._heir is None, "others may go on"
+    assert engine.scheduler.admission.swap._beneficiary is None, "others may go on"
     assert not engine.scheduler.admission.applications.calls[head].is_in_vain
     reasons = {key[1] for key in engine.scheduler.registry.counts if key[0] == "space_refusals"}
     assert "kept" in reasons
@@ -326,7 +326,7 @@ def test_whatever_happens_beside_swaps_every_block_is_accounted_for_and_every_ca
     @settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
     def play(trace: list[tuple[Any, ...]]) -> None:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("tokencake_vllm.space_scheduler.swap._LOST_SHARE", 1.0)
+            patch.setattr("tokencake_vllm.space_scheduler.swap._MAX_RECOMPUTED_SHARE", 1.0)
             patch.setattr(Trace, "_call", with_an_application_each)
             engine = Bench(tiny_model, patch, create=with_space(**EAGER), num_blocks=30, is_async=is_async)
             play_out(engine, trace, limit=3_000)

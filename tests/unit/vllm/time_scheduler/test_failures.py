@@ -20,9 +20,9 @@ from tokencake import protocol
 from tokencake_vllm.connector import TokenCakeConnector
 from tokencake_vllm.transfer import host_memory
 from tokencake_vllm.transfer.host_memory import Memory
-from tokencake_vllm.transfer.host_size import block_bytes_of, host_slots, unfit
-from tokencake_vllm.transfer.jobs import Job, NoCopier
-from tokencake_vllm.transfer.step_messages import Jobs, Reports
+from tokencake_vllm.transfer.host_size import block_bytes_of, host_slots, unsupported_reason
+from tokencake_vllm.transfer.jobs import NoCopier, TransferJob
+from tokencake_vllm.transfer.step_messages import StepJobs, StepReports
 
 
 def stalled_elsewhere(engine: Bench) -> str:
@@ -39,7 +39,7 @@ def broken(*_: Any, **__: Any) -> Any:
     raise ZeroDivisionError("made up")
 
 
-@pytest.mark.parametrize("place", ["match", "admit", "store", "forget_match", "upload", "hold", "release", "on_device"])
+@pytest.mark.parametrize("place", ["match", "admit", "store", "forget_match", "upload", "pin", "unpin", "on_device"])
 def test_a_defect_in_the_cache_costs_no_call(
     bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
@@ -65,7 +65,7 @@ def test_a_load_that_could_not_be_queued_fails_instead_of_being_waited_for(
 ) -> None:
     engine = bench()
     name = stalled_elsewhere(engine)
-    monkeypatch.setattr("tokencake_vllm.transfer.in_flight.Transfers.begin", broken)
+    monkeypatch.setattr("tokencake_vllm.transfer.in_flight.InFlightTransfers.begin", broken)
     follow_up = engine.call(engine.follow_up(name), reuse="final")
     engine.step()
     (job,) = engine.worker.jobs
@@ -145,9 +145,9 @@ def worker(tiny_model: Path, **options: Any) -> TokenCakeConnector:
     return TokenCakeConnector(scheduler.vllm_config, KVConnectorRole.WORKER, scheduler.kv_cache_config)
 
 
-def one_step(connector: TokenCakeConnector, *jobs: Job) -> tuple[set[str], set[str], dict[int, bool]]:
+def one_step(connector: TokenCakeConnector, *jobs: TransferJob) -> tuple[set[str], set[str], dict[int, bool]]:
     """A step as vLLM's model runner makes it: calls loaded, those whose load failed, how the jobs went."""
-    connector.bind_connector_metadata(Jobs(list(jobs)))
+    connector.bind_connector_metadata(StepJobs(list(jobs)))
     connector.start_load_kv(SimpleNamespace())
     connector.wait_for_save()
     results = connector.get_transfer_results(set())
@@ -157,7 +157,11 @@ def one_step(connector: TokenCakeConnector, *jobs: Job) -> tuple[set[str], set[s
     return results.finished_recving, results.failed_recving, done
 
 
-JOBS = (Job(1, "store", (1,), (0,)), Job(2, "load", (2,), (0,), "r"), Job(3, "load", (3,), (0,)))
+JOBS = (
+    TransferJob(1, "store", (1,), (0,)),
+    TransferJob(2, "load", (2,), (0,), "r"),
+    TransferJob(3, "load", (3,), (0,)),
+)
 
 
 def test_every_hook_of_the_worker_survives_a_broken_copier(tiny_model: Path) -> None:
@@ -172,14 +176,14 @@ def test_sleep_waits_for_the_copies_and_calls_find_the_same_memory_after_it(tiny
     connector = worker(tiny_model)
     caches = torch.arange(64.0).reshape(64, 1, 1, 1).repeat(1, 1, 16, 128)
     connector.register_kv_caches({"layer": caches})
-    connector.bind_connector_metadata(Jobs([Job(1, "store", (1,), (0,))]))
+    connector.bind_connector_metadata(StepJobs([TransferJob(1, "store", (1,), (0,))]))
     connector.wait_for_save()
     connector.unregister_kv_caches()
     connector.get_transfer_results(set())
     assert connector.build_connector_worker_meta().done[1][2]
     getattr(connector, "restore_kv_caches", lambda: None)()  # vLLM's own, from 0.33 on
     connector.clear_connector_metadata()
-    connector.bind_connector_metadata(Jobs([Job(2, "load", (5,), (0,))]))
+    connector.bind_connector_metadata(StepJobs([TransferJob(2, "load", (5,), (0,))]))
     connector.start_load_kv(SimpleNamespace())
     connector.unregister_kv_caches()
     assert torch.equal(caches[5], caches[1])
@@ -201,7 +205,7 @@ def test_without_host_memory_every_job_is_reported_as_failed(
 
 
 def slots_told(connector: TokenCakeConnector) -> Any:
-    connector.bind_connector_metadata(Jobs())
+    connector.bind_connector_metadata(StepJobs())
     report = connector.build_connector_worker_meta()
     return None if report is None else report.slots
 
@@ -218,9 +222,9 @@ def test_a_worker_tells_once_how_much_host_memory_it_has(tiny_model: Path, monke
 
 
 def test_reports_of_ranks_name_the_fewest_and_the_most_slots() -> None:
-    joined = Reports({}, (200, 200)).aggregate(Reports({})).aggregate(Reports({}, (100, 100)))
+    joined = StepReports({}, (200, 200)).aggregate(StepReports({})).aggregate(StepReports({}, (100, 100)))
     assert joined.slots == (100, 200)
-    assert Reports({}).aggregate(Reports({})).slots is None
+    assert StepReports({}).aggregate(StepReports({})).slots is None
 
 
 @pytest.mark.parametrize(("fewest", "most", "words"), [(0, 200, "`time.host_kv_gib` is 64"), (100, 200, "100 to 200")])
@@ -248,19 +252,19 @@ def test_as_many_slots_on_every_side_leave_the_time_scheduler_on(bench: Callable
 @pytest.mark.parametrize(
     "job",
     [
-        Job(1, "store", (64,), (0,)),
-        Job(1, "store", (-1,), (0,)),
-        Job(1, "load", (1,), (200,), "r"),
-        Job(1, "load", (1,), (-1,)),
-        Job(1, "load", (1, 2), (1,)),
-        Job(1, "store", (1,), (1, 2)),
-        Job(1, "wipe", (64,)),
+        TransferJob(1, "store", (64,), (0,)),
+        TransferJob(1, "store", (-1,), (0,)),
+        TransferJob(1, "load", (1,), (200,), "r"),
+        TransferJob(1, "load", (1,), (-1,)),
+        TransferJob(1, "load", (1, 2), (1,)),
+        TransferJob(1, "store", (1,), (1, 2)),
+        TransferJob(1, "wipe", (64,)),
     ],
 )
-def test_a_job_with_a_block_that_does_not_exist_never_reaches_the_device(tiny_model: Path, job: Job) -> None:
+def test_a_job_with_a_block_that_does_not_exist_never_reaches_the_device(tiny_model: Path, job: TransferJob) -> None:
     connector = worker(tiny_model)
     connector.register_kv_caches({"layer": torch.zeros(64, 1, 16, 128)})
-    started: list[Job] = []
+    started: list[TransferJob] = []
     connector._copier.start = started.append
     waiting = {"r"} if job.request else set()
     assert one_step(connector, job) == (waiting, waiting, {1: False})
@@ -333,7 +337,7 @@ def test_a_worker_without_caches_refuses_instead_of_keeping_calls_waiting(tiny_m
 def test_a_load_of_nothing_fails(tiny_model: Path) -> None:
     connector = worker(tiny_model)
     connector.register_kv_caches({"layer": torch.zeros(64, 1, 16, 128)})
-    assert one_step(connector, Job(0, "load", (), (), "r"))[:2] == ({"r"}, {"r"})
+    assert one_step(connector, TransferJob(0, "load", (), (), "r"))[:2] == ({"r"}, {"r"})
     connector.shutdown()
 
 
@@ -395,12 +399,12 @@ def test_unlike_layers_are_judged_and_sized_alike_by_scheduler_and_workers(tiny_
         return generate_scheduler_kv_cache_config([of_worker]), of_worker
 
     of_scheduler, of_worker = sides(main=wide, draft=narrow)
-    assert unfit(vllm_config, of_scheduler) is unfit(vllm_config, of_worker) is None
+    assert unsupported_reason(vllm_config, of_scheduler) is unsupported_reason(vllm_config, of_worker) is None
     expected = wide.page_size_bytes + narrow.page_size_bytes
     assert block_bytes_of(vllm_config, of_scheduler) == block_bytes_of(vllm_config, of_worker) == expected
     assert host_slots(vllm_config, of_scheduler, settings) == host_slots(vllm_config, of_worker, settings)
     _, of_worker = sides(main=wide, other=latent)
-    assert "MLAAttentionSpec" in (unfit(vllm_config, of_worker) or "")
+    assert "MLAAttentionSpec" in (unsupported_reason(vllm_config, of_worker) or "")
 
 
 @pytest.mark.parametrize("name", ["decode_context_parallel_size", "prefill_context_parallel_size"])
@@ -408,6 +412,6 @@ def test_with_context_parallelism_the_time_scheduler_stays_off(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     connector = worker(tiny_model)
-    assert unfit(connector._vllm_config, connector._kv_cache_config) is None
+    assert unsupported_reason(connector._vllm_config, connector._kv_cache_config) is None
     monkeypatch.setattr(connector._vllm_config.parallel_config, name, 2)
-    assert unfit(connector._vllm_config, connector._kv_cache_config) is not None
+    assert unsupported_reason(connector._vllm_config, connector._kv_cache_config) is not None

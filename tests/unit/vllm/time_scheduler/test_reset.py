@@ -121,7 +121,7 @@ def test_with_a_load_under_way_vllm_refuses_and_the_call_computes(bench: Callabl
 def test_pins_do_not_make_the_reset_fail(bench: Callable[..., Bench]) -> None:
     engine = bench()
     engine.answer(PROMPT, expects_tools={"ls": 0.02}, reuse="extends")
-    assert engine.cache.held
+    assert engine.cache.pinned
     assert engine.scheduler.reset_prefix_cache()
     engine.check()
 

@@ -64,7 +64,7 @@ def test_an_upload_makes_the_next_call_an_ordinary_hit(bench: Callable[..., Benc
     assert engine.tokens_found(follow_up) == (96, 0)
     assert engine.count("kv_uploads", "used") == 1
     assert engine.count("kv_tokens_saved", "upload") == 96
-    assert not engine.cache.held
+    assert not engine.cache.pinned
     engine.check()
 
 
@@ -187,7 +187,7 @@ def test_a_short_stall_is_kept_on_the_device_and_not_copied(bench: Callable[...,
     engine.wipe()
     follow_up = engine.answer(engine.follow_up(name))
     assert engine.tokens_found(follow_up) == (96, 0)
-    assert not engine.cache.held
+    assert not engine.cache.pinned
     engine.check()
 
 
@@ -196,7 +196,7 @@ def test_a_short_stall_that_becomes_long_is_copied(bench: Callable[..., Bench]) 
     name = engine.answer(PROMPT, expects_tools={"ls": 0.02}, reuse="extends")
     engine.clock.now += 5.0
     engine.run()
-    assert not engine.cache.held
+    assert not engine.cache.pinned
     engine.wipe()
     assert engine.tokens_found(engine.answer(engine.follow_up(name))) == (0, 96)
 
@@ -204,7 +204,7 @@ def test_a_short_stall_that_becomes_long_is_copied(bench: Callable[..., Bench]) 
 def test_pins_are_given_up_before_a_call_has_to_wait_for_them(bench: Callable[..., Bench]) -> None:
     engine = bench(num_blocks=20, keep_share=0.9)
     engine.answer(PROMPT, expects_tools={"ls": 0.02}, reuse="extends")
-    assert len(engine.cache.held) == 1
+    assert len(engine.cache.pinned) == 1
     big = engine.call([500 + i for i in range(250)], session="other")
     engine.step()
     assert engine.count("kv_pins", "yielded") == 1
@@ -353,7 +353,7 @@ def test_a_failed_upload_leaves_nothing_behind(bench: Callable[..., Bench]) -> N
     engine.step()
     engine.finish_job(ok=False)
     engine.run()
-    assert not engine.cache.held
+    assert not engine.cache.pinned
     assert engine.tokens_found(engine.answer(engine.follow_up(name))) == (0, 0)
     engine.check()
 

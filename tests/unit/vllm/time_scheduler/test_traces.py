@@ -180,7 +180,7 @@ def test_no_block_is_lost_or_owned_twice(
             # Progress: whatever happened, everything ends and everything is given back.
             engine.run(2_000)
             engine.check()
-            held = sum(len(blocks) for blocks in engine.cache.held.values())
+            held = sum(len(blocks) for blocks in engine.cache.pinned.values())
             assert not engine.cache.is_busy
             assert engine.pool.num_gpu_blocks - 1 - engine.pool.get_num_free_blocks() <= held
             assert len(engine.cache.tier) + engine.cache.tier.free_slots == host_blocks

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from tests.harness.made_up_streams import Device, Event, Stream
 from tokencake_vllm.transfer import block_memory, slot_transfers, stream_copier
 from tokencake_vllm.transfer.block_memory import block_views, new_rows, pin
-from tokencake_vllm.transfer.jobs import Job
+from tokencake_vllm.transfer.jobs import TransferJob
 from tokencake_vllm.transfer.slot_transfers import DriverTransfers, TorchTransfers, runs
 from tokencake_vllm.transfer.stream_copier import StreamCopier
 
@@ -60,7 +60,7 @@ class Bench:
         for number, layer in enumerate(self.layers.values()):
             self.device.compute.enqueue(lambda layer=layer, number=number: layer[block].fill_(value + number))
 
-    def queue(self, job: Job) -> None:
+    def queue(self, job: TransferJob) -> None:
         with self.device:
             self.copier.start(job)
 
@@ -69,7 +69,7 @@ class Bench:
         with self.device:
             return self.copier.advance()
 
-    def start(self, job: Job) -> None:
+    def start(self, job: TransferJob) -> None:
         self.queue(job)
         while self.submit():
             pass
@@ -105,21 +105,21 @@ def switch_interval() -> Iterator[None]:
 def test_a_store_reads_what_the_device_was_given_to_compute_before() -> None:
     bench = Bench()
     bench.compute(1, 10.0)
-    bench.start(Job(1, "store", (1,), (0,)))
+    bench.start(TransferJob(1, "store", (1,), (0,)))
     for stream in bench.device.sides:  # the copy may not overtake
         for _ in range(20):
             stream.advance()
     assert bench.copier.finished() == []
     (done,) = bench.run()
     assert (done.ok, done.seconds) == (True, 0.002)
-    bench.start(Job(2, "load", (5,), (0,)))
+    bench.start(TransferJob(2, "load", (5,), (0,)))
     bench.run()
     assert bench.value(5) == 10.0
 
 
 def test_the_computation_waits_for_no_copy() -> None:
     bench = Bench()
-    bench.start(Job(1, "store", (1,), (0,)))
+    bench.start(TransferJob(1, "store", (1,), (0,)))
     bench.compute(2, 7.0)
     bench.device.compute.synchronize()
     assert bench.value(2) == 7.0
@@ -130,11 +130,11 @@ def test_a_load_is_told_only_when_all_of_it_is_there() -> None:
     bench = Bench(checks=True)
     for block in range(5):
         bench.compute(block, 10.0 * block)
-    bench.start(Job(1, "store", (0, 1, 2, 3, 4), (5, 0, 1, 3, 2)))
+    bench.start(TransferJob(1, "store", (0, 1, 2, 3, 4), (5, 0, 1, 3, 2)))
     bench.run()
-    bench.start(Job(2, "wipe", (0, 1, 2, 3, 4)))
+    bench.start(TransferJob(2, "wipe", (0, 1, 2, 3, 4)))
     bench.run()
-    bench.start(Job(3, "load", (4, 3, 2, 1, 0), (5, 0, 1, 3, 2)))
+    bench.start(TransferJob(3, "load", (4, 3, 2, 1, 0), (5, 0, 1, 3, 2)))
     bench.device.compute.synchronize()
     while not (done := bench.copier.finished()):
         assert any(stream.todo for stream in bench.device.sides)
@@ -147,20 +147,20 @@ def test_a_load_is_told_only_when_all_of_it_is_there() -> None:
 def test_a_failed_copy_is_told_only_when_what_it_began_is_over() -> None:
     bench = Bench()
     bench.device.fails_at = 1
-    bench.start(Job(1, "load", (1, 2), (0, 1)))
+    bench.start(TransferJob(1, "load", (1, 2), (0, 1)))
     assert bench.copier.finished() == []  # the first transfer still writes
     (done,) = bench.run()
     assert not done.ok
     bench.device.fails_at = None
-    bench.start(Job(2, "store", (1,), (0,)))
+    bench.start(TransferJob(2, "store", (1,), (0,)))
     assert [done.ok for done in bench.run()] == [True]
 
 
 def test_before_the_device_s_memory_goes_every_copy_has_ended() -> None:
     bench = Bench()
     bench.compute(1, 10.0)
-    bench.start(Job(1, "store", (1,), (0,)))
-    bench.start(Job(2, "load", (2,), (3,)))
+    bench.start(TransferJob(1, "store", (1,), (0,)))
+    bench.start(TransferJob(2, "load", (2,), (3,)))
     bench.copier.drain()
     assert not any(stream.todo for stream in bench.device.sides)
     assert [(done.job.id, done.ok) for done in bench.copier.finished()] == [(1, True), (2, True)]
@@ -171,7 +171,7 @@ def test_what_is_queued_is_submitted_before_the_device_s_memory_goes() -> None:
     views = block_views({"layer": torch.zeros(BLOCKS, 2, 4, 8)}, BLOCKS)
     copier = StreamCopier(views, new_rows(views, SLOTS, "cpu").zero_(), checks=False, cuda=Immediate())
     for number in range(50):
-        copier.start(Job(number, "load", (0, 1, 2, 3), (0, 1, 2, 3)))
+        copier.start(TransferJob(number, "load", (0, 1, 2, 3), (0, 1, 2, 3)))
     copier.drain()
     assert len(copier.finished()) == 50
     copier.close()
@@ -183,20 +183,20 @@ def test_a_dead_device_fails_every_copy_and_nothing_raises(monkeypatch: pytest.M
     def dead(*_: Any) -> Any:
         raise RuntimeError("CUDA error: device-side assert triggered")
 
-    bench.start(Job(1, "store", (1,), (0,)))
+    bench.start(TransferJob(1, "store", (1,), (0,)))
     monkeypatch.setattr(Event, "query", dead)
     assert [done.ok for done in bench.copier.finished()] == [False]
     monkeypatch.setattr(Event, "record", dead)
-    bench.start(Job(2, "load", (1,), (0,)))
+    bench.start(TransferJob(2, "load", (1,), (0,)))
     assert [done.ok for done in bench.copier.finished()] == [False]
 
 
 def test_a_block_that_changed_on_the_host_fails_its_checksum() -> None:
     bench = Bench(checks=True)
-    bench.start(Job(1, "store", (1,), (2,)))
+    bench.start(TransferJob(1, "store", (1,), (2,)))
     bench.run()
     bench.rows[2] += 1
-    bench.start(Job(2, "load", (3,), (2,)))
+    bench.start(TransferJob(2, "load", (3,), (2,)))
     assert [done.ok for done in bench.run()] == [False]
 
 
@@ -263,18 +263,18 @@ def test_an_error_of_the_driver_fails_the_transfer() -> None:
 
 def test_a_load_that_a_request_waits_for_passes_uploads_started_before_it() -> None:
     bench = Bench()
-    bench.start(Job(1, "store", (0, 1, 2, 3, 4, 5), (0, 1, 2, 3, 4, 5)))
+    bench.start(TransferJob(1, "store", (0, 1, 2, 3, 4, 5), (0, 1, 2, 3, 4, 5)))
     bench.run()
-    bench.queue(Job(2, "load", (0, 1, 2), (0, 1, 2)))
-    bench.queue(Job(3, "load", (3, 4), (3, 4)))
-    bench.queue(Job(4, "load", (5,), (5,), "a request"))
+    bench.queue(TransferJob(2, "load", (0, 1, 2), (0, 1, 2)))
+    bench.queue(TransferJob(3, "load", (3, 4), (3, 4)))
+    bench.queue(TransferJob(4, "load", (5,), (5,), "a request"))
     bench.copier.pace(is_computing=True, urgent=(3,))
     assert [done.job.id for done in bench.run()] == [3, 4, 2]
 
 
 def test_a_job_is_submitted_in_pieces_and_told_once_behind_the_last() -> None:
     bench = Bench()
-    bench.queue(Job(1, "store", (0, 1, 2, 3, 4, 5), (0, 1, 2, 3, 4, 5)))
+    bench.queue(TransferJob(1, "store", (0, 1, 2, 3, 4, 5), (0, 1, 2, 3, 4, 5)))
     bench.submit()
     for stream in bench.device.sides:
         stream.synchronize()
@@ -285,7 +285,7 @@ def test_a_job_is_submitted_in_pieces_and_told_once_behind_the_last() -> None:
 def test_no_more_pieces_are_under_way_than_the_ring_of_ids_has_rows() -> None:
     bench = Bench()
     for number in range(20):
-        bench.queue(Job(number, "load", (0,), (0,)))
+        bench.queue(TransferJob(number, "load", (0,), (0,)))
     with bench.device:
         while bench.copier.advance():
             for half in bench.copier._lanes["load"].halves:
@@ -295,7 +295,7 @@ def test_no_more_pieces_are_under_way_than_the_ring_of_ids_has_rows() -> None:
 
 def test_a_copier_that_is_closed_leaves_the_rest_undone() -> None:
     bench = Bench()
-    bench.queue(Job(1, "store", (0, 1, 2, 3, 4, 5), (0, 1, 2, 3, 4, 5)))
+    bench.queue(TransferJob(1, "store", (0, 1, 2, 3, 4, 5), (0, 1, 2, 3, 4, 5)))
     bench.submit()
     bench.copier.close()
     assert not any(stream.todo for stream in bench.device.sides)
@@ -305,7 +305,7 @@ def test_a_copier_that_is_closed_leaves_the_rest_undone() -> None:
 def test_the_threads_submit_by_themselves_and_end_with_the_copier() -> None:
     bench = Bench()
     copier = StreamCopier(bench.views, bench.rows, checks=False, cuda=Immediate())
-    copier.start(Job(1, "store", (1, 2), (3, 4)))
+    copier.start(TransferJob(1, "store", (1, 2), (3, 4)))
     until = time.monotonic() + 60
     while not (done := copier.finished()):
         assert time.monotonic() < until
@@ -381,7 +381,7 @@ def test_with_pins_as_the_scheduler_holds_them_every_order_gives_the_same(trace:
     """The scheduler never touches a block or slot of a copy under way: then no order of the streams matters."""
     bench = Bench()
     blocks, slots = [-1.0] * BLOCKS, [-1.0] * SLOTS
-    busy: dict[int, Job] = {}
+    busy: dict[int, TransferJob] = {}
     stored: set[int] = set()
     for number, (move, *arguments) in enumerate(trace):
         busy_blocks = {block for job in busy.values() for block in job.blocks}
@@ -396,7 +396,7 @@ def test_with_pins_as_the_scheduler_holds_them_every_order_gives_the_same(trace:
                 into = [slot for slot in arguments[1] if slot not in busy_slots and slot in allowed]
                 count = min(arguments[2], len(some), len(into))
                 if count:
-                    job = Job(number, move, tuple(some[:count]), tuple(into[:count]))
+                    job = TransferJob(number, move, tuple(some[:count]), tuple(into[:count]))
                     bench.queue(job)
                     busy[number] = job
             case "advance":
@@ -414,7 +414,7 @@ def test_with_pins_as_the_scheduler_holds_them_every_order_gives_the_same(trace:
     assert [bench.value(block) if value >= 0 else value for block, value in enumerate(blocks)] == blocks
 
 
-def _settle(job: Job, blocks: list[float], slots: list[float], stored: set[int]) -> None:
+def _settle(job: TransferJob, blocks: list[float], slots: list[float], stored: set[int]) -> None:
     for block, slot in zip(job.blocks, job.slots, strict=True):
         if job.kind == "store":
             slots[slot] = blocks[block]

@@ -15,8 +15,8 @@ import torch
 from tokencake_vllm.transfer import thread_copier
 from tokencake_vllm.transfer.block_memory import block_views, host_rows
 from tokencake_vllm.transfer.copier import make_copier
-from tokencake_vllm.transfer.jobs import Job, NoCopier
-from tokencake_vllm.transfer.step_messages import Reports
+from tokencake_vllm.transfer.jobs import NoCopier, TransferJob
+from tokencake_vllm.transfer.step_messages import StepReports
 from tokencake_vllm.transfer.thread_copier import ThreadCopier
 
 BLOCKS, LAYERS = 6, 3
@@ -86,12 +86,12 @@ def test_a_block_comes_back_bit_by_bit(layout: Any) -> None:
     copier = make_copier(caches, BLOCKS, 4, checks=True)
     before = [block_of(caches, block) for block in (1, 4)]
     others = [block_of(caches, block) for block in (0, 2, 3)]
-    copier.start(Job(1, "store", (1, 4), (3, 0)))
+    copier.start(TransferJob(1, "store", (1, 4), (3, 0)))
     finish(copier)
-    copier.start(Job(2, "wipe", (1, 4, 5)))
+    copier.start(TransferJob(2, "wipe", (1, 4, 5)))
     finish(copier)
     assert not torch.equal(block_of(caches, 1)[0], before[0][0])
-    copier.start(Job(3, "load", (5, 1), (3, 0)))
+    copier.start(TransferJob(3, "load", (5, 1), (3, 0)))
     (done,) = finish(copier)
     assert done.ok
     for block, expected in zip((5, 1), before, strict=True):
@@ -115,8 +115,8 @@ def test_a_shared_cache_is_copied_once() -> None:
 
 def test_a_job_that_cannot_be_done_is_reported_and_the_next_goes_on() -> None:
     copier = make_copier(separate_layers(), BLOCKS, 4, checks=False)
-    copier.start(Job(1, "store", (1,), (99,)))
-    copier.start(Job(2, "store", (1,), (2,)))
+    copier.start(TransferJob(1, "store", (1,), (99,)))
+    copier.start(TransferJob(2, "store", (1,), (2,)))
     assert {done.job.id: done.ok for done in finish(copier, 2)} == {1: False, 2: True}
     copier.close()
 
@@ -125,10 +125,10 @@ def test_a_block_that_changed_on_the_host_fails_its_checksum() -> None:
     views = block_views(separate_layers(), BLOCKS)
     rows = host_rows(views, 4)
     copier = ThreadCopier(views, rows, checks=True)
-    copier.start(Job(1, "store", (1,), (2,)))
+    copier.start(TransferJob(1, "store", (1,), (2,)))
     finish(copier)
     rows[2] += 1
-    copier.start(Job(2, "load", (3,), (2,)))
+    copier.start(TransferJob(2, "load", (3,), (2,)))
     (done,) = finish(copier)
     assert not done.ok
     copier.close()
@@ -172,7 +172,7 @@ def test_while_a_step_computes_a_copy_takes_a_twentieth_of_the_time(monkeypatch:
     copier, clock = big_copier(monkeypatch, 100, rests_on=False)
     copier.pace(is_computing=True, urgent=())
     began = clock.now
-    copier.start(Job(1, kind, tuple(range(100)), tuple(range(100))))
+    copier.start(TransferJob(1, kind, tuple(range(100)), tuple(range(100))))
     (done,) = finish(copier)
     assert 0 < done.seconds < 0.05 * (clock.now - began)
     copier.close()
@@ -182,10 +182,10 @@ def test_a_copy_that_a_call_waits_for_overtakes_and_does_not_rest(monkeypatch: p
     copier, _ = big_copier(monkeypatch, 400)
     copier.pace(is_computing=True, urgent=())
     everything = tuple(range(200))
-    copier.start(Job(1, "store", everything, everything))
-    copier.start(Job(2, "load", tuple(range(200, 300)), tuple(range(200, 300)), "call"))
+    copier.start(TransferJob(1, "store", everything, everything))
+    copier.start(TransferJob(2, "load", tuple(range(200, 300)), tuple(range(200, 300)), "call"))
     assert [done.job.id for done in finish(copier)] == [2]
-    copier.start(Job(3, "load", tuple(range(300, 400)), tuple(range(300, 400))))
+    copier.start(TransferJob(3, "load", tuple(range(300, 400)), tuple(range(300, 400))))
     copier.pace(is_computing=True, urgent=(3,))
     assert [done.job.id for done in finish(copier)] == [3]
     copier.pace(is_computing=False, urgent=())
@@ -196,7 +196,7 @@ def test_a_copy_that_a_call_waits_for_overtakes_and_does_not_rest(monkeypatch: p
 def test_a_copier_that_is_closed_leaves_the_rest_undone(monkeypatch: pytest.MonkeyPatch) -> None:
     copier, _ = big_copier(monkeypatch, 200)
     copier.pace(is_computing=True, urgent=())
-    copier.start(Job(1, "store", tuple(range(200)), tuple(range(200))))
+    copier.start(TransferJob(1, "store", tuple(range(200)), tuple(range(200))))
     copier.close()
     assert not copier._thread.is_alive()
     assert copier.finished() == []
@@ -205,8 +205,8 @@ def test_a_copier_that_is_closed_leaves_the_rest_undone(monkeypatch: pytest.Monk
 def test_a_copier_that_is_drained_has_nothing_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
     copier, _ = big_copier(monkeypatch, 200)
     copier.pace(is_computing=True, urgent=())
-    copier.start(Job(1, "store", tuple(range(200)), tuple(range(200))))
-    copier.start(Job(2, "load", (0,), (0,)))
+    copier.start(TransferJob(1, "store", tuple(range(200)), tuple(range(200))))
+    copier.start(TransferJob(2, "load", (0,), (0,)))
     copier.drain()
     assert {done.job.id for done in copier.finished()} == {1, 2}
     copier.drain()  # twice is once
@@ -220,7 +220,7 @@ def test_without_host_memory_every_job_fails_and_nothing_raises() -> None:
 
     copier = make_copier(separate_layers(), BLOCKS, 4, checks=False, allocate=refuse)
     assert isinstance(copier, NoCopier)
-    copier.start(Job(1, "store", (1,), (2,)))
+    copier.start(TransferJob(1, "store", (1,), (2,)))
     copier.drain()
     assert [done.ok for done in copier.finished()] == [False]
     copier.close()
@@ -231,5 +231,5 @@ def test_a_layout_that_is_not_known_turns_copying_off() -> None:
 
 
 def test_reports_of_two_ranks_add_up() -> None:
-    one, two = Reports({1: (1, 0.5, True), 2: (1, 0.1, True)}), Reports({1: (1, 0.7, False)})
-    assert one.aggregate(two) == Reports({1: (2, 0.7, False), 2: (1, 0.1, True)})
+    one, two = StepReports({1: (1, 0.5, True), 2: (1, 0.1, True)}), StepReports({1: (1, 0.7, False)})
+    assert one.aggregate(two) == StepReports({1: (2, 0.7, False), 2: (1, 0.1, True)})
