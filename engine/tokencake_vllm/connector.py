@@ -1,15 +1,14 @@
-"""How does vLLM move our blocks? As `KVConnectorBase_V1`: a thin shell around `HostCache` and a `Copier`.
+"""KV connector of vLLM: a thin shell around `HostCache` on the scheduler's side and a `Copier` on the workers'.
 
-The scheduler's instance hands jobs to the workers with every step and takes their reports; `time_scheduler`
-decides what to copy and when. Nothing raises into vLLM: an exception on either side is logged, and the call computes
-what it needs.
+The scheduler's instance hands jobs to the workers with every step and takes their reports; `time_scheduler` decides
+what is copied and when. Nothing raises into vLLM: an error on either side is logged, and the request computes what it
+needs.
 """
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
@@ -26,6 +25,7 @@ from tokencake.forecast.costs import Rates
 from tokencake.settings import section
 from tokencake.time_scheduler.host_tier import HostTier
 from tokencake.time_scheduler.policy import TimeSettings
+from tokencake_vllm.component import ErrorContainment
 from tokencake_vllm.transfer.copier import make_copier
 from tokencake_vllm.transfer.host_cache import HostCache
 from tokencake_vllm.transfer.host_memory import shortage
@@ -46,61 +46,56 @@ if TYPE_CHECKING:
 
 logger = init_logger("vllm.tokencake")
 
-Outcome = dict[str, Any] | None
+KVTransferParams = dict[str, Any] | None
 
 
 class TokenCakeConnector(KVConnectorBase_V1, SupportsHMA):
-    """For `--kv-transfer-config`; `tokencake engine` adds it."""
+    """The connector that `--kv-transfer-config` names; `tokencake engine` adds it."""
 
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         self.settings = section(vllm_config.additional_config, "time", TimeSettings)
-        self.on_finished: Callable[[Request], Outcome] | None = None
-        """Set by `TimeComponent`: decides what becomes of a finished call's KV; returns what the client is told."""
+        self.on_finished: Callable[[Request], KVTransferParams] | None = None
+        """Set by `TimeComponent`: decides what becomes of a finished request's KV; returns what its client is told."""
         self.cache: HostCache | None = None
+        self._contain_errors = ErrorContainment(self._count_error)
         self._block_tokens = vllm_config.cache_config.block_size
         self._copier: Copier = NoCopier()
         self._noop_loads: list[str] = []
-        """Calls that wait for a load that could not be queued."""
+        """Requests that wait for a load that could not be queued."""
         self._not_loading_again: set[str] = set()
-        """Calls that will not ask for a load again after such a one."""
+        """Requests that ask for no load any more, after such a one."""
         self._failed_loads: set[str] = set()
         self._loaded: set[str] = set()
         self._reports: dict[int, tuple[int, float, bool]] = {}
         self._slots = 0
-        """Of host memory, on this worker."""
+        """Blocks that this worker's host memory holds."""
         self._tells_slots = False
-        # A load that failed must cost time, not the call; vLLM reads this after the connector was made.
+        # A failed load must cost time, not the request. vLLM reads this after the connector was made.
         self._kv_transfer_config.kv_load_failure_policy = "recompute"
         if role == KVConnectorRole.SCHEDULER and self.settings.enabled and (problem := self._unsupported_reason()):
             logger.warning("TokenCake: the Time Scheduler stays off: %s", problem)
 
     @property
     def is_on(self) -> bool:
-        """Whether there is anything to do for this model and these settings."""
+        """Whether KV is moved, with this model and these settings."""
         return self.settings.enabled and self._unsupported_reason() is None
 
     @property
     def off_reason(self) -> str | None:
-        """Why there is nothing to do, or None."""
+        """Why no KV is moved, or None."""
         return self._unsupported_reason() if self.settings.enabled else "the setting time.enabled is false"
 
     def _unsupported_reason(self) -> str | None:
         return unsupported_reason(self._vllm_config, self._kv_cache_config)
 
-    @contextlib.contextmanager
-    def _contained(self) -> Iterator[None]:
-        """What goes wrong inside is told to the log and the counters, not to vLLM."""
-        try:
-            yield
-        except Exception:
-            logger.exception("TokenCake: a defect of the plug-in; the call is computed as in stock vLLM")
-            if self.cache is not None:
-                self.cache.count(("errors",), 1)
+    def _count_error(self) -> None:
+        if self.cache is not None:
+            self.cache.count(("errors",), 1)
 
     @property
     def requires_kv_delivery(self) -> bool:
-        """A cache: what is not stored is computed again."""
+        """False: what was not stored is computed again."""
         return False
 
     # --- scheduler side -------------------------------------------------------------------------------
@@ -121,9 +116,9 @@ class TokenCakeConnector(KVConnectorBase_V1, SupportsHMA):
         )
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
-        """Tokens that the host holds behind those on the device; None while they are on their way already."""
+        """Tokens that the host holds behind those on the device; None while another copy is bringing them."""
         count: int | None = 0
-        with self._contained():
+        with self._contain_errors:
             if self.cache is not None and request.request_id not in self._not_loading_again:
                 first = num_computed_tokens // self._block_tokens
                 last = (request.num_tokens - 1) // self._block_tokens
@@ -131,11 +126,11 @@ class TokenCakeConnector(KVConnectorBase_V1, SupportsHMA):
         return (None, False) if count is None else (count * self._block_tokens, bool(count))
 
     def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
-        """The scheduler has made room: queue the load."""
+        """The request has got its blocks: queue the load."""
         if self.cache is None:
             return
         is_queued = False
-        with self._contained():
+        with self._contain_errors:
             count = num_external_tokens // self._block_tokens
             device_ids = blocks.get_block_ids()[0] if count else ()
             is_queued = self.cache.admit(request.request_id, request.block_hashes, device_ids, count)
@@ -148,18 +143,18 @@ class TokenCakeConnector(KVConnectorBase_V1, SupportsHMA):
         request: Request,
         block_ids: tuple[list[int], ...],  # noqa: ARG002  # vLLM's signature
     ) -> tuple[bool, dict[str, Any] | None]:
-        """Never delays the freeing: what a copy needs is pinned block by block."""
-        told = None
+        """Never delays the freeing of blocks: a copy pins those that it needs."""
+        params = None
         self._not_loading_again.discard(request.request_id)
-        with self._contained():
+        with self._contain_errors:
             if self.cache is not None:
                 self.cache.forget_match(request.request_id)
             if self.on_finished is not None:
-                told = self.on_finished(request)
-        return False, told
+                params = self.on_finished(request)
+        return False, params
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
-        """The jobs that were queued since the last step."""
+        """Jobs queued since the last step."""
         if self.cache is None:
             return StepJobs()
         jobs, urgent = self.cache.transfers.drain_jobs()
@@ -168,27 +163,27 @@ class TokenCakeConnector(KVConnectorBase_V1, SupportsHMA):
         return StepJobs(jobs, urgent, is_computing=scheduler_output.total_num_scheduled_tokens > 0)
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
-        """Take the workers' reports."""
+        """Take in the workers' reports."""
         reports = connector_output.kv_connector_worker_meta
         if self.cache is not None and isinstance(reports, StepReports):
             if reports.slots is not None:
-                with self._contained():
+                with self._contain_errors:
                     self.cache.compare_slots(*reports.slots, host_kv_gib=self.settings.host_kv_gib)
             for job_id, (ranks, seconds, ok) in reports.done.items():
-                with self._contained():
+                with self._contain_errors:
                     self.cache.transfers.report(job_id, ranks, seconds, ok=ok)
 
     def has_pending_push_work(self) -> bool:
-        """Keeps the engine stepping while a copy is under way; then it sleeps."""
+        """Whether a copy is under way, for which the engine must go on stepping."""
         return self.cache is not None and self.cache.is_busy
 
     def has_pending_block_frees(self) -> bool:
-        """Lets the scheduler wait a moment for blocks that a copy holds, rather than preempt."""
+        """Whether copies hold blocks, for which vLLM waits before it preempts."""
         return self.cache is not None and self.cache.holds_blocks
 
     def reset_cache(self) -> bool | None:
-        """Forget everything on the host."""
-        with self._contained():
+        """Forget all blocks on the host."""
+        with self._contain_errors:
             if self.cache is not None:
                 self.cache.reset()
         return True
@@ -197,13 +192,13 @@ class TokenCakeConnector(KVConnectorBase_V1, SupportsHMA):
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Allocate the host memory, once."""
-        with self._contained():
+        with self._contain_errors:
             if self.settings.enabled:
                 self._slots = self._make_copier(kv_caches)
             self._tells_slots = True
 
     def _make_copier(self, kv_caches: dict[str, torch.Tensor]) -> int:
-        """Returns how many slots of host memory there are."""
+        """Allocate host memory and start the copier; returns how many blocks the memory holds."""
         if self._unsupported_reason() is not None:
             return 0
         slots = host_slots(self._vllm_config, self._kv_cache_config, self.settings)
@@ -223,23 +218,23 @@ class TokenCakeConnector(KVConnectorBase_V1, SupportsHMA):
         return 0 if isinstance(self._copier, NoCopier) else slots
 
     def unregister_kv_caches(self) -> None:
-        """Sleep takes the device's memory now (from vLLM 0.33 on): no copy may be under way. It comes back in place."""
-        with self._contained():
+        """End all copies: sleep is about to take the device's memory (from vLLM 0.33 on), which comes back in place."""
+        with self._contain_errors:
             self._copier.drain()
 
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
-        """A step begins."""
+        """Tell the copier what the step computes and which jobs are urgent."""
         super().bind_connector_metadata(connector_metadata)
-        with self._contained():
+        with self._contain_errors:
             if isinstance(connector_metadata, StepJobs):
                 self._copier.pace(is_computing=connector_metadata.is_computing, urgent=connector_metadata.urgent)
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:  # noqa: ARG002  # vLLM's signature
-        """Begin the loads of this step."""
+        """Start the loads of this step."""
         self._start(is_store=False)
 
     def wait_for_save(self) -> None:
-        """Begin the stores of this step, behind its computation."""
+        """Start the stores of this step, after its computation."""
         self._start(is_store=True)
 
     def _start(self, *, is_store: bool) -> None:
@@ -247,7 +242,7 @@ class TokenCakeConnector(KVConnectorBase_V1, SupportsHMA):
         for job in metadata.jobs if isinstance(metadata, StepJobs) else ():
             if (job.kind == "store") == is_store:
                 is_begun = False
-                with self._contained():
+                with self._contain_errors:
                     if job.id != NOOP_LOAD and self._is_in_range(job):
                         self._copier.start(job)
                         is_begun = True
@@ -255,7 +250,7 @@ class TokenCakeConnector(KVConnectorBase_V1, SupportsHMA):
                     self._record(TransferResult(job, 0.0, ok=False))
 
     def _is_in_range(self, job: TransferJob) -> bool:
-        """Whether its blocks and slots exist: a kernel that is given others ends the device's context."""
+        """Whether its blocks and slots exist: a kernel that is given others would end the device's context."""
         blocks = self._kv_cache_config.num_blocks
         is_in_range = (
             all(0 <= block < blocks for block in job.blocks)
@@ -271,8 +266,8 @@ class TokenCakeConnector(KVConnectorBase_V1, SupportsHMA):
         return is_in_range
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:  # noqa: ARG002  # vLLM's
-        """The calls whose load has ended, and those of them whose load failed."""
-        with self._contained():
+        """Requests whose load has ended, and those of them whose load failed."""
+        with self._contain_errors:
             for done in self._copier.finished():
                 self._record(done)
         results = KVConnectorTransferResults(
@@ -287,21 +282,21 @@ class TokenCakeConnector(KVConnectorBase_V1, SupportsHMA):
             (self._loaded if done.ok else self._failed_loads).add(done.job.request)
 
     def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
-        """Reports of all jobs that ended."""
+        """Reports of the jobs that ended."""
         reports, self._reports = self._reports, {}
         slots = (self._slots, self._slots) if self._tells_slots else None
         self._tells_slots = False
         return StepReports(reports, slots) if reports or slots else None
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """No layer waits: calls start when their load has ended."""
+        """Nothing: a request starts only when its whole load has ended."""
 
     def save_kv_layer(
         self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: AttentionMetadata, **kwargs: Any
     ) -> None:
-        """Nothing by layer: blocks are stored when their call has ended."""
+        """Nothing: blocks are stored when their request has ended."""
 
     def shutdown(self) -> None:
-        """Let the copies under way end."""
-        with self._contained():
+        """Stop the copier."""
+        with self._contain_errors:
             self._copier.close()
