@@ -1,4 +1,4 @@
-"""The LangChain / LangGraph client: swap `ChatOpenAI` for `ChatTokencake`, and vLLM knows its agents."""
+"""The LangChain and LangGraph client: `ChatTokencake` replaces `ChatOpenAI` and tells vLLM about its agents."""
 
 try:
     from tokencake_langgraph.chat_model import ChatTokencake
@@ -13,5 +13,5 @@ except ModuleNotFoundError as error:
 
 __all__ = ["ChatTokencake", "SenderStats", "TokencakeHandler", "flush", "stats", "tool_span"]
 
-# Here and not in the model's constructor: a run may begin before the first model is made, in one of its nodes.
+# Here and not in the model's constructor: the first model may be created inside a run.
 install()

@@ -1,7 +1,7 @@
-"""How does an app call a model and let the engine know who is calling?
+"""`ChatTokencake`, a `ChatOpenAI` whose requests carry a hint.
 
-`ChatTokencake` is a `ChatOpenAI` for vLLM: an app moves over by its import and its constructor. Everything that
-`ChatOpenAI` can do is inherited; here stands what differs.
+An application changes its import and its constructor. The rest of `ChatOpenAI` is inherited; this module has the
+differences.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from tokencake.protocol.parsing import MAX_SECONDS
 from tokencake_langgraph.estimates import estimates_of
 from tokencake_langgraph.handler import TokencakeHandler
 from tokencake_langgraph.lifecycle import CURRENT_CALL, LIFECYCLE
-from tokencake_langgraph.request import stamp, tool_names
-from tokencake_langgraph.response import REASONING_KEY, OncePerStream, lift_chunk, lift_result
-from tokencake_langgraph.sender import EventSender, Target, events_url
+from tokencake_langgraph.request import attach_hint, tool_names
+from tokencake_langgraph.response import REASONING_KEY, ReportOncePerStream, copy_vllm_chunk_fields, copy_vllm_fields
+from tokencake_langgraph.sender import EventSender, EventTarget, events_url
 from tokencake_langgraph.senders import sender_for
 from tokencake_langgraph.settings import with_endpoint
 
@@ -41,36 +41,117 @@ _KEY_VARIABLE: Final = "TOKENCAKE_API_KEY"
 logger = logging.getLogger(__name__)
 
 
-def _in_place_of(method: _Method) -> Callable[[Callable[..., Any]], _Method]:
-    """Give an override the signature of the method it replaces: LangChain's packages look for parameters in it."""
+def _with_signature_of(method: _Method) -> Callable[[Callable[..., Any]], _Method]:
+    """Give an override the signature of the method that it replaces, because LangChain's packages inspect it."""
     return lambda override: cast("_Method", wraps(method)(override))
 
 
 class ChatTokencake(ChatOpenAI):
-    """`ChatOpenAI` whose calls carry their agent's identity, and whose tools report when they run.
+    """`ChatOpenAI` for vLLM with TokenCake: its calls carry their agent's identity, and its tools report their runs.
 
-    Takes every argument of `ChatOpenAI`. Different are: the base URL defaults to `TOKENCAKE_BASE_URL`, else the
-    `OPENAI_` variables, else the proxy on this machine; the key to `TOKENCAKE_API_KEY`, and never to `OPENAI_API_KEY`
-    for a server that the `OPENAI_` variables do not name; streams report their token usage; the Responses API is
-    refused; an `extra_body` or `extra_headers` of a call is merged with the model's.
+    It takes every argument of `ChatOpenAI`, and differs from it in these points: base URL and API key have other
+    defaults (see below), streams report their token usage, the Responses API is refused, and the `extra_body` or
+    `extra_headers` of a call is merged with the model's.
 
-    ```python
-    model = ChatTokencake(model="Qwen/Qwen3-8B", tool_estimates={"search": 4.0})
-    agent = create_agent(model, [search])
-    ```
+    Setup:
+        Install the package and set where the proxy is, unless it is on this machine.
+
+        ```bash
+        pip install 'tokencake[langgraph]'
+        export TOKENCAKE_BASE_URL="http://my-server:8700/v1"
+        export TOKENCAKE_API_KEY="my-key"
+        ```
+
+    Key init args (completion params):
+        model: str
+            Name of the model that vLLM serves.
+        temperature: float | None
+            Sampling temperature.
+        max_completion_tokens: int | None
+            Max number of tokens to generate.
+
+    Key init args (client params):
+        base_url: str | None
+            Default: `TOKENCAKE_BASE_URL`, else the variables of `ChatOpenAI`, else the proxy on this machine.
+        api_key: str | None
+            Default: `TOKENCAKE_API_KEY`. `OPENAI_API_KEY` is used only for a server that an `OPENAI_` variable names.
+        timeout: float | None
+            Timeout for requests, in seconds.
+        max_retries: int | None
+            Max number of retries.
+
+    Key init args (TokenCake):
+        tool_estimates: dict[str, float]
+            Tool name -> expected duration in seconds. Optional: the engine learns durations.
+        importance: float | None
+            Weight of this model's calls against those of other applications, 0 to 10.
+        expected_output_tokens: int | None
+            Expected length of a response.
+        tokencake_enabled: bool
+            False makes it a plain `ChatOpenAI`: no hints and no events.
+
+    Instantiate:
+        ```python
+        from tokencake_langgraph import ChatTokencake
+
+        model = ChatTokencake(model="Qwen/Qwen3-8B", temperature=0, tool_estimates={"search": 4.0})
+        ```
+
+    Invoke:
+        ```python
+        message = model.invoke([("system", "You translate to French."), ("human", "I love programming.")])
+        message.text
+        ```
+
+        `await model.ainvoke(...)` does the same asynchronously.
+
+    Stream:
+        ```python
+        for chunk in model.stream("Tell me a story."):
+            print(chunk.text, end="")
+        ```
+
+    Bind tools:
+        ```python
+        from langchain_core.tools import tool
+
+
+        @tool
+        def search(query: str) -> str:
+            '''Search the documentation.'''
+            return "nothing found"
+
+
+        model.bind_tools([search]).invoke("Search for vLLM.").tool_calls
+        ```
+
+    Agents:
+        ```python
+        from langchain.agents import create_agent
+
+        agent = create_agent(model, [search])
+        result = agent.invoke({"messages": [("human", "Search for vLLM.")]})
+        result["messages"][-1].text
+        ```
+
+        The engine now knows that the calls belong to one agent, and how long its tool takes.
+
+    Response metadata:
+        `message.response_metadata["tokencake"]` is the engine's report on the call, if there is one. The reasoning of
+        the model is in `message.additional_kwargs["reasoning_content"]`.
     """
 
     stream_usage: bool | None = True
     use_responses_api: bool | None = False
     tokencake_enabled: bool = True
-    """False: a plain `ChatOpenAI`, no hint and no events."""
+    """False makes it a plain `ChatOpenAI`: no hints and no events."""
     tool_estimates: dict[str, _Seconds] = Field(default_factory=dict)
-    """Tool name -> seconds it is expected to take. Wins over what a tool's own metadata says."""
+    """Tool name -> expected seconds. It overrides an estimate in a tool's metadata."""
     importance: float | None = Field(default=None, ge=0, le=10)
-    """The weight of this model's calls against other applications', if they are to differ."""
+    """Weight of this model's calls against those of other applications; None for the default weight."""
     expected_output_tokens: int | None = Field(default=None, ge=0, le=1_000_000)
 
-    # --- what it is -----------------------------------------------------------------------------------
+    # --- construction ---------------------------------------------------------------------------------
 
     @model_validator(mode="before")
     @classmethod
@@ -78,25 +159,25 @@ class ChatTokencake(ChatOpenAI):
         return with_endpoint(values, os.environ)
 
     @model_validator(mode="after")
-    def _join_tokencake(self) -> Self:
+    def _set_up_tokencake(self) -> Self:
         if self.use_responses_api:
             raise ValueError(
-                "`use_responses_api` is True; ChatTokencake speaks Chat Completions only. "
-                "Leave it out, or take ChatOpenAI for this model."
+                "`use_responses_api` is True; ChatTokencake supports Chat Completions only. "
+                "Omit the argument, or use ChatOpenAI for this model."
             )
         self._add_version("tokencake", __version__)
         if self.tokencake_enabled:
-            # Here, because an event for a call of an earlier process goes to the only sender there is.
+            # The sender must exist now: an event about a call of an earlier process goes to the only sender.
             _ = self._sender
         return self
 
-    # Cached properties, because looking up a private attribute of pydantic's takes longer than using it.
+    # Cached properties, because looking up a private attribute of a pydantic model is slow.
 
     @cached_property
     def _sender(self) -> EventSender:
         headers = tuple(sorted((self.default_headers or {}).items()))
         url = events_url(self.openai_api_base or "")
-        return sender_for(Target(url, self.openai_api_key, headers, self.openai_proxy))
+        return sender_for(EventTarget(url, self.openai_api_key, headers, self.openai_proxy))
 
     @cached_property
     def _bound_estimates(self) -> dict[str, float]:
@@ -109,32 +190,32 @@ class ChatTokencake(ChatOpenAI):
 
     @classmethod
     def get_lc_namespace(cls) -> list[str]:
-        """Where LangChain finds the class when it loads a model."""
+        """The package from which LangChain loads the class."""
         return ["tokencake_langgraph"]
 
     def to_json(self) -> SerializedConstructor | SerializedNotImplemented:
-        """`ChatOpenAI`'s, with the variable of the key: LangChain lets a parent's name for a secret win."""
+        """`ChatOpenAI`'s serialisation with this class's key variable, which LangChain overrides with the parent's."""
         serialized = super().to_json()
         arguments: Any = serialized.get("kwargs", {})
         if "openai_api_key" in arguments:
             arguments["openai_api_key"] = {"lc": 1, "type": "secret", "id": [_KEY_VARIABLE]}
         return serialized
 
-    def _use_responses_api(self, payload: dict[str, Any]) -> bool:  # noqa: ARG002 - ChatOpenAI goes by the model's name
+    def _use_responses_api(self, payload: dict[str, Any]) -> bool:  # noqa: ARG002 - ChatOpenAI decides by the model's name
         return False
 
-    @_in_place_of(ChatOpenAI.bind_tools)
+    @_with_signature_of(ChatOpenAI.bind_tools)
     def bind_tools(self, tools: Sequence[Any], **kwargs: Any) -> Runnable[LanguageModelInput, AIMessage]:
-        """Bind tools; the estimates in their metadata are remembered for the hint."""
-        tools = list(tools)  # an iterator can be read once only
+        """Bind tools; the estimates in their metadata are stored for the hint."""
+        tools = list(tools)  # an iterator can be read only once
         if self.tokencake_enabled:
             self._bound_estimates.update(estimates_of(tools))
         return super().bind_tools(tools, **kwargs)
 
     # --- the request ----------------------------------------------------------------------------------
-    # `_stream` and `_astream` are given no run manager: theirs is the current call of the context. `generate` starts
-    # the runs of several lists of messages all at once, and a call cancelled in flight is never reported to end. Both
-    # are put right in the two methods that are called once per list and know its run.
+    # `_stream` and `_astream` get no run manager, so they use the current call of the context. `generate` starts the
+    # runs of several lists of messages at once, and LangChain never reports the end of a call that is cancelled in
+    # flight. The two methods below are called once per list and know its run, so they handle both.
 
     def _generate_with_cache(
         self,
@@ -147,7 +228,7 @@ class ChatTokencake(ChatOpenAI):
             return super()._generate_with_cache(messages, stop, run_manager, **kwargs)
         CURRENT_CALL.set(run_manager.run_id)
         try:
-            return super()._generate_with_cache(messages, stop, _without_us(run_manager), **kwargs)
+            return super()._generate_with_cache(messages, stop, _without_handler(run_manager), **kwargs)
         except BaseException:
             LIFECYCLE.close_call(run_manager.run_id)
             raise
@@ -163,7 +244,7 @@ class ChatTokencake(ChatOpenAI):
             return await super()._agenerate_with_cache(messages, stop, run_manager, **kwargs)
         CURRENT_CALL.set(run_manager.run_id)
         try:
-            return await super()._agenerate_with_cache(messages, stop, _without_us(run_manager), **kwargs)
+            return await super()._agenerate_with_cache(messages, stop, _without_handler(run_manager), **kwargs)
         except BaseException:
             LIFECYCLE.close_call(run_manager.run_id)
             raise
@@ -175,8 +256,8 @@ class ChatTokencake(ChatOpenAI):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        stamped = self._stamped(run_manager, kwargs)
-        return super()._generate(messages, stop=stop, run_manager=run_manager, **stamped)
+        hinted = self._with_hint(run_manager, kwargs)
+        return super()._generate(messages, stop=stop, run_manager=run_manager, **hinted)
 
     async def _agenerate(
         self,
@@ -185,8 +266,8 @@ class ChatTokencake(ChatOpenAI):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        stamped = self._stamped(run_manager, kwargs)
-        return await super()._agenerate(messages, stop=stop, run_manager=run_manager, **stamped)
+        hinted = self._with_hint(run_manager, kwargs)
+        return await super()._agenerate(messages, stop=stop, run_manager=run_manager, **hinted)
 
     def _stream(
         self,
@@ -195,9 +276,9 @@ class ChatTokencake(ChatOpenAI):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
-        once = OncePerStream()
-        stamped = self._stamped(run_manager, kwargs)
-        for chunk in super()._stream(messages, stop=stop, run_manager=run_manager, **stamped):
+        once = ReportOncePerStream()
+        hinted = self._with_hint(run_manager, kwargs)
+        for chunk in super()._stream(messages, stop=stop, run_manager=run_manager, **hinted):
             yield once(chunk)
 
     async def _astream(
@@ -207,18 +288,18 @@ class ChatTokencake(ChatOpenAI):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
-        once = OncePerStream()
-        stamped = self._stamped(run_manager, kwargs)
-        async for chunk in super()._astream(messages, stop=stop, run_manager=run_manager, **stamped):
+        once = ReportOncePerStream()
+        hinted = self._with_hint(run_manager, kwargs)
+        async for chunk in super()._astream(messages, stop=stop, run_manager=run_manager, **hinted):
             yield once(chunk)
 
-    def _stamped(self, run_manager: _RunManager | None, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """`kwargs` with the hint; unchanged where it is not known who calls."""
+    def _with_hint(self, run_manager: _RunManager | None, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """`kwargs` with the hint; unchanged if the run is not known."""
         run_id = run_manager.run_id if run_manager else CURRENT_CALL.get()
         if run_id is None or not self.tokencake_enabled:
             return kwargs
         try:
-            hint = LIFECYCLE.claim_call(
+            hint = LIFECYCLE.make_hint(
                 run_id,
                 self._sender,
                 tools=tool_names(kwargs.get("tools") or self.model_kwargs.get("tools") or ()),
@@ -228,9 +309,11 @@ class ChatTokencake(ChatOpenAI):
             )
             if hint is None:
                 return kwargs
-            return stamp(kwargs, {"extra_body": self.extra_body, **self.model_kwargs}, self.default_headers or {}, hint)
+            return attach_hint(
+                kwargs, {"extra_body": self.extra_body, **self.model_kwargs}, self.default_headers or {}, hint
+            )
         except Exception:
-            logger.exception("TokenCake could not stamp call %s; it is made without a hint.", run_id)
+            logger.exception("TokenCake could not attach a hint to call %s; it is sent without one.", run_id)
             return kwargs
 
     # --- the response ---------------------------------------------------------------------------------
@@ -239,7 +322,7 @@ class ChatTokencake(ChatOpenAI):
         self, response: dict[str, Any] | openai.BaseModel, generation_info: dict[str, Any] | None = None
     ) -> ChatResult:
         result = super()._create_chat_result(response, generation_info)
-        lift_result(response, result)
+        copy_vllm_fields(response, result)
         return result
 
     def _convert_chunk_to_generation_chunk(
@@ -247,20 +330,20 @@ class ChatTokencake(ChatOpenAI):
     ) -> ChatGenerationChunk | None:
         generation = super()._convert_chunk_to_generation_chunk(chunk, default_chunk_class, base_generation_info)
         if generation is not None:
-            lift_chunk(chunk, generation)
+            copy_vllm_chunk_fields(chunk, generation)
         return generation
 
     def _get_generation_chunk_from_completion(self, completion: openai.BaseModel) -> ChatGenerationChunk:
         generation = super()._get_generation_chunk_from_completion(completion)
-        # The stream has brought the reasoning already, piece by piece.
+        # The stream has already delivered the reasoning, piece by piece.
         generation.message.additional_kwargs.pop(REASONING_KEY, None)
         return generation
 
 
-def _without_us(run_manager: _AnyRunManager) -> _AnyRunManager:
-    """The run manager for the time of the call: our handler does not care for tokens.
+def _without_handler(run_manager: _AnyRunManager) -> _AnyRunManager:
+    """The run manager without `TokencakeHandler`, for the duration of the call: the handler ignores tokens.
 
-    LangChain checks each of its handlers against protocols, which before Python 3.12 costs more than all our callbacks.
+    LangChain checks each handler against protocols, which before Python 3.12 costs more than all callbacks here.
     """
     quiet = object.__new__(type(run_manager))
     handlers = [handler for handler in run_manager.handlers if type(handler) is not TokencakeHandler]

@@ -1,7 +1,7 @@
-"""The runs around the code that executes here, as LangChain's and LangGraph's context variables tell them.
+"""The runs that enclose the current code, read from LangChain's and LangGraph's context variables.
 
-Callbacks name a run's parent, but not every parent was reported: the graph may have started before this package was
-imported, or the parent is a tracer's own run.
+Callbacks name the parent of a run, but not every parent was reported: the graph may have started before this package
+was imported, or the parent is a run of a tracer.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from langchain_core.callbacks.manager import BaseRunManager
 from langchain_core.runnables.config import RunnableConfig, var_child_runnable_config
 
 MAX_DEPTH: Final = 64
-"""Graphs inside of graphs that are followed outwards."""
+"""Levels of nested graphs that are followed outwards."""
 
 _CALL: Final = "__pregel_call"
-"""LangGraph's key in `configurable` for the function that schedules a task in the graph that runs here."""
+"""LangGraph's key in `configurable` for the function that schedules a task in the running graph."""
 
 
 class GraphRun(NamedTuple):
@@ -29,9 +29,9 @@ class GraphRun(NamedTuple):
 
 
 def enclosing_run() -> tuple[UUID | None, Mapping[str, Any]]:
-    """The run that this code belongs to, and its metadata, where no callback manager says it.
+    """The run that the current code belongs to, and its metadata, for code without a callback manager.
 
-    `llm.generate()` and plain code in a node are given no config; LangChain keeps the node's in a context variable.
+    `llm.generate()` and plain code in a node get no config; LangChain keeps the node's config in a context variable.
     """
     config: RunnableConfig | None = var_child_runnable_config.get()
     if config is None:
@@ -40,28 +40,28 @@ def enclosing_run() -> tuple[UUID | None, Mapping[str, Any]]:
 
 
 def enclosing_graphs() -> list[GraphRun]:
-    """The graph runs around this code, the innermost first; empty outside of LangGraph.
+    """The graph runs that enclose the current code, the innermost first; empty outside LangGraph.
 
-    No public way leads from a node to its graph. Where LangGraph changes its private one, the list ends early.
+    LangGraph has no public path from a node to its graph. Where a version changes the private one, the list ends early.
     """
     graphs: list[GraphRun] = []
     config: Any = var_child_runnable_config.get()
     while config and len(graphs) < MAX_DEPTH:
         call = _partial((config.get("configurable") or {}).get(_CALL))
-        # The futures of a step live as long as the step.
+        # The futures of a step exist as long as the step.
         if call is None or call.keywords["futures"]() is None:
             break
         loop = call.keywords["schedule_task"].__self__
         if not isinstance(loop.manager, BaseRunManager):
             break
-        graph = getattr(loop._migrate_checkpoint, "__self__", None)  # noqa: SLF001 - the loop's way to its graph
+        graph = getattr(loop._migrate_checkpoint, "__self__", None)  # noqa: SLF001 - the loop's only reference to its graph
         graphs.append(GraphRun(loop.manager, loop.config.get("run_name") or (graph and graph.get_name())))
         config = loop.config
     return graphs
 
 
 def _partial(call: Callable[..., Any] | None) -> partial[Any] | None:
-    """The `partial` that LangGraph made; a node with a timeout hides it in a closure."""
+    """The `partial` that LangGraph made; for a node with a timeout it is inside a closure."""
     while call is not None and not isinstance(call, partial):
         cells = (cell.cell_contents for cell in getattr(call, "__closure__", None) or ())
         call = next((content for content in cells if callable(content)), None)

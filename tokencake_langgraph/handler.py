@@ -1,7 +1,7 @@
-"""How does the client hear of every run of the process?
+"""The callback handler that observes every run of the process.
 
-`TokencakeHandler` is in every callback manager that LangChain makes, in every thread and without a `config`, as soon
-as this package is imported. It runs inline: what it leaves in a context variable is there when the model is called.
+Once this package is imported, `TokencakeHandler` is in every callback manager that LangChain creates, in every thread
+and without a `config`. It runs inline, so a context variable that it sets is visible when the model is called.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ _Callback = TypeVar("_Callback", bound=Callable[..., None])
 logger = logging.getLogger(__name__)
 
 
-def _never_raises(callback: _Callback) -> _Callback:
+def _contains_errors(callback: _Callback) -> _Callback:
     @wraps(callback)
     def guarded(*args: Any, **kwargs: Any) -> None:
         try:
             callback(*args, **kwargs)
         except Exception:
-            logger.exception("TokenCake missed a callback; the run it belongs to is not affected.")
+            logger.exception("TokenCake could not handle a callback; the run itself is not affected.")
 
     return cast("_Callback", guarded)
 
 
 class TokencakeHandler(BaseCallbackHandler):
-    """Reports all runs to the process's `Lifecycle`. Passing one in `config` is allowed and changes nothing."""
+    """Reports all runs to the process's `Lifecycle`. A second handler, passed in `config`, changes nothing."""
 
     run_inline = True
     raise_error = False
 
     @override
-    @_never_raises
+    @_contains_errors
     def on_chain_start(
         self,
         serialized: dict[str, Any] | None,
@@ -58,23 +58,23 @@ class TokencakeHandler(BaseCallbackHandler):
         name: str | None = None,
         **kwargs: Any,
     ) -> None:
-        _introduce(parent_run_id)
+        _open_missing_parents(parent_run_id)
         LIFECYCLE.open_chain(run_id, parent_run_id, name, metadata or {}, inputs)
 
     @override
-    @_never_raises
+    @_contains_errors
     def on_chain_end(self, outputs: Any, *, run_id: UUID, **kwargs: Any) -> None:
         LIFECYCLE.close_chain(run_id)
 
     @override
-    @_never_raises
+    @_contains_errors
     def on_chain_error(self, error: BaseException, *, run_id: UUID, **kwargs: Any) -> None:
         LIFECYCLE.close_chain(run_id, error)
 
-    # A retriever may call models below it; for the tree it is one more chain.
+    # A retriever may call models, so the tree treats it as a chain.
 
     @override
-    @_never_raises
+    @_contains_errors
     def on_retriever_start(
         self,
         serialized: dict[str, Any] | None,
@@ -85,21 +85,21 @@ class TokencakeHandler(BaseCallbackHandler):
         metadata: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        _introduce(parent_run_id)
+        _open_missing_parents(parent_run_id)
         LIFECYCLE.open_chain(run_id, parent_run_id, None, metadata or {}, None)
 
     @override
-    @_never_raises
+    @_contains_errors
     def on_retriever_end(self, documents: Any, *, run_id: UUID, **kwargs: Any) -> None:
         LIFECYCLE.close_chain(run_id)
 
     @override
-    @_never_raises
+    @_contains_errors
     def on_retriever_error(self, error: BaseException, *, run_id: UUID, **kwargs: Any) -> None:
         LIFECYCLE.close_chain(run_id, error)
 
     @override
-    @_never_raises
+    @_contains_errors
     def on_chat_model_start(
         self,
         serialized: dict[str, Any] | None,
@@ -116,22 +116,22 @@ class TokencakeHandler(BaseCallbackHandler):
         if parent_run_id is None:
             parent_run_id, outer = enclosing_run()
             known = {**outer, **known}
-        _introduce(parent_run_id)
+        _open_missing_parents(parent_run_id)
         is_structured = "ls_structured_output_format" in (options or {})
         LIFECYCLE.open_call(run_id, parent_run_id, known, is_structured_output=is_structured)
 
     @override
-    @_never_raises
+    @_contains_errors
     def on_llm_end(self, response: LLMResult, *, run_id: UUID, **kwargs: Any) -> None:
         LIFECYCLE.close_call(run_id, _tool_calls(response))
 
     @override
-    @_never_raises
+    @_contains_errors
     def on_llm_error(self, error: BaseException, *, run_id: UUID, **kwargs: Any) -> None:
         LIFECYCLE.close_call(run_id)
 
     @override
-    @_never_raises
+    @_contains_errors
     def on_tool_start(
         self,
         serialized: dict[str, Any] | None,
@@ -143,39 +143,39 @@ class TokencakeHandler(BaseCallbackHandler):
         tool_call_id: str | None = None,
         **kwargs: Any,
     ) -> None:
-        _introduce(parent_run_id)
+        _open_missing_parents(parent_run_id)
         name = (serialized or {}).get("name") or "tool"
         known = metadata or {}
         LIFECYCLE.open_tool(run_id, parent_run_id, name, tool_call_id, known, estimate_in(known))
 
     @override
-    @_never_raises
+    @_contains_errors
     def on_tool_end(self, output: Any, *, run_id: UUID, **kwargs: Any) -> None:
         is_failure = isinstance(output, ToolMessage) and output.status == "error"
         LIFECYCLE.close_tool(run_id, is_failure=is_failure)
 
     @override
-    @_never_raises
+    @_contains_errors
     def on_tool_error(self, error: BaseException, *, run_id: UUID, **kwargs: Any) -> None:
         LIFECYCLE.close_tool(run_id, error)
 
 
 def install() -> None:
-    """Put a handler into every callback manager that LangChain makes from now on; further calls do nothing."""
-    global _is_installed  # noqa: PLW0603 - LangChain's list of hooks is the process's, too, and cannot be asked
+    """Put a handler into every callback manager that LangChain creates from now on; further calls do nothing."""
+    global _is_installed  # noqa: PLW0603 - LangChain's list of hooks is global too, and cannot be read
     if _is_installed:
         return
     _is_installed = True
     try:
-        # As the default it is seen in threads and contexts that exist already.
+        # As the default value it is visible in threads and contexts that already exist.
         hook: ContextVar[Any] = ContextVar("tokencake_handler", default=_HANDLER)
         register_configure_hook(hook, inheritable=True, handle_class=TokencakeHandler)
     except Exception:
         logger.exception("TokenCake could not install its callback handler; calls are made without a hint.")
 
 
-def _introduce(parent_id: UUID | None) -> None:
-    """Open the run `parent_id` if it was never reported, below the runs that LangGraph says are around it."""
+def _open_missing_parents(parent_id: UUID | None) -> None:
+    """Open the run `parent_id` if it was never reported, below the graph runs that enclose it."""
     if parent_id is None or LIFECYCLE.is_open(parent_id):
         return
     try:
@@ -185,7 +185,7 @@ def _introduce(parent_id: UUID | None) -> None:
             if not any(isinstance(handler, TokencakeHandler) for handler in manager.handlers):
                 _open_below(outer, manager.parent_run_id)
                 LIFECYCLE.open_chain(manager.run_id, manager.parent_run_id, graph.name, manager.metadata, None)
-                # From now on its end and its next nodes are reported.
+                # From now on the graph's end and its next nodes are reported.
                 manager.handlers.append(_HANDLER)
                 manager.inheritable_handlers.append(_HANDLER)
             outer = manager.run_id
@@ -193,11 +193,11 @@ def _introduce(parent_id: UUID | None) -> None:
         _open_below(outer, enclosing_id)
         _open_below(enclosing_id, parent_id)
     except Exception:
-        logger.debug("The runs around %s are not known.", parent_id, exc_info=True)
+        logger.debug("The runs that enclose %s are not known.", parent_id, exc_info=True)
 
 
 def _open_below(outer_id: UUID | None, run_id: UUID | None) -> None:
-    """Let the run `run_id`, of which no more is known, stand below the open run `outer_id`."""
+    """Open the run `run_id`, of which only the id is known, below the open run `outer_id`."""
     if run_id is not None and outer_id is not None and LIFECYCLE.is_open(outer_id):
         LIFECYCLE.open_chain(run_id, outer_id, None, {}, None)
 

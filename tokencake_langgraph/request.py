@@ -1,7 +1,7 @@
-"""How does a request tell the engine who makes it?
+"""The hint in a request to the engine.
 
-The hint rides in the body as `vllm_xargs["tokencake"]`, a JSON string: that passes every gateway, and a vLLM without
-the plug-in ignores it. The ids stand in headers as well, for proxies and logs. What the user has set always stays.
+The body carries it as `vllm_xargs["tokencake"]`, a JSON string, which every gateway forwards and a vLLM without the
+plug-in ignores. The ids are in headers too, for proxies and logs. Values that the user has set are never replaced.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def tool_names(tools: Iterable[Any]) -> list[str]:
     return names
 
 
-def stamp(
+def attach_hint(
     call_params: Mapping[str, Any],
     model_params: Mapping[str, Any],
     default_headers: Mapping[str, str],
@@ -36,7 +36,8 @@ def stamp(
 ) -> dict[str, Any]:
     """`call_params` with the hint in `extra_body` and the ids in `extra_headers`.
 
-    A parameter of the call would replace the model's as a whole, so that both are merged here, the call's winning.
+    A parameter of the call would replace the model's parameter completely. So both are merged here; the call's values
+    take precedence.
     """
     body: dict[str, Any] = {"vllm_xargs": {HINT_KEY: _text(hint)}}
     for params in (model_params, call_params):
@@ -51,11 +52,11 @@ def stamp(
 
 
 def trace_context() -> dict[str, str]:
-    """W3C trace headers of the active OpenTelemetry span; empty without one.
+    """W3C trace headers of the active OpenTelemetry span; empty without a span.
 
-    OpenTelemetry's own instrumentation does not see the HTTP client that openai 3 uses.
+    OpenTelemetry's own instrumentation does not cover the HTTP client that openai 3 uses.
     """
-    # Where nobody has imported it, no span can be active, and importing it would cost more than the call's hint.
+    # If it was never imported, no span can be active, and importing it would cost more than building the hint.
     trace = sys.modules.get("opentelemetry.trace")
     if trace is None or not trace.get_current_span().get_span_context().is_valid:
         return {}

@@ -1,7 +1,7 @@
-"""What does vLLM answer that `ChatOpenAI` drops?
+"""The fields of vLLM's response that `ChatOpenAI` drops, copied to the message.
 
-The model's reasoning, and the `tokencake` object in which the engine says what it did with the hint (the proxy puts it
-at the top; a bare engine has no other place than `kv_transfer_params`).
+They are the model's reasoning, and the report `kv_transfer_params.tokencake` in which the engine says what it did with
+the hint.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from openai import BaseModel
 RESPONSE_KEY: Final = "tokencake"
 REASONING_KEY: Final = "reasoning_content"
 _REASONING_FIELDS: Final = ("reasoning_content", "reasoning")
-"""vLLM's old and new name for it."""
+"""vLLM's old and new name of the field."""
 
 
-def lift_result(response: dict[str, Any] | BaseModel, result: ChatResult) -> None:
-    """Add to `result` what it lacks of `response`."""
+def copy_vllm_fields(response: dict[str, Any] | BaseModel, result: ChatResult) -> None:
+    """Add the reasoning and the engine's report of `response` to the messages of `result`."""
     report = _report(response)
     choices: Any = response["choices"] if isinstance(response, dict) else getattr(response, "choices", ())
     for choice, generation in zip(choices, result.generations, strict=False):
@@ -31,9 +31,9 @@ def lift_result(response: dict[str, Any] | BaseModel, result: ChatResult) -> Non
             message.response_metadata[RESPONSE_KEY] = report
 
 
-def lift_chunk(chunk: Mapping[str, Any], generation: ChatGenerationChunk) -> None:
+def copy_vllm_chunk_fields(chunk: Mapping[str, Any], generation: ChatGenerationChunk) -> None:
     """The same for one chunk of a stream."""
-    inner = chunk.get("chunk")  # the events of a stream with a response format wrap it
+    inner = chunk.get("chunk")  # the events of a stream with a response format contain it
     chunk = inner if isinstance(inner, Mapping) else chunk
     for choice in chunk.get("choices") or ():
         if (reasoning := _reasoning(choice.get("delta"))) is not None:
@@ -42,14 +42,14 @@ def lift_chunk(chunk: Mapping[str, Any], generation: ChatGenerationChunk) -> Non
         generation.message.response_metadata[RESPONSE_KEY] = report
 
 
-class OncePerStream:
-    """Lets the engine's report through once: LangChain adds up the chunks, and two reports do not add up."""
+class ReportOncePerStream:
+    """Passes the engine's report once per stream: LangChain adds the chunks up, and two reports cannot be added."""
 
     def __init__(self) -> None:
         self._is_seen = False
 
     def __call__(self, generation: ChatGenerationChunk) -> ChatGenerationChunk:
-        """`generation`, without its report if the stream has had one."""
+        """`generation`, without its report if an earlier chunk had one."""
         metadata = generation.message.response_metadata
         if RESPONSE_KEY in metadata:
             if self._is_seen:
@@ -62,9 +62,8 @@ def _report(response: Mapping[str, Any] | BaseModel) -> Any:
     fields = _unknown_to_openai(response)
     if not fields:
         return None
-    report = fields.get(RESPONSE_KEY)
     params = fields.get("kv_transfer_params")
-    return params.get(RESPONSE_KEY) if report is None and isinstance(params, Mapping) else report
+    return params.get(RESPONSE_KEY) if isinstance(params, Mapping) else None
 
 
 def _reasoning(message: Any) -> str | None:
@@ -76,7 +75,7 @@ def _reasoning(message: Any) -> str | None:
 
 
 def _unknown_to_openai(answer: Any) -> Mapping[str, Any] | None:
-    """The fields that OpenAI's own models do not have; of JSON, all."""
+    """The fields of an `answer` that OpenAI's own classes lack; all fields of plain JSON."""
     if isinstance(answer, BaseModel):
         return answer.model_extra
     return answer if isinstance(answer, Mapping) else None

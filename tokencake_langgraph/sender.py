@@ -1,7 +1,7 @@
-"""How do events reach the engine without anybody waiting for them?
+"""The background sender of events to an engine.
 
-A bounded queue and one daemon thread per target. Whoever puts an event never blocks and never sees an error: what
-cannot be delivered is dropped and counted. An engine without the endpoint is left alone for a while.
+Each target has a bounded queue and one daemon thread. `put` never blocks and never raises: events that cannot be
+delivered are dropped and counted. After a permanent error the sender pauses.
 """
 
 from __future__ import annotations
@@ -23,29 +23,29 @@ from pydantic import SecretStr
 from tokencake.protocol import EVENTS_PATH, MAX_AGO_S, VERSION, Event, to_wire
 
 ApiKey: TypeAlias = SecretStr | Callable[[], str] | Callable[[], Awaitable[str]] | None
-Delivery: TypeAlias = Literal["taken", "absent", "unauthorized", "refused", "away"]
+DeliveryResult: TypeAlias = Literal["accepted", "no_endpoint", "unauthorized", "rejected", "unreachable"]
 
 MAX_QUEUED: Final = 10_000
 MAX_BATCH: Final = 256
 COLLECT_S: Final = 0.005
-"""After the first event of a batch: parallel tools start within milliseconds of each other."""
+"""Wait after the first event of a batch, because parallel tools start within milliseconds of each other."""
 INTERVAL_S: Final = 0.05
-"""Between two posts. An event that comes alone goes at once; a busy process sends larger batches, not more of them."""
+"""Least time between two posts. A single event is sent at once; a busy process sends larger batches, not more."""
 RETRY_DELAYS_S: Final = (0.1, 0.5)
-OFF_S: Final = 60.0
-"""Nothing is sent for so long to a target that lacks the endpoint or refuses the key."""
-AWAY_S: Final = 5.0
-"""The same for a target that could not be reached in all retries."""
+REJECTED_PAUSE_S: Final = 60.0
+"""Pause after the target lacked the endpoint or rejected the API key."""
+UNREACHABLE_PAUSE_S: Final = 5.0
+"""Pause after the target could not be reached in any retry."""
 IDLE_S: Final = 30.0
-"""The thread ends when nothing was to be sent for so long; the next event starts another."""
+"""The thread ends after this time without an event; the next event starts another thread."""
 
 _TIMEOUT: Final = httpx.Timeout(5.0, connect=2.0)
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
-    """Where a model's events go and with which credentials. Equal targets share one sender."""
+class EventTarget:
+    """URL and credentials for the events of a model. Equal targets share one sender."""
 
     url: str
     api_key: ApiKey = field(default=None, repr=False, hash=False)
@@ -56,7 +56,7 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class SenderStats:
-    """What became of the events for one target since the process started."""
+    """Counts of the events for one target since the process started."""
 
     url: str
     sent: int
@@ -75,14 +75,14 @@ class EventSender:
     """Delivers events to one target.
 
     Args:
-        target: where to.
-        transport: replaces the network, in tests.
+        target: the receiver.
+        transport: replaces the network in tests.
         clock: seconds, monotonic.
     """
 
     def __init__(
         self,
-        target: Target,
+        target: EventTarget,
         *,
         transport: httpx.BaseTransport | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -97,11 +97,11 @@ class EventSender:
         self._sent = self._dropped = self._failed_posts = 0
         self._off_until_s = 0.0
         self._posted_s = -INTERVAL_S
-        self._told: set[Delivery] = set()
-        self.forget_thread()
+        self._logged: set[DeliveryResult] = set()
+        self.reset_after_fork()
 
-    def forget_thread(self) -> None:
-        """Start afresh in a forked child: thread and queue stayed with the parent, which will deliver them."""
+    def reset_after_fork(self) -> None:
+        """Reset the thread and the queue in a forked child; the parent keeps both and delivers its events."""
         self._changed = threading.Condition()
         self._queue: deque[tuple[Event, float]] = deque()
         self._in_flight = 0
@@ -138,7 +138,7 @@ class EventSender:
                 self._flushes -= 1
 
     def close(self) -> None:
-        """No more waiting between retries: the process ends."""
+        """Stop waiting between retries, because the process ends."""
         with self._changed:
             self._is_closing = True
             self._changed.notify_all()
@@ -167,14 +167,14 @@ class EventSender:
                 while batch := self._next_batch():
                     self._deliver(client, batch)
         except Exception:
-            logger.exception("Events for %s are not sent for %g s.", self.target.url, OFF_S)
-            # A dead thread must not leave a queue that nobody empties.
+            logger.exception("Events for %s are not sent for %g s.", self.target.url, REJECTED_PAUSE_S)
+            # Without a thread the queue would never be emptied.
             with self._changed:
                 self._thread = None
-                self._pause(OFF_S)
+                self._pause(REJECTED_PAUSE_S)
 
     def _next_batch(self) -> list[tuple[Event, float]]:
-        """Wait for events; empty when the thread is to end."""
+        """Wait for events; empty if the thread is to end."""
         with self._changed:
             self._is_idle = True
             if not self._changed.wait_for(lambda: self._queue, IDLE_S):
@@ -193,34 +193,34 @@ class EventSender:
     def _deliver(self, client: httpx.Client, batch: list[tuple[Event, float]]) -> None:
         delivery = self._post(client, batch)
         for delay_s in self._retry_delays_s:
-            if delivery != "away":
+            if delivery != "unreachable":
                 break
             with self._changed:
                 self._changed.wait_for(lambda: self._is_closing, delay_s)
             delivery = self._post(client, batch)
-        self._tell(delivery)
+        self._log_once(delivery)
         with self._changed:
-            if delivery == "taken":
+            if delivery == "accepted":
                 self._sent += len(batch)
             else:
                 self._dropped += len(batch)
-            if delivery in ("absent", "unauthorized"):
-                self._pause(OFF_S)
-            elif delivery == "away":
-                self._pause(AWAY_S)
+            if delivery in ("no_endpoint", "unauthorized"):
+                self._pause(REJECTED_PAUSE_S)
+            elif delivery == "unreachable":
+                self._pause(UNREACHABLE_PAUSE_S)
             self._in_flight = 0
             self._changed.notify_all()
 
-    def _post(self, client: httpx.Client, batch: list[tuple[Event, float]]) -> Delivery:
+    def _post(self, client: httpx.Client, batch: list[tuple[Event, float]]) -> DeliveryResult:
         self._posted_s = time.monotonic()
         try:
             answer = client.post(self.target.url, content=self._body(batch), headers=self._headers())
         except Exception as error:  # noqa: BLE001 - the user's key callable may raise anything
             logger.debug("Events for %s: %r", self.target.url, error)
             self._failed_posts += 1
-            return "away"
+            return "unreachable"
         delivery = _delivery(answer.status_code)
-        if delivery != "taken":
+        if delivery != "accepted":
             self._failed_posts += 1
         return delivery
 
@@ -241,24 +241,26 @@ class EventSender:
         headers.update(dict(self.target.headers))
         return headers
 
-    def _tell(self, delivery: Delivery) -> None:
-        """Say each kind of trouble once; a delivery makes it new again."""
-        if delivery == "taken":
-            self._told.clear()
+    def _log_once(self, delivery: DeliveryResult) -> None:
+        """Log each kind of failure once, until the next successful delivery."""
+        if delivery == "accepted":
+            self._logged.clear()
             return
-        if delivery in self._told:
+        if delivery in self._logged:
             return
-        self._told.add(delivery)
+        self._logged.add(delivery)
         url = self.target.url
         match delivery:
-            case "absent":
-                logger.info("%s does not exist: the engine runs without TokenCake, events stay here.", url)
+            case "no_endpoint":
+                logger.info("%s does not exist: the engine runs without TokenCake, so events are dropped.", url)
             case "unauthorized":
-                logger.warning("%s refuses the API key: events are dropped. Pass `api_key=` to ChatTokencake.", url)
-            case "refused":
-                logger.warning("%s refuses the events: do client and engine have the same version?", url)
-            case "away":
-                logger.warning("%s cannot be reached: events are dropped until it can, calls are not affected.", url)
+                logger.warning("%s rejects the API key: events are dropped. Pass `api_key=` to ChatTokencake.", url)
+            case "rejected":
+                logger.warning("%s rejects the events. Check that client and engine have the same version.", url)
+            case "unreachable":
+                logger.warning(
+                    "%s cannot be reached: events are dropped until it can be reached; calls are not affected.", url
+                )
 
     def _pause(self, pause_s: float) -> None:
         self._off_until_s = self._clock() + pause_s
@@ -271,20 +273,20 @@ class EventSender:
         self._queue.clear()
 
 
-def _delivery(status: int) -> Delivery:
+def _delivery(status: int) -> DeliveryResult:
     if httpx.codes.is_success(status):
-        return "taken"
+        return "accepted"
     if status in (401, 403):
         return "unauthorized"
     if status in (404, 405, 501) or httpx.codes.is_redirect(status):
-        return "absent"
+        return "no_endpoint"
     if status in (408, 425, 429) or httpx.codes.is_server_error(status):
-        return "away"
-    return "refused"
+        return "unreachable"
+    return "rejected"
 
 
 def _resolve(api_key: ApiKey) -> str | None:
-    """The key's text; a callable is asked for every batch, in the sender's thread."""
+    """The text of the key. A callable is called for each batch, in the sender's thread."""
     if api_key is None or isinstance(api_key, SecretStr):
         return api_key.get_secret_value() if api_key else None
     key: Any = api_key()

@@ -1,7 +1,7 @@
-"""Which senders does this process have, and how does it empty them?
+"""The event senders of the process.
 
-One per target, shared by all models that have it and alive as long as one of them or something queued; emptied at
-exit, started afresh in a forked child.
+There is one sender per target, shared by all models with that target. It exists as long as one of them, or a queued
+event. Senders are flushed at exit and reset in a forked child.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ import time
 from typing import Final
 from weakref import WeakValueDictionary
 
-from tokencake_langgraph.sender import EventSender, SenderStats, Target
+from tokencake_langgraph.sender import EventSender, EventTarget, SenderStats
 
 EXIT_FLUSH_S: Final = 2.0
 
-_senders: WeakValueDictionary[Target, EventSender] = WeakValueDictionary()
+_senders: WeakValueDictionary[EventTarget, EventSender] = WeakValueDictionary()
 _lock = threading.Lock()
 
 
-def sender_for(target: Target) -> EventSender:
+def sender_for(target: EventTarget) -> EventSender:
     """The process's sender to `target`."""
     with _lock:
         sender = _senders.get(target)
@@ -32,7 +32,7 @@ def sender_for(target: Target) -> EventSender:
 
 
 def sole_sender() -> EventSender | None:
-    """The only sender there is: where events go that belong to a call of an earlier process."""
+    """The sender, if there is exactly one: it receives the events about calls of an earlier process."""
     with _lock:
         senders = list(_senders.values())
     return senders[0] if len(senders) == 1 else None
@@ -49,7 +49,7 @@ def flush(timeout_s: float = 5.0) -> bool:
 
 
 def stats() -> tuple[SenderStats, ...]:
-    """What became of the events, one entry per target."""
+    """Counts of the events, one entry per target."""
     return tuple(sender.stats() for sender in _all())
 
 
@@ -64,13 +64,13 @@ def _flush_at_exit() -> None:
     flush(EXIT_FLUSH_S)
 
 
-def _start_afresh_in_child() -> None:
-    global _lock  # noqa: PLW0603 - another thread of the parent may have held it
+def _reset_after_fork() -> None:
+    global _lock  # noqa: PLW0603 - another thread of the parent may have held the lock
     _lock = threading.Lock()
     for sender in list(_senders.values()):
-        sender.forget_thread()
+        sender.reset_after_fork()
 
 
 atexit.register(_flush_at_exit)
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_start_afresh_in_child)
+    os.register_at_fork(after_in_child=_reset_after_fork)

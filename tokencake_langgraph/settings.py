@@ -1,8 +1,8 @@
-"""Which server does a model talk to when its constructor does not say?
+"""Base URL and API key of a model whose constructor does not give them.
 
-`TOKENCAKE_BASE_URL`, else the `OPENAI_API_BASE` or `OPENAI_BASE_URL` that `ChatOpenAI` reads, else the proxy on this
-machine. The key is `TOKENCAKE_API_KEY`; `OPENAI_API_KEY` is sent only to a server that the `OPENAI_` variables name
-themselves, so that swapping the class never hands OpenAI's key to somebody else's server.
+The base URL is `TOKENCAKE_BASE_URL`, else the `OPENAI_API_BASE` or `OPENAI_BASE_URL` that `ChatOpenAI` reads, else the
+proxy on this machine. The key is `TOKENCAKE_API_KEY`. `OPENAI_API_KEY` is sent only to a server that the `OPENAI_`
+variables name themselves, so that swapping the class never sends OpenAI's key to another server.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ DEFAULT_BASE_URL: Final = "http://127.0.0.1:8700/v1"
 """The proxy's own default port."""
 
 NO_API_KEY: Final = "EMPTY"
-"""What vLLM's users send to a server that asks for no key; the OpenAI client insists on one."""
+"""The usual key for a vLLM server that requires none; the OpenAI client needs a non-empty one."""
 
 
 def with_endpoint(values: Mapping[str, Any], env: Mapping[str, str]) -> dict[str, Any]:

@@ -1,11 +1,11 @@
-"""How does plain code in a node say that its agent waits?
+"""`tool_span`: reports that an agent waits for plain code in a node.
 
 ```python
 with tool_span("crawl", estimate_s=20.0):  # or `async with`, or as a decorator of a function or coroutine function
     pages = crawl(urls)
 ```
-The session of the node's own LLM calls is reported as stalled meanwhile. Outside of a graph, and inside of a tool
-(which is reported anyway), it does nothing.
+The session of the node's own LLM calls is reported as stalled meanwhile. Outside a graph, and inside a tool (whose
+stall is reported anyway), it does nothing.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, ParamSpec, TypeVar, cast
 from tokencake_langgraph.enclosing import enclosing_run
 from tokencake_langgraph.estimates import is_duration
 from tokencake_langgraph.lifecycle import LIFECYCLE
-from tokencake_langgraph.run_tree import Stall
+from tokencake_langgraph.run_tree import ReportedStall
 
 logger = logging.getLogger(__name__)
 _P = ParamSpec("_P")
@@ -27,14 +27,14 @@ _Result = TypeVar("_Result")
 
 
 class tool_span:  # noqa: N801 - used like a function
-    """A stretch of plain code named `name`, expected to take `estimate_s` seconds."""
+    """A section of plain code named `name`, expected to take `estimate_s` seconds."""
 
     def __init__(self, name: str, estimate_s: float | None = None) -> None:
         if estimate_s is not None and not is_duration(estimate_s):
             raise ValueError(f"estimate_s of tool_span({name!r}) is {estimate_s!r}; expected seconds, for example 4.0.")
         self._name = name
         self._estimate_s = estimate_s
-        self._stall: Stall | None = None
+        self._stall: ReportedStall | None = None
 
     def __enter__(self) -> None:
         try:
@@ -55,7 +55,7 @@ class tool_span:  # noqa: N801 - used like a function
         self.__exit__(*error)
 
     def __call__(self, function: Callable[_P, _Result]) -> Callable[_P, _Result]:
-        """Decorate: every call of `function` is a span of its own."""
+        """Decorate `function`: each of its calls is a span."""
         if inspect.iscoroutinefunction(function):
 
             @wraps(function)

@@ -62,4 +62,4 @@ def _clean_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     senders._senders.clear()
     monkeypatch.setattr(LIFECYCLE, "_calls", CallTable())
     yield
-    assert LIFECYCLE.open_runs == 0
+    assert len(LIFECYCLE._tree) == 0

@@ -26,7 +26,7 @@ def play(order: dict[str, str]) -> None:
     app()
     importlib.import_module("tokencake_langgraph").flush()
     lifecycle = importlib.import_module("tokencake_langgraph.lifecycle").LIFECYCLE
-    assert lifecycle.open_runs == 0, f"{lifecycle.open_runs} runs are left open"
+    assert len(lifecycle._tree) == 0, f"{len(lifecycle._tree)} runs are left open"
 
 
 def main() -> None:

@@ -156,7 +156,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(200, {**answer, "choices": choices, "usage": self.engine.usage, **self._report()})
 
     def _report(self) -> dict[str, Any]:
-        return {} if self.engine.report is None else {"tokencake": self.engine.report}
+        return {} if self.engine.report is None else {"kv_transfer_params": {"tokencake": self.engine.report}}
 
     def _answer(self, status: int, answer: dict[str, Any]) -> None:
         content = json.dumps(answer).encode()

@@ -215,7 +215,7 @@ def cache(model: Model) -> Any:
     ],
 )
 @pytest.mark.usefixtures("no_download")
-def test_answers_and_requests_are_the_same(engine: ScriptedEngine, use: Use) -> None:
+def test_responses_and_requests_are_the_same(engine: ScriptedEngine, use: Use) -> None:
     engine.usage = LONG
     theirs, their_bodies = play(use, ChatOpenAI, engine)
     ours, our_bodies = play(use, ChatTokencake, engine)

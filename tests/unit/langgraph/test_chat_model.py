@@ -74,13 +74,13 @@ def test_the_public_names_are_these() -> None:
     assert all(hasattr(tokencake_langgraph, name) for name in names)
 
 
-def test_it_is_a_chat_openai_with_a_version_of_its_own(model: ChatTokencake) -> None:
+def test_it_is_a_chat_openai_with_its_own_version(model: ChatTokencake) -> None:
     assert isinstance(model, ChatOpenAI)
     assert "tokencake" in (model.metadata or {})["lc_versions"]
 
 
 def test_the_responses_api_is_refused_with_a_way_out() -> None:
-    with pytest.raises(ValidationError, match=r"use_responses_api.*True.*Leave it out"):
+    with pytest.raises(ValidationError, match=r"use_responses_api.*True.*Omit the argument"):
         ChatTokencake(model="fake", use_responses_api=True)
 
 
@@ -91,7 +91,7 @@ def test_a_model_name_does_not_choose_the_responses_api(
     assert engine.requests[0].body["model"] == "gpt-5-pro"
 
 
-def test_settings_out_of_range_are_named() -> None:
+def test_arguments_out_of_range_are_named() -> None:
     for settings in ({"importance": 11}, {"tool_estimates": {"a": -1}}, {"expected_output_tokens": -1}):
         with pytest.raises(ValidationError, match=next(iter(settings))):
             ChatTokencake(model="fake", **settings)
@@ -126,7 +126,7 @@ def test_base_url_and_key_come_from_arguments_then_environment(
 
 
 @pytest.mark.parametrize("base_url", ["http://h:1/v1", "http://h:1/v1/", "http://h:1"])
-def test_events_go_beside_the_openai_api(base_url: str) -> None:
+def test_the_events_url_is_beside_the_openai_api(base_url: str) -> None:
     assert events_url(base_url) == "http://h:1/v1/tokencake/events"
 
 
@@ -140,7 +140,7 @@ def test_events_carry_the_models_key_and_headers(
     assert engine.event_headers[0]["x-team"] == "red"
 
 
-def test_a_key_may_be_a_coroutine_function() -> None:
+def test_a_key_can_be_a_coroutine_function() -> None:
     async def key() -> str:
         return "k"
 
@@ -150,7 +150,7 @@ def test_a_key_may_be_a_coroutine_function() -> None:
 # --- the request ----------------------------------------------------------------------------------
 
 
-def test_what_the_user_sends_is_merged_and_wins(
+def test_the_users_own_body_and_headers_are_merged_and_take_precedence(
     make_model: Callable[..., ChatTokencake], engine: ScriptedEngine
 ) -> None:
     model = make_model(
@@ -176,7 +176,7 @@ def test_a_hint_written_by_hand_stays(model: ChatTokencake, engine: ScriptedEngi
     assert engine.requests[0].body["vllm_xargs"] == {"tokencake": '{"session":"mine"}'}
 
 
-def test_a_hint_survives_values_that_no_header_could_carry(model: ChatTokencake, engine: ScriptedEngine) -> None:
+def test_a_hint_can_hold_values_that_are_invalid_in_headers(model: ChatTokencake, engine: ScriptedEngine) -> None:
     agent = create_agent(model, [search], name="büro\n" + "x" * 300)
     agent.invoke({"messages": [("user", "hi")]}, {"configurable": {"thread_id": "Zoë 1"}})
     (request,) = engine.requests
@@ -184,9 +184,7 @@ def test_a_hint_survives_values_that_no_header_could_carry(model: ChatTokencake,
     assert request.hint.session.startswith("Zo%C3%AB%201//b%C3%BCro%0A")
 
 
-def test_switched_off_it_is_a_plain_chat_openai(
-    make_model: Callable[..., ChatTokencake], engine: ScriptedEngine
-) -> None:
+def test_disabled_it_is_a_plain_chat_openai(make_model: Callable[..., ChatTokencake], engine: ScriptedEngine) -> None:
     make_model(tokencake_enabled=False).invoke("hello")
     assert "vllm_xargs" not in engine.requests[0].body
     assert tokencake_langgraph.stats() == ()
@@ -213,7 +211,7 @@ def test_estimates_come_from_the_model_or_the_tool(
     }
 
 
-def test_an_estimate_that_is_none_is_named(model: ChatTokencake) -> None:
+def test_an_invalid_estimate_is_named(model: ChatTokencake) -> None:
     @tool
     def crawl(q: str) -> str:
         """Crawl."""
@@ -225,7 +223,7 @@ def test_an_estimate_that_is_none_is_named(model: ChatTokencake) -> None:
 
 
 @pytest.mark.parametrize("method", ["json_schema", "function_calling"])
-async def test_the_schema_of_a_structured_answer_is_no_tool(
+async def test_the_schema_of_a_structured_output_is_not_a_tool(
     model: ChatTokencake, engine: ScriptedEngine, method: Any
 ) -> None:
     structured = model.with_structured_output(Answer, method=method)
@@ -241,7 +239,7 @@ def test_several_choices_are_one_call(make_model: Callable[..., ChatTokencake], 
     assert len(engine.hints) == 1
 
 
-def test_identity_does_not_get_in_the_way_of_a_cache(
+def test_identity_does_not_change_the_key_of_a_cache(
     make_model: Callable[..., ChatTokencake], engine: ScriptedEngine
 ) -> None:
     model = make_model(cache=InMemoryCache())
@@ -249,7 +247,7 @@ def test_identity_does_not_get_in_the_way_of_a_cache(
     assert len(engine.requests) == 1
 
 
-def test_max_tokens_arrives(model: ChatTokencake, engine: ScriptedEngine) -> None:
+def test_max_tokens_is_sent(model: ChatTokencake, engine: ScriptedEngine) -> None:
     model.bind(max_tokens=7).invoke("hello")
     assert engine.requests[0].body["max_completion_tokens"] == 7
 
@@ -261,7 +259,7 @@ def test_a_huge_tool_box_does_not_void_the_hint(model: ChatTokencake, engine: Sc
     assert engine.hints[0].reuse == "extends"
 
 
-def test_an_active_span_is_handed_on(model: ChatTokencake, engine: ScriptedEngine) -> None:
+def test_the_trace_context_is_sent(model: ChatTokencake, engine: ScriptedEngine) -> None:
     trace = pytest.importorskip("opentelemetry.trace")
     context = trace.SpanContext(1, 2, is_remote=False, trace_flags=trace.TraceFlags(1))
     with trace.use_span(trace.NonRecordingSpan(context)):
@@ -292,7 +290,7 @@ async def test_report_reasoning_and_usage_of_the_engine_are_kept(model: ChatToke
         assert message.usage_metadata["input_token_details"]["cache_read"] == 4
 
 
-def test_reasoning_before_a_structured_answer_comes_once(model: ChatTokencake, engine: ScriptedEngine) -> None:
+def test_reasoning_before_a_structured_output_is_reported_once(model: ChatTokencake, engine: ScriptedEngine) -> None:
     engine.reasoning = "step by step"
     engine.report = {"accepted": True}
     bound = model.bind(response_format=model.with_structured_output(Answer).steps[0].kwargs["response_format"])

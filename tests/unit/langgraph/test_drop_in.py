@@ -37,9 +37,9 @@ OVERRIDDEN = {
     "_generate": "adds the hint",
     "_generate_with_cache": "as _agenerate_with_cache",
     "_get_generation_chunk_from_completion": "the reasoning has come already",
-    "_join_tokencake": "refuses the Responses API, finds the sender of the events",
+    "_set_up_tokencake": "refuses the Responses API, finds the sender of the events",
     "_sender": "where the events go",
-    "_stamped": "adds the hint",
+    "_with_hint": "adds the hint",
     "_stream": "adds the hint",
     "_use_responses_api": "Chat Completions only, whatever the model is called",
     "bind_tools": "remembers the estimates of the tools",
@@ -91,11 +91,11 @@ class Plain(ChatOpenAI):
     note: int = 0
 
 
-def test_each_member_that_is_not_chat_openais_has_a_reason() -> None:
+def test_each_member_that_differs_from_chat_openai_has_a_reason() -> None:
     assert differing(ChatTokencake) - differing(Plain) == OVERRIDDEN.keys()
 
 
-def test_each_field_that_is_not_chat_openais_has_a_reason() -> None:
+def test_each_field_that_differs_from_chat_openai_has_a_reason() -> None:
     theirs = {name: repr(field) for name, field in ChatOpenAI.model_fields.items()}
     ours = {name: repr(field) for name, field in ChatTokencake.model_fields.items()}
     assert {name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name)} == FIELDS.keys()
@@ -114,7 +114,7 @@ def parameters(cls: type, name: str) -> Any:
     return [(p.name, p.kind, p.default) for p in signature.parameters.values()]
 
 
-def test_each_signature_that_is_not_chat_openais_has_a_reason() -> None:
+def test_each_signature_that_differs_from_chat_openai_has_a_reason() -> None:
     names = [name for name in dir(ChatOpenAI) if not name.startswith("__")]
     others = {name for name in names if parameters(ChatOpenAI, name) != parameters(ChatTokencake, name)}
     assert others == SIGNATURES.keys()
@@ -149,7 +149,7 @@ def _called(found: Any) -> Any:
 
 
 @pytest.mark.filterwarnings("ignore")  # some are deprecated
-def test_each_value_that_is_not_chat_openais_has_a_reason() -> None:
+def test_each_value_that_differs_from_chat_openai_has_a_reason() -> None:
     names = {name for name in dir(ChatOpenAI(**SETTINGS)) if not name.startswith("__")} - SIGNATURES.keys()
     others = {name for name in names if value(ChatOpenAI, name) != value(ChatTokencake, name)}
     assert others == VALUES.keys() | (FIELDS.keys() & names)

@@ -43,7 +43,7 @@ def not_installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(context, "_configure_hooks", rest)
     monkeypatch.setattr(handler, "_is_installed", False)
     yield
-    assert LIFECYCLE.open_runs == 0
+    assert len(LIFECYCLE._tree) == 0
 
 
 def test_importing_the_package_installs_one_handler() -> None:
@@ -52,7 +52,7 @@ def test_importing_the_package_installs_one_handler() -> None:
     assert len(hooks()) == 1
 
 
-def test_a_langchain_without_the_hook_costs_the_hints_only(
+def test_without_langchains_hook_only_the_hints_are_missing(
     model: ChatTokencake,
     engine: ScriptedEngine,
     monkeypatch: pytest.MonkeyPatch,
@@ -66,7 +66,7 @@ def test_a_langchain_without_the_hook_costs_the_hints_only(
     assert ["vllm_xargs" in request.body for request in engine.requests] == [False, False]
 
 
-def test_functions_that_langsmith_traces_belong_to_their_node(model: ChatTokencake, engine: ScriptedEngine) -> None:
+def test_functions_traced_by_langsmith_belong_to_their_node(model: ChatTokencake, engine: ScriptedEngine) -> None:
     @traceable
     def ask() -> Any:
         return model.invoke("hello")
@@ -81,9 +81,7 @@ def test_functions_that_langsmith_traces_belong_to_their_node(model: ChatTokenca
     assert [event["app"] for event in engine.of_type("app_end")] == [first.app]
 
 
-async def test_work_that_outlives_its_graph_does_not_open_it_again(
-    model: ChatTokencake, engine: ScriptedEngine
-) -> None:
+async def test_work_that_outlives_its_graph_does_not_reopen_it(model: ChatTokencake, engine: ScriptedEngine) -> None:
     is_over = asyncio.Event()
     left_behind: list[asyncio.Task[Any]] = []
 
@@ -99,7 +97,7 @@ async def test_work_that_outlives_its_graph_does_not_open_it_again(
     await two_nodes(spawn).ainvoke(HELLO)
     is_over.set()
     await asyncio.gather(*left_behind)
-    assert LIFECYCLE.open_runs == 0
+    assert len(LIFECYCLE._tree) == 0
     assert len({hint.app for hint in engine.hints}) == 2
 
 
@@ -118,7 +116,7 @@ def test_a_graph_that_began_before_the_handler_is_installed_ends_as_an_app(
 
 
 @pytest.mark.parametrize("call", [None, "nonsense", lambda: None, print])
-def test_a_langgraph_with_other_private_parts_costs_the_identity_only(
+def test_without_langgraphs_private_attributes_only_the_identity_is_missing(
     model: ChatTokencake, engine: ScriptedEngine, monkeypatch: pytest.MonkeyPatch, not_installed: None, call: Any
 ) -> None:
     monkeypatch.setattr(enclosing, "_CALL", "mine")
@@ -131,7 +129,7 @@ def test_a_langgraph_with_other_private_parts_costs_the_identity_only(
     assert [hint.session for hint in engine.hints] == ["T//first", "T//second"]
 
 
-def test_a_handler_that_is_there_twice_reports_once(model: ChatTokencake, engine: ScriptedEngine) -> None:
+def test_two_handlers_report_each_run_once(model: ChatTokencake, engine: ScriptedEngine) -> None:
     manager = CallbackManager([TokencakeHandler(), TokencakeHandler()])
     two_nodes(lambda _: {"messages": [model.invoke("hello")]}).invoke(HELLO, {"callbacks": manager})
     flush()

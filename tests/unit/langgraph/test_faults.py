@@ -117,9 +117,7 @@ async def test_an_async_tool_that_raises_is_reported_as_an_error(model: ChatToke
     assert outcome(engine) == [("abroken", "error")]
 
 
-def test_an_error_that_becomes_an_answer_for_the_model_is_an_error(
-    model: ChatTokencake, engine: ScriptedEngine
-) -> None:
+def test_an_error_returned_to_the_model_is_an_error(model: ChatTokencake, engine: ScriptedEngine) -> None:
     @tool
     def picky(q: int) -> str:
         """Picky."""
@@ -206,7 +204,7 @@ async def test_a_call_cancelled_in_flight_leaves_no_run_open(model: ChatTokencak
         run.cancel()
         with pytest.raises(asyncio.CancelledError):
             await run
-        assert LIFECYCLE.open_runs == 0
+        assert len(LIFECYCLE._tree) == 0
 
 
 async def test_a_node_that_times_out_with_a_call_in_flight_leaves_no_run_open(
@@ -229,7 +227,7 @@ def test_a_call_that_fails_leaves_no_run_open(model: ChatTokencake) -> None:
     for call in (model.invoke, lambda text: list(model.stream(text))):
         with pytest.raises(openai.BadRequestError):
             call("FAIL")
-        assert LIFECYCLE.open_runs == 0
+        assert len(LIFECYCLE._tree) == 0
 
 
 async def test_a_stream_left_early_leaves_no_run_open(model: ChatTokencake) -> None:
@@ -247,7 +245,7 @@ async def test_a_stream_left_early_leaves_no_run_open(model: ChatTokencake) -> N
 # --- humans ---------------------------------------------------------------------------------------
 
 
-def test_a_tool_that_asks_a_human_keeps_its_session_waiting(model: ChatTokencake, engine: ScriptedEngine) -> None:
+def test_an_interrupt_in_a_tool_stalls_its_session(model: ChatTokencake, engine: ScriptedEngine) -> None:
     graph = agent(model, ask, quick, checkpointer=InMemorySaver())
     graph.invoke(HELLO, THREAD)
     assert outcome(engine) == [("ask", "cancelled"), ("quick", "ok")]
@@ -261,7 +259,7 @@ def test_a_tool_that_asks_a_human_keeps_its_session_waiting(model: ChatTokencake
 
 
 @pytest.mark.parametrize("is_prebuilt", [True, False])
-def test_after_a_restart_a_tool_still_finds_the_call_that_asked_for_it(
+def test_after_a_restart_a_tool_still_finds_its_issuing_call(
     model: ChatTokencake, engine: ScriptedEngine, monkeypatch: pytest.MonkeyPatch, *, is_prebuilt: bool
 ) -> None:
     if is_prebuilt:
@@ -286,7 +284,7 @@ def test_after_a_restart_a_tool_still_finds_the_call_that_asked_for_it(
     assert engine.tool_story == [("ask", engine.hints[0].call, "ok")]
 
 
-def test_a_middleware_that_asks_a_human_keeps_the_session_waiting(model: ChatTokencake, engine: ScriptedEngine) -> None:
+def test_an_interrupt_in_a_middleware_stalls_the_session(model: ChatTokencake, engine: ScriptedEngine) -> None:
     middleware = [HumanInTheLoopMiddleware(interrupt_on={"quick": True})]
     graph = agent(model, quick, checkpointer=InMemorySaver(), middleware=middleware)
     graph.invoke(HELLO, THREAD)
@@ -296,7 +294,7 @@ def test_a_middleware_that_asks_a_human_keeps_the_session_waiting(model: ChatTok
     assert outcome(engine) == [("quick", "ok")]
 
 
-def test_an_interrupt_below_a_sub_agent_keeps_both_waiting(model: ChatTokencake, engine: ScriptedEngine) -> None:
+def test_an_interrupt_in_a_sub_agent_stalls_both_sessions(model: ChatTokencake, engine: ScriptedEngine) -> None:
     helper = create_agent(model, [ask], system_prompt="CALL[ask]", name="helper")
 
     @tool
@@ -313,7 +311,7 @@ def test_an_interrupt_below_a_sub_agent_keeps_both_waiting(model: ChatTokencake,
 # --- the server -----------------------------------------------------------------------------------
 
 
-def test_an_engine_without_the_endpoint_serves_the_app_and_is_asked_once(
+def test_an_engine_without_the_endpoint_serves_the_app_and_gets_one_post(
     model: ChatTokencake, engine: ScriptedEngine, caplog: pytest.LogCaptureFixture
 ) -> None:
     engine.events_status = 404
@@ -328,7 +326,7 @@ def test_an_engine_without_the_endpoint_serves_the_app_and_is_asked_once(
     assert (target.sent, target.dropped, target.is_off) == (0, 9, True)
 
 
-def test_a_proxy_that_is_down_for_events_does_not_touch_the_app(
+def test_an_unreachable_events_endpoint_does_not_affect_the_app(
     model: ChatTokencake, engine: ScriptedEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with socket.socket() as probe:
@@ -366,20 +364,20 @@ async def test_an_endpoint_that_hangs_blocks_neither_the_app_nor_its_loop(
     assert await asyncio.to_thread(flush, 10)
 
 
-def test_an_error_inside_of_the_handler_stays_there(
+def test_an_error_in_the_handler_does_not_leave_it(
     model: ChatTokencake, engine: ScriptedEngine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError(args, kwargs)
 
-    for name in ("open_chain", "open_call", "open_tool", "claim_call"):
+    for name in ("open_chain", "open_call", "open_tool", "make_hint"):
         monkeypatch.setattr(LIFECYCLE, name, fail)
     assert agent(model, quick).invoke(HELLO)["messages"][-1].text == "all is well"
     assert all("vllm_xargs" not in request.body for request in engine.requests)
     assert "TokenCake" in caplog.text
 
 
-def test_ends_that_were_never_started_are_ignored() -> None:
+def test_ends_without_a_start_are_ignored() -> None:
     from uuid import uuid4
 
     handler = TokencakeHandler()
@@ -392,7 +390,7 @@ def test_ends_that_were_never_started_are_ignored() -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 @pytest.mark.filterwarnings("ignore:This process")
-def test_a_forked_child_sends_its_own_events_and_not_its_parents(model: ChatTokencake, engine: ScriptedEngine) -> None:
+def test_a_forked_child_sends_its_own_events_only(model: ChatTokencake, engine: ScriptedEngine) -> None:
     graph = agent(model, quick)
     graph.invoke(HELLO, THREAD)
     child = os.fork()

@@ -156,7 +156,7 @@ def test_a_chain_without_a_graph_is_reported_in_its_first_run(play: Play, engine
 
 
 @pytest.mark.parametrize("moment", ["start", "inside"])
-def test_a_thread_without_context_is_the_same_stranger_in_both_runs(
+def test_a_thread_without_context_has_the_same_identity_in_both_runs(
     play: Play, engine: ScriptedEngine, moment: str
 ) -> None:
     play("in_a_thread_without_context", moment)
@@ -166,6 +166,8 @@ def test_a_thread_without_context_is_the_same_stranger_in_both_runs(
 
 
 @pytest.mark.parametrize("moment", ["start", "inside"])
-def test_a_late_import_in_a_chain_costs_the_identity_only(play: Play, engine: ScriptedEngine, moment: str) -> None:
+def test_after_a_late_import_in_a_chain_only_the_identity_is_missing(
+    play: Play, engine: ScriptedEngine, moment: str
+) -> None:
     play("in_a_chain_without_a_graph", moment)
     assert len({hint.call for hint in engine.hints}) == len(engine.requests) > 0

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tokencake.protocol import Hint, parse_hint
-from tokencake_langgraph.calls import Bounded, asker_in
+from tokencake_langgraph.calls import issuing_call_id
 from tokencake_langgraph.identity import agent_name, locate, send_index, session_id
 from tokencake_langgraph.run_tree import RunTree
 
@@ -39,14 +39,14 @@ def test_a_session_is_the_threads_agent_in_its_namespace(known: dict[str, Any], 
     assert locate(known, "app", "graph").session == session
 
 
-def test_the_place_in_a_fan_out_is_that_of_send_alone() -> None:
+def test_only_send_gives_an_index_in_a_fan_out() -> None:
     assert send_index(metadata("w:1", ("__pregel_push", 2, False))) == 2
     assert send_index(metadata("w:1", ("__pregel_push", ("__pregel_pull", "f"), 3, True))) is None
     assert send_index({"langgraph_path": ["__pregel_pull", "n"]}) is None
 
 
 @given(owner=st.text(), namespace=st.text(), agent=st.text(max_size=400))
-def test_any_session_fits_the_contract_and_a_header(owner: str, namespace: str, agent: str) -> None:
+def test_any_session_is_valid_in_the_contract_and_in_a_header(owner: str, namespace: str, agent: str) -> None:
     session = session_id(owner, namespace, agent)
     assert session.isascii()
     assert session.isprintable()
@@ -55,7 +55,7 @@ def test_any_session_fits_the_contract_and_a_header(owner: str, namespace: str, 
 
 
 @given(name=st.text(st.characters(), min_size=1))
-def test_any_agent_name_fits_the_contract(name: str) -> None:
+def test_any_agent_name_is_valid_in_the_contract(name: str) -> None:
     agent = agent_name({"lc_agent_name": name}, None)
     assert parse_hint(Hint("s", agent=agent).to_json()).agent == agent
 
@@ -81,7 +81,7 @@ def test_closing_every_root_closes_every_run(steps: list[tuple[str, int, int]]) 
     assert len(tree) == 0
 
 
-def test_the_run_tree_forgets_its_oldest_runs() -> None:
+def test_the_run_tree_drops_its_oldest_runs() -> None:
     tree = RunTree(max_runs=3)
     root = uuid4()
     tree.open(root, None, "chain", {}, 0.0)
@@ -91,17 +91,9 @@ def test_the_run_tree_forgets_its_oldest_runs() -> None:
     assert tree.get(root) is None
 
 
-def test_a_bounded_table_forgets_what_was_written_longest_ago() -> None:
-    table: Bounded[str, int] = Bounded(2)
-    table["a"] = table["b"] = 1
-    table["a"] = 2
-    table["c"] = 3
-    assert dict(table) == {"a": 2, "c": 3}
-
-
 @pytest.mark.parametrize("message_id", [None, "chosen by the user", "lc_run--nonsense"])
-def test_a_message_that_does_not_name_its_call_tells_nothing(message_id: str | None) -> None:
+def test_a_message_without_the_id_of_its_run_has_no_issuing_call(message_id: str | None) -> None:
     from langchain_core.messages import AIMessage
 
     call = {"name": "search", "args": {}, "id": "1", "type": "tool_call"}
-    assert asker_in({"messages": [AIMessage("", id=message_id, tool_calls=[call])]}, "1") is None
+    assert issuing_call_id({"messages": [AIMessage("", id=message_id, tool_calls=[call])]}, "1") is None

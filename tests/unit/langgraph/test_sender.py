@@ -16,7 +16,7 @@ from pydantic import SecretStr
 
 from tests.unit.langgraph.scripted_engine import ScriptedEngine
 from tokencake.protocol import MAX_EVENTS, AppEnd, ToolEnd, ToolStart
-from tokencake_langgraph.sender import MAX_BATCH, OFF_S, EventSender, Target
+from tokencake_langgraph.sender import MAX_BATCH, REJECTED_PAUSE_S, EventSender, EventTarget
 
 START = ToolStart("call", "tool_call", "search")
 
@@ -52,13 +52,13 @@ class Clock:
 @pytest.fixture
 def make_sender() -> Callable[..., EventSender]:
     def make(endpoint: Endpoint, **settings: Any) -> EventSender:
-        target = Target("http://engine/v1/tokencake/events", SecretStr("key"))
+        target = EventTarget("http://engine/v1/tokencake/events", SecretStr("key"))
         return EventSender(target, transport=endpoint, **{"retry_delays_s": (0.0, 0.0), **settings})
 
     return make
 
 
-def test_events_that_come_together_are_sent_together(make_sender: Callable[..., EventSender]) -> None:
+def test_events_put_together_are_sent_together(make_sender: Callable[..., EventSender]) -> None:
     endpoint = Endpoint(200)
     sender = make_sender(endpoint)
     for _ in range(3):
@@ -68,7 +68,7 @@ def test_events_that_come_together_are_sent_together(make_sender: Callable[..., 
     assert sender.stats().sent == 3
 
 
-def test_a_batch_is_never_larger_than_a_server_takes(make_sender: Callable[..., EventSender]) -> None:
+def test_a_batch_is_never_larger_than_the_limit(make_sender: Callable[..., EventSender]) -> None:
     endpoint = Endpoint(200)
     sender = make_sender(endpoint)
     for _ in range(MAX_BATCH + 1):
@@ -78,7 +78,7 @@ def test_a_batch_is_never_larger_than_a_server_takes(make_sender: Callable[..., 
     assert max(len(body["events"]) for body in endpoint.bodies) <= MAX_BATCH < MAX_EVENTS
 
 
-def test_an_event_says_how_long_it_waited(make_sender: Callable[..., EventSender]) -> None:
+def test_an_event_has_its_time_in_the_queue(make_sender: Callable[..., EventSender]) -> None:
     endpoint, clock = Endpoint(200), Clock()
     endpoint.go.clear()
     sender = make_sender(endpoint, clock=clock)
@@ -92,7 +92,7 @@ def test_an_event_says_how_long_it_waited(make_sender: Callable[..., EventSender
     assert [event.get("ago_s") for body in endpoint.bodies for event in body["events"]] == [0.0, 7.0, None]
 
 
-def test_a_full_queue_drops_its_oldest(make_sender: Callable[..., EventSender]) -> None:
+def test_a_full_queue_drops_its_oldest_event(make_sender: Callable[..., EventSender]) -> None:
     endpoint = Endpoint(200)
     endpoint.go.clear()
     sender = make_sender(endpoint, max_queued=2)
@@ -107,7 +107,7 @@ def test_a_full_queue_drops_its_oldest(make_sender: Callable[..., EventSender]) 
 
 
 @pytest.mark.parametrize("trouble", [503, 429, httpx.ConnectError("down"), ValueError("?")])
-def test_a_failed_post_is_tried_again(make_sender: Callable[..., EventSender], trouble: Any) -> None:
+def test_a_failed_post_is_retried(make_sender: Callable[..., EventSender], trouble: Any) -> None:
     endpoint = Endpoint(trouble, 200)
     sender = make_sender(endpoint)
     sender.put(START)
@@ -116,7 +116,7 @@ def test_a_failed_post_is_tried_again(make_sender: Callable[..., EventSender], t
 
 
 @pytest.mark.parametrize(("trouble", "posts"), [(404, 1), (405, 1), (307, 1), (401, 1), (403, 1), (503, 3)])
-def test_a_target_in_trouble_is_left_alone_for_a_while(
+def test_after_a_permanent_error_the_sender_pauses(
     make_sender: Callable[..., EventSender], trouble: int, posts: int
 ) -> None:
     endpoint, clock = Endpoint(trouble), Clock()
@@ -127,7 +127,7 @@ def test_a_target_in_trouble_is_left_alone_for_a_while(
     assert sender.flush(5)
     assert len(endpoint.bodies) == posts
     assert (sender.stats().dropped, sender.stats().is_off) == (2, True)
-    clock.now_s += OFF_S
+    clock.now_s += REJECTED_PAUSE_S
     endpoint.statuses = iter([200])
     sender.put(START)
     assert sender.flush(5)
@@ -135,7 +135,7 @@ def test_a_target_in_trouble_is_left_alone_for_a_while(
 
 
 @pytest.mark.parametrize(("trouble", "level"), [(404, "INFO"), (401, "WARNING"), (400, "WARNING"), (500, "WARNING")])
-def test_trouble_is_said_once(
+def test_each_kind_of_failure_is_logged_once(
     make_sender: Callable[..., EventSender], caplog: pytest.LogCaptureFixture, trouble: int, level: str
 ) -> None:
     clock = Clock()
@@ -144,12 +144,12 @@ def test_trouble_is_said_once(
         for _ in range(3):
             sender.put(START)
             assert sender.flush(5)
-            clock.now_s += OFF_S
+            clock.now_s += REJECTED_PAUSE_S
     assert [record.levelname for record in caplog.records] == [level]
     assert "key" not in caplog.text.replace("API key", "").replace("api_key", "")
 
 
-def test_a_flush_of_a_hanging_target_gives_up_in_time(make_sender: Callable[..., EventSender]) -> None:
+def test_a_flush_of_a_hanging_target_times_out(make_sender: Callable[..., EventSender]) -> None:
     endpoint = Endpoint(200)
     endpoint.go.clear()
     sender = make_sender(endpoint)
@@ -159,25 +159,27 @@ def test_a_flush_of_a_hanging_target_gives_up_in_time(make_sender: Callable[...,
     assert sender.flush(5)
 
 
-def test_a_target_never_shows_its_secrets() -> None:
-    target = Target("http://engine", SecretStr("secret"), (("Authorization", "secret"),), "http://user:secret@proxy")
+def test_the_repr_of_a_target_has_no_secrets() -> None:
+    target = EventTarget(
+        "http://engine", SecretStr("secret"), (("Authorization", "secret"),), "http://user:secret@proxy"
+    )
     assert "secret" not in repr(target)
 
 
-def test_a_proxy_that_makes_no_sense_costs_the_events_only(caplog: pytest.LogCaptureFixture) -> None:
-    sender = EventSender(Target("http://engine", proxy="nonsense"))
+def test_with_an_invalid_proxy_only_the_events_are_lost(caplog: pytest.LogCaptureFixture) -> None:
+    sender = EventSender(EventTarget("http://engine", proxy="nonsense"))
     sender.put(START)
     assert sender.flush(5)
     assert sender.stats().dropped == 1
     assert "http://engine" in caplog.text
 
 
-def test_what_is_queued_when_the_process_ends_is_still_sent(engine: ScriptedEngine) -> None:
+def test_queued_events_are_sent_when_the_process_ends(engine: ScriptedEngine) -> None:
     program = f"""
         from tokencake.protocol import AppEnd
-        from tokencake_langgraph.sender import Target
+        from tokencake_langgraph.sender import EventTarget
         from tokencake_langgraph.senders import sender_for
-        sender_for(Target({engine.events_url!r})).put(AppEnd("last words"))
+        sender_for(EventTarget({engine.events_url!r})).put(AppEnd("last words"))
     """
     path = [part for part in sys.path if part]
     code = f"import sys; sys.path[:0] = {path!r}\n{textwrap.dedent(program)}"
@@ -191,9 +193,9 @@ def test_a_process_ends_although_its_target_hangs(engine: ScriptedEngine) -> Non
         import time
         from tokencake.protocol import AppEnd
         from tokencake_langgraph import senders
-        from tokencake_langgraph.sender import Target
+        from tokencake_langgraph.sender import EventTarget
         senders.EXIT_FLUSH_S = 0.1
-        senders.sender_for(Target({engine.events_url!r})).put(AppEnd("unheard"))
+        senders.sender_for(EventTarget({engine.events_url!r})).put(AppEnd("unheard"))
     """
     path = [part for part in sys.path if part]
     code = f"import sys; sys.path[:0] = {path!r}\n{textwrap.dedent(program)}"

@@ -103,7 +103,7 @@ def test_a_tool_called_by_plain_code_stalls_the_session_of_its_node(
     assert stalls(engine) == [("stall_start", "T//worker", "tool:search"), ("stall_end", "T//worker", "tool:search")]
 
 
-def test_a_span_inside_of_a_tool_says_nothing_new(model: ChatTokencake, engine: ScriptedEngine) -> None:
+def test_a_span_inside_a_tool_sends_no_event(model: ChatTokencake, engine: ScriptedEngine) -> None:
     @tool
     def search(q: str) -> str:
         """Search."""
@@ -115,7 +115,7 @@ def test_a_span_inside_of_a_tool_says_nothing_new(model: ChatTokencake, engine: 
     assert len(engine.tool_story) == 1
 
 
-def test_outside_of_a_graph_or_before_the_first_call_a_span_says_nothing(
+def test_a_span_outside_a_graph_or_before_the_first_call_sends_no_event(
     model: ChatTokencake, engine: ScriptedEngine
 ) -> None:
     def work(state: MessagesState) -> dict[str, Any]:
@@ -129,6 +129,6 @@ def test_outside_of_a_graph_or_before_the_first_call_a_span_says_nothing(
 
 
 @pytest.mark.parametrize("estimate_s", [-1.0, float("nan"), "long"])
-def test_an_estimate_that_is_no_duration_is_named(estimate_s: Any) -> None:
+def test_an_estimate_that_is_not_a_duration_is_named(estimate_s: Any) -> None:
     with pytest.raises(ValueError, match=r"'crawl'.*for example 4\.0"):
         tool_span("crawl", estimate_s=estimate_s)

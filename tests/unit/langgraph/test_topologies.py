@@ -85,7 +85,7 @@ def test_a_hand_written_loop_is_one_session_with_one_stall_per_tool_call(
     assert (first.node, first.reuse, first.agent) == ("agent", "extends", "helper")
 
 
-def test_ids_stand_in_the_headers_as_well(model: ChatTokencake, engine: ScriptedEngine) -> None:
+def test_the_ids_are_in_the_headers_too(model: ChatTokencake, engine: ScriptedEngine) -> None:
     create_agent(model, [search], name="a").invoke(HELLO, THREAD)
     request = engine.requests[0]
     assert request.headers["x-request-id"] == request.hint.call
@@ -113,7 +113,7 @@ def test_a_second_turn_on_the_thread_is_the_same_session_in_a_new_app(
     assert len({hint.app for hint in engine.hints}) == 2
 
 
-def test_without_a_thread_each_run_of_the_graph_is_a_session_of_its_own(
+def test_without_a_thread_each_run_of_the_graph_is_a_separate_session(
     model: ChatTokencake, engine: ScriptedEngine
 ) -> None:
     agent = create_agent(model, [search], name="a")
@@ -147,7 +147,7 @@ async def test_streamed_events_carry_the_hint(model: ChatTokencake, engine: Scri
     assert engine.tool_story == [("fetch", engine.hints[0].call, "ok")]
 
 
-def test_branches_sent_into_a_subgraph_are_sessions_of_their_own(model: ChatTokencake, engine: ScriptedEngine) -> None:
+def test_branches_sent_into_a_subgraph_are_separate_sessions(model: ChatTokencake, engine: ScriptedEngine) -> None:
     class State(TypedDict):
         out: Annotated[list[str], operator.add]
 
@@ -166,7 +166,7 @@ def test_branches_sent_into_a_subgraph_are_sessions_of_their_own(model: ChatToke
     assert {session_of[call] for _, call, _ in engine.tool_story} == engine.sessions
 
 
-def test_branches_sent_to_a_plain_node_are_sessions_of_their_own(model: ChatTokencake, engine: ScriptedEngine) -> None:
+def test_branches_sent_to_a_plain_node_are_separate_sessions(model: ChatTokencake, engine: ScriptedEngine) -> None:
     class State(TypedDict):
         out: Annotated[list[str], operator.add]
 
@@ -178,7 +178,7 @@ def test_branches_sent_to_a_plain_node_are_sessions_of_their_own(model: ChatToke
     assert sorted(hint.fan_index for hint in engine.hints) == [0, 1, 2]
 
 
-def test_nodes_of_a_plain_graph_are_agents_of_their_own(model: ChatTokencake, engine: ScriptedEngine) -> None:
+def test_nodes_of_a_plain_graph_are_separate_agents(model: ChatTokencake, engine: ScriptedEngine) -> None:
     graph = StateGraph(MessagesState)
     for name in ("planner", "writer"):
         graph.add_node(name, lambda state: {"messages": [model.invoke(state["messages"])]})
@@ -189,7 +189,7 @@ def test_nodes_of_a_plain_graph_are_agents_of_their_own(model: ChatTokencake, en
     assert [hint.reuse for hint in engine.hints] == ["unknown", "unknown"]
 
 
-def test_a_subgraph_works_in_its_own_namespace(model: ChatTokencake, engine: ScriptedEngine) -> None:
+def test_a_subgraph_has_its_own_namespace(model: ChatTokencake, engine: ScriptedEngine) -> None:
     outer = StateGraph(MessagesState)
     outer.add_node("planner", lambda state: {"messages": [model.invoke(state["messages"])]})
     outer.add_node("inner", react_graph(model))
@@ -258,7 +258,7 @@ def test_a_loop_written_inside_one_node_finds_its_own_calls(model: ChatTokencake
     assert [call for _, call, _ in engine.tool_story] == [hint.call for hint in engine.hints]
 
 
-def test_equal_tool_call_ids_of_parallel_agents_are_told_apart(model: ChatTokencake, engine: ScriptedEngine) -> None:
+def test_equal_tool_call_ids_of_parallel_agents_are_distinguished(model: ChatTokencake, engine: ScriptedEngine) -> None:
     engine.tool_call_id = lambda name: f"functions.{name}:0"
     graph = StateGraph(MessagesState)
     for name in ("left", "right"):
@@ -271,7 +271,7 @@ def test_equal_tool_call_ids_of_parallel_agents_are_told_apart(model: ChatTokenc
     assert {call for _, call, _ in engine.tool_story} == set(asked.values())
 
 
-def test_each_engine_hears_of_its_own_calls_only(
+def test_each_engine_gets_events_of_its_own_calls_only(
     make_model: Callable[..., ChatTokencake], engine: ScriptedEngine
 ) -> None:
     other = ScriptedEngine()
@@ -291,7 +291,7 @@ def test_each_engine_hears_of_its_own_calls_only(
         other.close()
 
 
-def test_calls_of_another_vendors_model_are_nobodys_business(model: ChatTokencake, engine: ScriptedEngine) -> None:
+def test_calls_of_another_vendors_model_send_no_events(model: ChatTokencake, engine: ScriptedEngine) -> None:
     plain = ChatOpenAI(model="fake", base_url=engine.base_url, api_key="k", max_retries=0)
     create_agent(plain, [search], system_prompt="CALL[search]", name="a").invoke(HELLO, THREAD)
     flush()
@@ -300,7 +300,7 @@ def test_calls_of_another_vendors_model_are_nobodys_business(model: ChatTokencak
     assert engine.events == []
 
 
-def test_a_call_from_a_thread_without_context_is_stamped_too(model: ChatTokencake, engine: ScriptedEngine) -> None:
+def test_a_call_from_a_thread_without_context_has_a_hint_too(model: ChatTokencake, engine: ScriptedEngine) -> None:
     def work(state: MessagesState) -> dict[str, Any]:
         with ThreadPoolExecutor(1) as pool:
             return {"messages": [pool.submit(model.invoke, state["messages"]).result()]}
@@ -310,7 +310,7 @@ def test_a_call_from_a_thread_without_context_is_stamped_too(model: ChatTokencak
     assert hint.session == f"{hint.call}//default"
 
 
-def test_a_middleware_that_calls_the_model_does_so_as_its_agent(model: ChatTokencake, engine: ScriptedEngine) -> None:
+def test_a_middleware_calls_the_model_as_its_agent(model: ChatTokencake, engine: ScriptedEngine) -> None:
     class Guard(AgentMiddleware):
         def before_model(self, state: Any, runtime: Any) -> None:
             model.invoke("is this allowed?")
@@ -320,7 +320,7 @@ def test_a_middleware_that_calls_the_model_does_so_as_its_agent(model: ChatToken
     assert [hint.node for hint in engine.hints] == ["Guard.before_model", "model"]
 
 
-def test_a_handler_in_the_config_counts_nothing_twice(model: ChatTokencake, engine: ScriptedEngine) -> None:
+def test_a_handler_in_the_config_reports_nothing_twice(model: ChatTokencake, engine: ScriptedEngine) -> None:
     agent = create_agent(model, [search], system_prompt="CALL[search]", name="a")
     agent.invoke(HELLO, {**THREAD, "callbacks": [TokencakeHandler(), TokencakeHandler()]})
     flush()
@@ -339,7 +339,7 @@ def test_generate_in_a_node_finds_its_node(model: ChatTokencake, engine: Scripte
 
 
 @pytest.mark.parametrize("is_streaming", [False, True])
-async def test_agenerate_with_two_lists_stamps_each_call_with_its_own_id(
+async def test_agenerate_with_two_lists_gives_each_call_its_own_id(
     make_model: Callable[..., ChatTokencake], engine: ScriptedEngine, *, is_streaming: bool
 ) -> None:
     model = make_model(streaming=is_streaming)
@@ -348,13 +348,13 @@ async def test_agenerate_with_two_lists_stamps_each_call_with_its_own_id(
     assert {hint.call for hint in engine.hints} == {str(info.run_id) for info in result.run}
 
 
-async def test_a_batch_is_so_many_calls(model: ChatTokencake, engine: ScriptedEngine) -> None:
+async def test_a_batch_is_one_call_per_input(model: ChatTokencake, engine: ScriptedEngine) -> None:
     model.batch(["one", "two", "three"])
     await model.abatch(["four", "five"])
     assert len({hint.call for hint in engine.hints}) == 5
 
 
-def test_a_call_outside_of_any_graph_is_an_app_of_its_own(model: ChatTokencake, engine: ScriptedEngine) -> None:
+def test_a_call_outside_a_graph_is_a_separate_app(model: ChatTokencake, engine: ScriptedEngine) -> None:
     model.invoke("hello")
     (hint,) = engine.hints
     assert hint.app == hint.call
@@ -370,7 +370,7 @@ def test_a_chain_without_a_graph_is_one_app(model: ChatTokencake, engine: Script
     assert [event["app"] for event in engine.of_type("app_end")] == [hint.app]
 
 
-def test_twenty_agents_in_threads_stay_apart(model: ChatTokencake, engine: ScriptedEngine) -> None:
+def test_twenty_agents_in_threads_have_separate_sessions(model: ChatTokencake, engine: ScriptedEngine) -> None:
     agent = create_agent(model, [search, read], system_prompt="CALL[search,read|search]", name="a")
 
     def run(number: int) -> AIMessage:
@@ -386,7 +386,7 @@ def test_twenty_agents_in_threads_stay_apart(model: ChatTokencake, engine: Scrip
     assert len(engine.of_type("app_end")) == 20
 
 
-def test_an_app_written_for_chat_openai_moves_over_by_import_and_constructor(engine: ScriptedEngine) -> None:
+def test_an_app_for_chat_openai_needs_a_new_import_and_constructor_only(engine: ScriptedEngine) -> None:
     app = """
 def run():
     from langchain_core.tools import tool
