@@ -1,4 +1,4 @@
-"""The contract between client, proxy and engine: hints, events, their parsing, and what proves a tenant."""
+"""The wire contract between client, proxy and engine: hints, events, their parsing, and tenant isolation."""
 
 from tokencake.protocol.messages import (
     DECISIONS_PATH,

@@ -1,9 +1,8 @@
-"""What do the client, the proxy and the engine say to each other?
+"""The messages of the wire contract between client, proxy and engine, version 1.
 
-One JSON contract, version 1: a *hint* rides on every LLM call, *events* travel between calls.
-Everything that comes from outside is parsed here, once: known fields strictly, unknown fields are ignored, sizes are
-bounded. A malformed hint is void (the call is not affected); a malformed event is `invalid` (the others of its body
-count).
+Every LLM call carries a *hint*; *events* are sent between calls. Both are JSON. This module parses all input from
+outside, once: known fields strictly, unknown fields are ignored, sizes are bounded. A malformed hint is void and does
+not affect its call. A malformed event is `invalid` and does not affect the other events of its body.
 """
 
 from __future__ import annotations
@@ -59,7 +58,7 @@ VERSION: Final = 1
 HINT_KEY: Final = "tokencake"
 """The key inside the OpenAI body's `vllm_xargs` whose value is the hint, a JSON string."""
 MARK_KEY: Final = "mark"
-"""The field of a hint by which a proxy that keeps tenants apart proves that it has scoped the hint's ids."""
+"""The field of a hint with which a proxy that isolates tenants proves that it has scoped the hint's ids."""
 
 EVENTS_PATH: Final = "/v1/tokencake/events"
 STATE_PATH: Final = "/v1/tokencake/state"
@@ -68,16 +67,16 @@ DECISIONS_PATH: Final = "/v1/tokencake/decisions"
 MAX_HINT_BYTES: Final = 16_384
 MAX_BODY_BYTES: Final = 262_144
 MAX_EVENTS: Final = 1_000
-"""Events in one body. A client sends batches far smaller; a body beyond this is refused as a whole."""
+"""Events in one body. Clients send much smaller batches; a larger body is refused completely."""
 SCOPED_HINT_BYTES: Final = MAX_HINT_BYTES + 1_024
 SCOPED_BODY_BYTES: Final = 4 * MAX_BODY_BYTES
-"""The same with a tenant's prefix before every id: the proxy that scopes them counts what the client has sent."""
+"""The limits with a tenant's prefix before every id. The proxy applies the limits above to what the client sent."""
 
 
 Reuse: TypeAlias = Literal["extends", "final", "unknown"]
 ToolStatus: TypeAlias = Literal["ok", "error", "cancelled"]
 EventOutcome: TypeAlias = Literal["applied", "duplicate", "late", "unknown", "invalid"]
-"""What became of an event. `late`: overtaken by a later one. `unknown`: its call or session is not known here."""
+"""The effect of an event. `late`: a later event came first. `unknown`: the engine does not know its call or session."""
 
 
 def to_wire(record: Hint | Event | Stage) -> dict[str, Any]:
@@ -90,13 +89,13 @@ def to_wire(record: Hint | Event | Stage) -> dict[str, Any]:
     return wire
 
 
-_encode: Final = json.JSONEncoder(separators=(",", ":")).encode  # made once: `dumps` would make one for each hint
+_encode: Final = json.JSONEncoder(separators=(",", ":")).encode  # created once: `dumps` would create one for each hint
 
 
 def _check_version(where: str, raw: dict[str, Any]) -> None:
     version = raw.get("v", VERSION)
     if version != VERSION:
-        raise parsing.invalid(f"{where}.v", version, f"{VERSION}, the version spoken here")
+        raise parsing.invalid(f"{where}.v", version, f"{VERSION}, the supported version")
 
 
 # --- the hint -----------------------------------------------------------------------------------
@@ -104,39 +103,39 @@ def _check_version(where: str, raw: dict[str, Any]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Hint:
-    """Who makes an LLM call and what hangs on it. Only `session` is required; times are in seconds."""
+    """The agent that makes an LLM call, and its place in the application. Only `session` is required."""
 
     session: str = parsing.required(parsing.text(), scoped=True)
-    """Whose KV this call extends: thread (or root run) and the agent's checkpoint namespace."""
+    """The prefix that this call extends: thread (or root run) and the agent's checkpoint namespace."""
     call: str | None = parsing.optional(parsing.text(), scoped=True)
-    """Id of this call, the LangChain run id; the engine's request id where absent."""
+    """Id of this call, the LangChain run id. If absent, the engine's request id is used."""
     app: str | None = parsing.optional(parsing.text(), scoped=True)
-    """The root run: all calls of one application instance."""
+    """The root run, shared by all calls of one application instance."""
     app_started_ago_s: float | None = parsing.optional(parsing.SECONDS)
     agent: str | None = parsing.optional(parsing.text())
     graph: str | None = parsing.optional(parsing.text(), scoped=True)
     """Hash of the analysed topology."""
     node: str | None = parsing.optional(parsing.text())
     parent_call: str | None = parsing.optional(parsing.text(), scoped=True)
-    """A sub-agent works inside a tool call of this call."""
+    """The call that waits for this one in a tool call, if this is the call of a sub-agent."""
     parent_tool_call: str | None = parsing.optional(parsing.text())
     depth: int | None = parsing.optional(parsing.count())
     remaining: int | None = parsing.optional(parsing.count())
-    """LLM nodes on the longest path to the end, back edges removed."""
+    """LLM nodes on the longest path to the end, without back edges."""
     max_depth: int | None = parsing.optional(parsing.count())
     out_degree: int | None = parsing.optional(parsing.count())
     fan_out: int | None = parsing.optional(parsing.count())
     fan_index: int | None = parsing.optional(parsing.count())
     join: str | None = parsing.optional(parsing.text(), scoped=True)
-    """Id of the join that this branch feeds."""
+    """Id of the join that waits for this branch."""
     critical: bool | None = parsing.optional(parsing.flag)
     importance: float | None = parsing.optional(parsing.number(0, 10))
     expects_tools: dict[str, float | None] | None = parsing.optional(parsing.estimates)
-    """Tools that the model may call, with the expected seconds of each or None."""
+    """Tool that the model may call -> expected seconds, or None."""
     reuse: Reuse | None = parsing.optional(parsing.one_of("extends", "final", "unknown"))
     expected_output_tokens: int | None = parsing.optional(parsing.count())
     tenant: str = ""
-    """Prefix of the ids, from their mark; empty where tenants are not kept apart. Not on the wire."""
+    """Prefix of the ids, from their mark; empty if tenants are not isolated. Not on the wire."""
 
     def to_json(self) -> str:
         """The value for `vllm_xargs["tokencake"]`."""
@@ -148,10 +147,10 @@ def parse_hint(text: object, tenants: Tenants | None = None) -> Hint:
 
     Args:
         text: the value.
-        tenants: where tenants are kept apart: what their proxy has marked counts, and nothing else.
+        tenants: verifies marks, if tenants are isolated: then only a hint with a valid mark is parsed.
 
     Raises:
-        UnmarkedError: there are `tenants`, and no proof of one.
+        UnmarkedError: `tenants` is given and the hint has no valid mark.
         ProtocolError: it is not a JSON object in a string of at most `MAX_HINT_BYTES`, or a known field is malformed.
     """
     if not isinstance(text, str):
@@ -172,8 +171,8 @@ def parse_hint(text: object, tenants: Tenants | None = None) -> Hint:
 
 
 # --- events -------------------------------------------------------------------------------------
-# `ago_s` says how long ago an event happened when its body was sent: it needs no common clock, and takes the time
-# that the event waited in a queue out of every measured duration.
+# `ago_s` is the age of an event when its body was sent. It needs no common clock, and it removes the time that an event
+# waited in a queue from every measured duration.
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +189,7 @@ def _stage(where: str, value: Any) -> Stage:
 
 @dataclass(frozen=True, slots=True)
 class ToolStart:
-    """A tool call began: the session of `call` is stalled in it."""
+    """A tool call started; the session of `call` stalls in it."""
 
     type: ClassVar = "tool_start"
     call: str = parsing.required(parsing.text(), scoped=True)
@@ -216,7 +215,7 @@ class ToolProgress:
 
 @dataclass(frozen=True, slots=True)
 class ToolEnd:
-    """A tool call ended. `duration_s` is the client's own measurement and wins over the difference of the events."""
+    """A tool call ended. `duration_s`, measured by the client, overrides the time between the events."""
 
     type: ClassVar = "tool_end"
     call: str = parsing.required(parsing.text(), scoped=True)
@@ -229,7 +228,7 @@ class ToolEnd:
 
 @dataclass(frozen=True, slots=True)
 class StallStart:
-    """`session` waits for something that is no tool: a human, a join, plain code."""
+    """`session` stalls in something other than a tool: a human, a join, plain code."""
 
     type: ClassVar = "stall_start"
     session: str = parsing.required(parsing.text(), scoped=True)
@@ -240,7 +239,7 @@ class StallStart:
 
 @dataclass(frozen=True, slots=True)
 class StallEnd:
-    """The wait of this `kind` is over."""
+    """The stall of this `kind` has ended."""
 
     type: ClassVar = "stall_end"
     session: str = parsing.required(parsing.text(), scoped=True)
@@ -259,9 +258,9 @@ class SessionEnd:
 
 @dataclass(frozen=True, slots=True)
 class AppEnd:
-    """The application instance is over, and with it the sessions whose ids begin with its own.
+    """The application instance has ended, and with it the sessions whose ids begin with its own id.
 
-    Others may go on in another instance, as a thread does with its next turn.
+    Other sessions may continue in another instance, for example those of a thread in its next turn.
     """
 
     type: ClassVar = "app_end"
@@ -271,7 +270,7 @@ class AppEnd:
 
 @dataclass(frozen=True, slots=True)
 class Graph:
-    """Topology of a graph, once per graph and engine. `nodes` maps names to what is known of each, in plain values."""
+    """The topology of a graph, sent once per graph and engine. `nodes`: name -> attributes, as plain values."""
 
     type: ClassVar = "graph"
     graph: str = parsing.required(parsing.text(), scoped=True)
@@ -280,7 +279,7 @@ class Graph:
     joins: dict[str, tuple[str, ...]] | None = parsing.optional(
         parsing.object_of(parsing.list_of(parsing.text(), 256), 256), scoped=True
     )
-    """Of each join, by its id: the nodes that feed it."""
+    """Id of a join -> the nodes that it waits for."""
     tenant: str = ""
     """As in `Hint`."""
 
@@ -293,7 +292,7 @@ _EVENTS: Final[dict[str, type[Event]]] = {
 SCOPED_FIELDS: Final = frozenset(
     name
     for kind in (Hint, *_EVENTS.values())
-    for name in parsing.scoped_fields(kind)  # from their own definitions
+    for name in parsing.scoped_fields(kind)  # from the fields' own definitions
 )
 """The fields of hints and events that hold ids, or are keyed by ids."""
 
@@ -302,7 +301,7 @@ def parse_event(raw: Any, where: str = "event") -> Event:
     """Parse one event object.
 
     Raises:
-        ProtocolError: the type is not known or a known field is malformed.
+        ProtocolError: the type is unknown, or a known field is malformed.
     """
     if not isinstance(raw, dict):
         raise parsing.invalid(where, raw, "an object")
@@ -313,20 +312,20 @@ def parse_event(raw: Any, where: str = "event") -> Event:
 
 
 def check_body_size(size_bytes: int, *, is_scoped: bool = False) -> None:
-    """Raise TooLargeError where a body of events is too long. `is_scoped`: its ids have prefixes."""
+    """Raise TooLargeError if a body of events is too long. `is_scoped`: its ids have prefixes."""
     if size_bytes > (SCOPED_BODY_BYTES if is_scoped else MAX_BODY_BYTES):
         raise TooLargeError("body", f"has {size_bytes} bytes; at most {MAX_BODY_BYTES} are taken, send smaller batches")
 
 
 def parse_events(body: bytes, tenant: str = "") -> list[Event | ProtocolError]:
-    """Parse the body of `POST /v1/tokencake/events`, one entry per event and in its order.
+    """Parse the body of `POST /v1/tokencake/events`. The result has one entry per event, in the body's order.
 
     Args:
-        body: as it came.
-        tenant: the prefix that every id in it has, and that is taken off; see `scoped`.
+        body: the bytes as received.
+        tenant: the prefix of every id in it, which is removed; see `scoped`.
 
     Raises:
-        ProtocolError: the body as a whole is unusable: not JSON, not `{"v": 1, "events": [...]}`, or over
+        ProtocolError: the whole body is unusable: not JSON, not `{"v": 1, "events": [...]}`, or over
             `MAX_BODY_BYTES` or `MAX_EVENTS`.
     """
     check_body_size(len(body), is_scoped=bool(tenant))

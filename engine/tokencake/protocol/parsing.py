@@ -1,7 +1,7 @@
-"""How is one value that comes from outside checked?
+"""Parsers for values from outside: messages and settings.
 
-A parser takes the dotted name of the value and the value, and returns it typed or raises `ProtocolError`. A record is a
-dataclass whose fields each carry their parser.
+A parser takes the dotted name of a value and the value. It returns the typed value or raises `ProtocolError`. A record
+is a dataclass whose fields each carry their parser.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ class ProtocolError(ValueError):
 
 
 class TooLargeError(ProtocolError):
-    """It is longer than the contract allows."""
+    """A message is longer than the contract allows."""
 
 
 class UnmarkedError(ProtocolError):
-    """No proxy has proved whose it is, where tenants are kept apart."""
+    """A message lacks the proof of its tenant, although tenants are isolated."""
 
 
 Parser: TypeAlias = Callable[[str, Any], Any]
@@ -47,17 +47,17 @@ def short_repr(value: object) -> str:
 
 
 def invalid(where: str, value: object, expected: str) -> ProtocolError:
-    """The error that names the thing, its value and what was expected."""
+    """The error that names the field, its value and what was expected."""
     return ProtocolError(where, f"is {short_repr(value)}; expected {expected}")
 
 
 def _is_unicode(text: str) -> bool:
-    """JSON can spell lone surrogates, which no later encoder takes."""
+    """Whether UTF-8 can encode `text`: JSON can express lone surrogates."""
     return text.isascii() or not any("\ud800" <= char <= "\udfff" for char in text)
 
 
 def text(limit: int = MAX_ID_CHARS) -> Parser:
-    """A string of 1 to `limit` characters that UTF-8 can spell."""
+    """A string of 1 to `limit` characters that UTF-8 can encode."""
 
     def parse(where: str, value: Any) -> str:
         if not isinstance(value, str) or not 0 < len(value) <= limit or not _is_unicode(value):
@@ -90,7 +90,7 @@ def count(high: int = 1_000_000) -> Parser:
 
 
 def flag(where: str, value: Any) -> bool:
-    """True or false, and no 0 or 1."""
+    """True or false, not 0 or 1."""
     if not isinstance(value, bool):
         raise invalid(where, value, "true or false")
     return value
@@ -108,7 +108,7 @@ def one_of(*choices: str) -> Parser:
 
 
 def estimates(where: str, value: Any) -> dict[str, float | None]:
-    """`{tool name: expected seconds, or null where nobody has said}`."""
+    """`{tool name: expected seconds, or null}`."""
     if not isinstance(value, dict) or len(value) > MAX_TOOLS:
         raise invalid(where, value, f"an object of at most {MAX_TOOLS} tools")
     name, seconds = text(), number(0, MAX_SECONDS)
@@ -164,7 +164,7 @@ _known: dict[Any, tuple[tuple[str, Parser, bool], ...]] = {}
 
 
 def parsers(kind: Any) -> tuple[tuple[str, Parser, bool], ...]:
-    """`(field name, its parser, is it required)` of each field of a record type that stands on the wire."""
+    """`(name, parser, is required)` of each field of a record type that is on the wire."""
     if kind not in _known:
         _known[kind] = tuple(
             (f.name, f.metadata["parse"], bool(f.metadata["required"])) for f in fields(kind) if "parse" in f.metadata
@@ -173,36 +173,36 @@ def parsers(kind: Any) -> tuple[tuple[str, Parser, bool], ...]:
 
 
 def scoped_fields(kind: Any) -> tuple[str, ...]:
-    """The fields of a record type that hold ids, or are keyed by ids: what a proxy scopes by tenant."""
+    """The fields of a record type that hold ids, or have ids as keys: the proxy scopes them by tenant."""
     return tuple(f.name for f in fields(kind) if f.metadata.get("scoped"))
 
 
 def parse_record(kind: type[_Record], where: str, raw: Any) -> _Record:
-    """An instance of the dataclass `kind`; null counts as absent."""
+    """An instance of the dataclass `kind` from the JSON object `raw`. Null is the same as absent."""
     if not isinstance(raw, dict):
         raise invalid(where, raw, "an object")
     values: dict[str, Any] = {}
-    for name, parse, required in parsers(kind):
+    for name, parse, is_required in parsers(kind):
         value = raw.get(name)
         if value is not None:
             values[name] = parse(f"{where}.{name}", value)
-        elif required:
+        elif is_required:
             raise ProtocolError(f"{where}.{name}", "is missing")
     return kind(**values)
 
 
 def required(parse: Parser, *, scoped: bool = False) -> Any:
-    """A required field; `scoped`: it is an id, by which the engine looks something up."""
+    """A required field. `scoped`: it is an id by which the engine looks something up, so the proxy scopes it."""
     return field(metadata={"parse": parse, "required": True, "scoped": scoped})
 
 
 def optional(parse: Parser, default: Any = None, *, scoped: bool = False) -> Any:
-    """An optional field; `scoped`: it is an id, or an object keyed by ids, by which the engine looks something up."""
+    """An optional field. `scoped`: it is an id by which the engine looks something up, or has ids as keys."""
     return field(default=default, metadata={"parse": parse, "required": False, "scoped": scoped})
 
 
 def scoped(record: _Record, tenant: str) -> _Record:
-    """`record` with the prefix `tenant` before its ids; itself where `tenant` is empty."""
+    """`record` with the prefix `tenant` before its ids; unchanged if `tenant` is empty."""
     if not tenant:
         return record
     changes: dict[str, Any] = {"tenant": tenant} if hasattr(record, "tenant") else {}
@@ -218,10 +218,10 @@ def scoped(record: _Record, tenant: str) -> _Record:
 def unscoped(raw: Any, tenant: str, names: Iterable[str], where: str) -> Any:
     """The JSON object `raw` without the prefix `tenant` before the ids in its fields `names`.
 
-    Limits are those of what the client sent, so this comes before the parsing.
+    Limits apply to what the client sent, so this precedes the parsing.
 
     Raises:
-        UnmarkedError: an id does not begin so.
+        UnmarkedError: an id lacks the prefix.
     """
     if not tenant or not isinstance(raw, dict):
         return raw
@@ -242,7 +242,7 @@ def unscoped(raw: Any, tenant: str, names: Iterable[str], where: str) -> Any:
 
 
 def parse_json(text: str | bytes, where: str) -> Any:
-    """`text` as JSON; NaN and Infinity, which Python would take, are refused."""
+    """`text` as JSON. NaN and Infinity, which Python accepts, are refused."""
 
     def refuse(constant: str) -> float:
         raise ProtocolError(where, f"holds {constant}, which is not JSON")

@@ -1,8 +1,8 @@
-"""Tenants: the prefix of their ids, the mark that proves it, and where the secret behind both comes from.
+"""Tenant isolation: the prefix of a tenant's ids, the mark that proves it, and the secret from which both are derived.
 
 A tenant is the holder of one API key. The proxy derives the tenant's prefix from the key and a secret, puts it before
-every id that the client sends and adds a mark that only the secret can make. The engine, which has the same secret,
-counts what bears the mark and nothing else, so it does not matter by which way a hint arrives.
+every id that the client sends, and adds a mark that requires the secret. The engine has the same secret and ignores
+everything without a valid mark, so the route by which a hint arrives does not matter.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from typing import Final
 
 TENANT_SEPARATOR: Final = "::"
-"""What follows the tenant in an id."""
+"""Separates the tenant from the client's own id."""
 
-SECRET_VARIABLE: Final = "TOKENCAKE_TENANT_SECRET"  # noqa: S105  # names of variables
+SECRET_VARIABLE: Final = "TOKENCAKE_TENANT_SECRET"  # noqa: S105  # the name of a variable
 SECRET_FILE_VARIABLE: Final = "TOKENCAKE_TENANT_SECRET_FILE"  # noqa: S105
 MIN_SECRET_CHARS: Final = 16
 
@@ -23,14 +23,14 @@ _PROOF_CHARS: Final = 32
 
 
 class SecretError(ValueError):
-    """There is no usable secret; the words say where one is expected."""
+    """There is no valid secret; the message says where one is expected."""
 
 
 class Tenants:
-    """Everything that the secret makes. Times of one call: a few microseconds.
+    """Derives and verifies prefixes, marks, salts and names. Each method takes a few microseconds.
 
     Args:
-        secret: what proxy and engine share, and no client knows.
+        secret: shared by proxy and engine, unknown to clients.
     """
 
     def __init__(self, secret: bytes) -> None:
@@ -41,27 +41,27 @@ class Tenants:
         return self._digest("tenant", key, _TENANT_CHARS) + TENANT_SEPARATOR
 
     def mark(self, prefix: str) -> str:
-        """The prefix with the proof that the proxy has written it."""
+        """`prefix` followed by the proof that the proxy wrote it."""
         return prefix + self._digest("mark", _bytes(prefix), _PROOF_CHARS)
 
     def prefix_from_mark(self, mark: object) -> str | None:
-        """The prefix that `mark` proves; None where it proves none."""
+        """The prefix that `mark` proves; None if the mark is not valid."""
         if not isinstance(mark, str) or len(mark) <= _PROOF_CHARS:
             return None
         prefix = mark[:-_PROOF_CHARS]
         return prefix if hmac.compare_digest(_bytes(self.mark(prefix)), _bytes(mark)) else None
 
     def salt(self, prefix: str, own: str = "") -> str:
-        """The tenant's `cache_salt` in place of the client's `own`: 82 characters that vLLM takes.
+        """The tenant's `cache_salt`, derived from the client's `own` salt: 82 characters that vLLM accepts.
 
-        Requests share cached prefixes only where tenant and own salt are the same.
+        Requests share cached prefixes only if tenant and own salt are the same.
         """
         tenant = prefix.removesuffix(TENANT_SEPARATOR)
         salted = f"{tenant}.{self._digest('salt', _bytes(prefix + own), _PROOF_CHARS)}"
         return f"{salted}.{self._digest('salted', _bytes(salted), _PROOF_CHARS)}"
 
     def prefix_from_salt(self, salt: str | None) -> str | None:
-        """The prefix of the tenant that `salt` was made for; None where the proxy has not made it."""
+        """The prefix of the tenant whose `salt` this is; None if the proxy did not derive it."""
         salted, _, proof = (salt or "").rpartition(".")
         expected = self._digest("salted", _bytes(salted), _PROOF_CHARS)
         if not hmac.compare_digest(_bytes(expected), _bytes(proof)):
@@ -69,11 +69,11 @@ class Tenants:
         return salted.partition(".")[0] + TENANT_SEPARATOR
 
     def scoped_name(self, prefix: str, name: str) -> str:
-        """`name` with an ending that no other tenant's has, and that tells nothing of the prefix."""
+        """`name` with a suffix that is unique to the tenant and does not reveal its prefix."""
         return f"{name}-{self._digest('name', _bytes(prefix + name), _TENANT_CHARS)}"
 
     def owns_name(self, prefix: str, name: str) -> bool:
-        """Whether `scoped_name` has made this name for the tenant."""
+        """Whether `name` is a result of `scoped_name` for this tenant."""
         return hmac.compare_digest(_bytes(self.scoped_name(prefix, name.rpartition("-")[0])), _bytes(name))
 
     def _digest(self, purpose: str, text: bytes, chars: int) -> str:
@@ -81,15 +81,15 @@ class Tenants:
 
 
 def _bytes(text: str) -> bytes:
-    """JSON can spell lone surrogates."""
+    """`text` as bytes. JSON can express lone surrogates."""
     return text.encode(errors="surrogatepass")
 
 
 def checked_secret(text: str, where: str) -> bytes:
-    """The secret that stands in `text`.
+    """The secret in `text`; `where` names its source in the error.
 
     Raises:
-        SecretError: it is too short to be one.
+        SecretError: it is too short.
     """
     secret = text.strip()
     if len(secret) < MIN_SECRET_CHARS:
