@@ -1,4 +1,4 @@
-"""One real vLLM with the plug-in and one proxy for the whole run; a second vLLM without the plug-in where asked for."""
+"""One real vLLM with the plug-in and one proxy for the whole run, and on request a vLLM without the plug-in."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tokencake_cli.processes import STOCK_ENV, Processes, engine_command, free_p
 from tokencake_langgraph import ChatTokencake
 
 PATIENCE_S = 60
-"""How long a test waits for what has to come: it ends a hang, and measures nothing."""
+"""How long a test waits for an expected event; it only ends a hang."""
 API_KEY = "secret-of-the-tests"
 os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1"
 FLAGS = (

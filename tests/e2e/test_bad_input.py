@@ -1,4 +1,4 @@
-"""A bad hint never fails a call, a bad event never fails the others, and nobody without the key gets in."""
+"""A malformed hint does not fail its call, a malformed event does not affect others, and all routes need the key."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_a_bad_hint_is_void_and_the_answer_is_the_same(server: Server, hint: str
     assert server.metric(void) == before + 1
 
 
-def test_hundreds_of_sessions_at_once_are_served_and_known(server: Server) -> None:
+def test_hundreds_of_simultaneous_sessions_are_served_and_recorded(server: Server) -> None:
     """The bound of the registry itself is tested with 10,000 sessions in its unit test."""
     app = f"app-{uuid.uuid4()}"
 
@@ -83,7 +83,7 @@ def test_events_of_unknown_calls_twice_and_in_the_wrong_order(server: Server) ->
     assert (entry["tool"], entry["duration_s"], entry["status"]) == ("search", 0.5, "ok")
 
 
-def test_one_bad_event_does_not_spoil_its_batch(server: Server) -> None:
+def test_a_malformed_event_does_not_affect_its_batch(server: Server) -> None:
     call = known_call(server)
     start = {"type": "tool_start", "call": call, "tool_call": "t", "tool": "search"}
     assert send(server, {"type": "nonsense"}, start, {**start, "ago_s": "yesterday"}) == [
@@ -120,7 +120,7 @@ def test_the_state_refuses_an_absurd_limit(server: Server) -> None:
 
 
 @pytest.mark.parametrize(("method", "path"), [("POST", "/v1/tokencake/events"), ("GET", "/v1/tokencake/state")])
-def test_nobody_without_the_key_gets_in(server: Server, method: str, path: str) -> None:
+def test_no_route_answers_without_the_key(server: Server, method: str, path: str) -> None:
     assert httpx.request(method, f"{server.proxy}{path}", json={"events": []}).status_code == 401
 
 

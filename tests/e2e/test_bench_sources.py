@@ -1,4 +1,4 @@
-"""A real run through the proxy becomes a workload, and the engine's own steps a profile for it."""
+"""A real run through the proxy becomes a workload, and the steps of the engine become a profile."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Why did my call wait, and what does one tenant learn of another? A real engine, two tenants behind one proxy."""
+"""Decisions and tenant isolation, on a real engine with two tenants behind one proxy."""
 
 from __future__ import annotations
 
@@ -85,12 +85,12 @@ def test_a_bad_limit_is_refused_with_what_is_expected(urls: tuple[str, str], pat
     assert "limit" in answer.json()["error"]["message"]
 
 
-def test_nobody_without_a_key_reads_the_decisions(urls: tuple[str, str]) -> None:
+def test_the_decisions_need_a_key(urls: tuple[str, str]) -> None:
     for url in urls:
         assert httpx.get(f"{url}/v1/tokencake/decisions", timeout=60).status_code == 401
 
 
-def test_the_account_of_the_blocks_is_in_the_metrics(urls: tuple[str, str]) -> None:
+def test_the_block_accounting_is_in_the_metrics(urls: tuple[str, str]) -> None:
     chat(urls[1], "metered")
     lines = httpx.get(f"{urls[0]}/metrics", timeout=60).text.splitlines()
     blocks = [float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith("tokencake:kv_blocks{")]
@@ -100,7 +100,7 @@ def test_the_account_of_the_blocks_is_in_the_metrics(urls: tuple[str, str]) -> N
     assert any(line.startswith('tokencake:space_reserve_blocks{engine="0",part="size"} 0') for line in lines)
 
 
-def test_a_tenant_sees_and_ends_its_own_only_whatever_it_calls_itself(urls: tuple[str, str]) -> None:
+def test_a_tenant_sees_and_ends_only_its_own_records(urls: tuple[str, str]) -> None:
     engine, proxy = urls
     chat(proxy, "theirs", key="bob")
     chat(proxy, "mine", key="alice")
@@ -123,7 +123,7 @@ def test_a_tenant_sees_and_ends_its_own_only_whatever_it_calls_itself(urls: tupl
     assert ask(proxy, "state", "bob").json()["apps"]["theirs"]["ended"] is None
 
 
-def test_a_prompt_that_another_tenant_has_sent_is_computed_anew(urls: tuple[str, str]) -> None:
+def test_a_prompt_of_another_tenant_is_not_a_cache_hit(urls: tuple[str, str]) -> None:
     _, proxy = urls
     text = "The board will vote on Tuesday about the merger. " * 12
 
@@ -136,7 +136,7 @@ def test_a_prompt_that_another_tenant_has_sent_is_computed_anew(urls: tuple[str,
     assert cached_tokens("bob") == 0
 
 
-def test_a_request_id_of_another_tenant_aborts_nothing_of_it(urls: tuple[str, str]) -> None:
+def test_a_request_id_of_another_tenant_does_not_abort_its_request(urls: tuple[str, str]) -> None:
     _, proxy = urls
     with ThreadPoolExecutor() as threads:
         answer = threads.submit(chat, proxy, "long", "alice", None, 400, X_Request_Id="same")
@@ -151,7 +151,7 @@ def test_a_request_id_of_another_tenant_aborts_nothing_of_it(urls: tuple[str, st
     assert answer.result()["id"].startswith("chatcmpl-same-")
 
 
-def test_hints_and_events_that_do_not_come_through_the_proxy_do_not_count(urls: tuple[str, str]) -> None:
+def test_hints_and_events_that_bypass_the_proxy_are_ignored(urls: tuple[str, str]) -> None:
     engine, proxy = urls
     chat(proxy, "marked")
     chat(engine, prefix_of("alice") + "unmarked")

@@ -1,4 +1,4 @@
-"""`tokencake demo` and `tokencake serve` as a user starts them, with the tiny model in place of the real small one."""
+"""`tokencake demo` and `tokencake serve` as a user starts them, with a tiny model."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def processes_of(tmp_path: Path) -> list[int]:
     return found
 
 
-def test_the_demo_writes_figures_that_the_engine_gave(tiny_model: Path, tmp_path: Path) -> None:
+def test_the_demo_writes_the_engines_figures(tiny_model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     command = [*TOKENCAKE, "demo", "--model", str(tiny_model), "--tasks", "1", "--no-progress", "--json", str(out)]
     result = subprocess.run(
@@ -84,7 +84,7 @@ def test_ctrl_c_in_the_demo_leaves_no_process_behind(tiny_model: Path, tmp_path:
     wait_until(lambda: processes_of(tmp_path) == [], PATIENCE_S, "every process is gone")
 
 
-def test_serve_answers_and_ends_on_sigterm_with_everything_it_started(tiny_model: Path, tmp_path: Path) -> None:
+def test_serve_answers_and_sigterm_ends_all_its_processes(tiny_model: Path, tmp_path: Path) -> None:
     port, engine_port = free_port(), free_port()
     flags = ["--served-model-name", "tiny", "--enforce-eager", "--max-model-len", "1024", "--block-size", "32"]
     ports = ["--port", str(port), "--engine-port", str(engine_port)]
@@ -103,7 +103,7 @@ def test_serve_answers_and_ends_on_sigterm_with_everything_it_started(tiny_model
 
 
 @pytest.mark.parametrize("flag", ["--max-model-len=banana", "--scheduler-cls=my.Scheduler"])
-def test_serve_shows_the_engine_s_own_words_when_it_does_not_start(tiny_model: Path, tmp_path: Path, flag: str) -> None:
+def test_serve_shows_the_engines_log_if_it_does_not_start(tiny_model: Path, tmp_path: Path, flag: str) -> None:
     ports = ["--port", str(free_port()), "--engine-port", str(free_port())]
     result = subprocess.run(
         [*TOKENCAKE, "serve", str(tiny_model), *ports, flag],

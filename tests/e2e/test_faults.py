@@ -1,4 +1,4 @@
-"""The app goes on where the plug-in, the engine or the proxy is missing, or gets a clear error at once."""
+"""Without the plug-in, the engine or the proxy, the app continues or gets a clear error at once."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_without_the_plug_in_the_app_still_works(stock_server: Server) -> None:
     assert answer.status_code == 404
 
 
-def test_the_engine_dies_in_the_middle_of_a_stream_and_then_stays_away(stock_server: Server) -> None:
+def test_the_engine_dies_during_a_stream_and_does_not_return(stock_server: Server) -> None:
     """Kills the module's own server, which no later test uses."""
     model = stock_server.chat(max_tokens=3_000, extra_body={"ignore_eos": True})
     stream = model.stream("Tell me a long story.")
@@ -54,9 +54,7 @@ def engine_core_of(api_server: int) -> int:
     raise AssertionError("no engine core found")
 
 
-def test_the_death_of_the_engine_core_ends_the_server_and_no_event_waits_for_it(
-    tiny_model: Path, tmp_path: Path
-) -> None:
+def test_the_death_of_the_engine_core_ends_the_server_and_events_are_dropped(tiny_model: Path, tmp_path: Path) -> None:
     port = free_port()
     engine = f"http://127.0.0.1:{port}"
     with Processes(tmp_path) as processes:
@@ -71,7 +69,7 @@ def test_the_death_of_the_engine_core_ends_the_server_and_no_event_waits_for_it(
             processes.wait_until_healthy("engine", f"{engine}/never", timeout_s=3 * PATIENCE_S)
 
 
-def test_an_engine_that_was_never_there_is_named_in_the_error(tmp_path: Path) -> None:
+def test_an_unreachable_engine_is_named_in_the_error(tmp_path: Path) -> None:
     engine, port = f"http://127.0.0.1:{free_port()}", free_port()
     with Processes(tmp_path) as processes:
         processes.start("proxy", proxy_command(engine, "127.0.0.1", port))
@@ -84,7 +82,7 @@ def test_an_engine_that_was_never_there_is_named_in_the_error(tmp_path: Path) ->
             client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "Hello"}])
 
 
-def test_events_for_a_proxy_that_went_away_are_dropped_and_nobody_waits(server: Server, tmp_path: Path) -> None:
+def test_events_for_a_stopped_proxy_are_dropped_without_delay(server: Server, tmp_path: Path) -> None:
     port = free_port()
     proxy = f"http://127.0.0.1:{port}"
     waits: Waits = []

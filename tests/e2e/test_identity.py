@@ -1,4 +1,4 @@
-"""The engine knows the agent, node, session and parent of each call, and when each tool call began and ended."""
+"""The engine records the agent, node, session and parent of each call, and the start and end of each tool call."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ graph.compile().invoke({"messages": [("user", "hello")]}, {"configurable": {"thr
 """
 
 
-def test_a_process_that_makes_its_first_model_in_a_node_is_one_app(server: Server) -> None:
+def test_a_first_model_created_in_a_node_belongs_to_one_app(server: Server) -> None:
     config = thread()
     settings = {"TOKENCAKE_BASE_URL": f"{server.proxy}/v1", "TOKENCAKE_API_KEY": API_KEY}
     env = {**os.environ, **settings, "THREAD": config["configurable"]["thread_id"]}
@@ -170,7 +170,7 @@ class Fan(TypedDict):
     answers: Annotated[list[str], operator.add]
 
 
-def test_the_branches_of_a_send_are_sessions_of_their_own(server: Server) -> None:
+def test_the_branches_of_a_send_are_separate_sessions(server: Server) -> None:
     waits: Waits = []
     config = thread()
     worker = one_tool_agent(server, waits, "worker")

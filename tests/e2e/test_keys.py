@@ -1,4 +1,4 @@
-"""A real vLLM with an API key, and its routes as it lists them: the proxy lets nothing pass without the key."""
+"""With an API key on a real vLLM, the proxy forwards none of its routes without the key."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LARGE = {"model": "tiny", "prompt": "Hello " * 20_000, "max_tokens": 1}
 
 
 @pytest.mark.parametrize("key", [None, "Bearer wrong"])
-def test_no_route_of_vllm_is_reached_without_its_key(server: Server, key: str | None) -> None:
+def test_no_route_of_vllm_is_reachable_without_its_key(server: Server, key: str | None) -> None:
     paths: dict[str, dict[str, object]] = httpx.get(f"{server.engine}/openapi.json").json()["paths"]
     headers = {} if key is None else {"Authorization": key}
     answers = {

@@ -1,4 +1,4 @@
-"""A real vLLM on the CPU: KV leaves the device, the device is overwritten, KV comes back, and nobody can tell.
+"""A real vLLM on the CPU: KV is offloaded, the device is overwritten, KV is uploaded, and the output is the same.
 
 What it answers is compared, to the last bit, with a vLLM that has no plug-in and a connector that does nothing.
 """
@@ -166,9 +166,7 @@ def same(first: Any, second: Any) -> bool:
 
 
 @pytest.mark.parametrize("length", LENGTHS)
-def test_what_was_offloaded_and_uploaded_gives_the_same_answer(
-    engine: Engine, stock: dict[Any, Any], length: int
-) -> None:
+def test_offloaded_and_uploaded_kv_gives_the_same_output(engine: Engine, stock: dict[Any, Any], length: int) -> None:
     tokens = prompt(length, length)
     (first,) = engine.ask(tokens)
     assert same(first, stock[length])
@@ -207,7 +205,7 @@ def test_loaded_on_demand_beside_others_with_a_shared_prefix(engine: Engine, sto
     assert [same(ours, other) for ours, other in zip(alone, stock["alone"], strict=True)] == [True] * len(alone)
 
 
-def test_reset_forgets_the_host(engine: Engine) -> None:
+def test_a_reset_clears_the_host_cache(engine: Engine) -> None:
     tokens = prompt(7, 200)
     (before,) = engine.ask(tokens)
     engine.wait_for(f"c{engine.made}", "on_host")
@@ -217,7 +215,7 @@ def test_reset_forgets_the_host(engine: Engine) -> None:
     assert same(before, after)
 
 
-def test_sleep_forgets_the_host_and_the_engine_wakes_up(engine: Engine) -> None:
+def test_sleep_clears_the_host_cache_and_the_engine_wakes_up(engine: Engine) -> None:
     tokens = prompt(8, 200)
     (before,) = engine.ask(tokens)
     engine.wait_for(f"c{engine.made}", "on_host")
@@ -229,7 +227,7 @@ def test_sleep_forgets_the_host_and_the_engine_wakes_up(engine: Engine) -> None:
     assert same(before, after)
 
 
-def test_nothing_was_caught(engine: Engine) -> None:
+def test_no_error_was_contained(engine: Engine) -> None:
     counts = {tuple(key): count for key, count in engine.rpc("tokencake_metrics")["counts"]}
     assert counts.get(("errors",), 0) == 0
     assert not any(key[0] == "kv_copy_failures" for key in counts)

@@ -1,4 +1,4 @@
-"""Clients that know nothing of TokenCake get through the proxy, byte for byte, what a direct call gets."""
+"""Clients without TokenCake get the same response through the proxy as directly, byte for byte."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def without_clock(raw: bytes) -> bytes:
         ("/tokenize", {"model": "tiny", "prompt": "Hello"}),
     ],
 )
-def test_an_answer_through_the_proxy_is_the_direct_answer(server: Server, path: str, body: dict[str, Any]) -> None:
+def test_a_response_through_the_proxy_is_the_direct_response(server: Server, path: str, body: dict[str, Any]) -> None:
     request_id = uuid.uuid4().hex
     post(server.engine, path, body, request_id)  # fills the prefix cache, whose hits the answers count
     direct, proxied = (post(base, path, body, request_id) for base in (server.engine, server.proxy))
@@ -50,7 +50,7 @@ def test_an_answer_through_the_proxy_is_the_direct_answer(server: Server, path: 
     assert without_clock(proxied.content) == without_clock(direct.content)
 
 
-def test_curl_gets_the_direct_answer(server: Server) -> None:
+def test_curl_gets_the_direct_response(server: Server) -> None:
     curl = shutil.which("curl")
     if curl is None:
         pytest.skip("curl is not installed")
@@ -64,7 +64,7 @@ def test_curl_gets_the_direct_answer(server: Server) -> None:
     assert re.sub(volatile, b"", proxied) == re.sub(volatile, b"", direct) != b""
 
 
-def test_an_openai_client_streams_the_direct_answer_through_the_proxy(server: Server) -> None:
+def test_an_openai_client_streams_the_direct_response_through_the_proxy(server: Server) -> None:
     """The text, not the chunks: how many tokens vLLM puts into one chunk depends on how busy it is."""
     texts, usages = [], []
     for base in (server.engine, server.engine, server.proxy):
@@ -77,7 +77,7 @@ def test_an_openai_client_streams_the_direct_answer_through_the_proxy(server: Se
     assert usages[1] == usages[2]
 
 
-def test_tokens_arrive_while_the_engine_still_writes(server: Server) -> None:
+def test_tokens_arrive_during_the_generation(server: Server) -> None:
     session = f"session-{uuid.uuid4()}"
     hint = {"tokencake": json.dumps({"session": session})}
     body = {**CHAT, "stream": True, "max_tokens": 3_000, "ignore_eos": True, "vllm_xargs": hint}
@@ -91,7 +91,7 @@ def test_tokens_arrive_while_the_engine_still_writes(server: Server) -> None:
         assert call["status"] == "running"
 
 
-def test_a_client_that_leaves_frees_the_engine(server: Server) -> None:
+def test_a_disconnected_client_frees_the_engine(server: Server) -> None:
     session = f"session-{uuid.uuid4()}"
     hint = {"tokencake": json.dumps({"session": session})}
     body = {**CHAT, "stream": True, "max_tokens": 3_000, "ignore_eos": True, "vllm_xargs": hint}
@@ -107,7 +107,7 @@ def test_a_client_that_leaves_frees_the_engine(server: Server) -> None:
     wait_until(lambda: status() == "aborted", PATIENCE_S, "the call is gone")
 
 
-def test_an_app_moves_over_by_import_and_constructor_alone(server: Server) -> None:
+def test_an_app_needs_a_new_import_and_constructor_only(server: Server) -> None:
     """The same graph, once with ChatOpenAI and once with ChatTokencake: same answers, and now the engine knows it."""
     options = {
         "model": "tiny",

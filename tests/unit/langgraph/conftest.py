@@ -1,4 +1,4 @@
-"""One scripted engine for all tests of the client; after each of them no run may be left open."""
+"""One scripted engine for all tests of the client; no test may leave a run open."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plays an app of `lazy_apps` twice, in a process that has made no model before.
+"""Runs an app of `lazy_apps` twice, in a process that has created no model before.
 
 A program: LangChain and LangGraph are imported once, this project is not. For each line of JSON on standard input,
 `{"app": name, "moment": "start" or "inside", "base_url": url}`, a forked child plays the app and answers with one line:

@@ -1,4 +1,4 @@
-"""Apps that make their models while they run. Each function returns what plays its app once."""
+"""Apps that create their models while they run. Each function returns a callable that runs its app once."""
 
 from __future__ import annotations
 

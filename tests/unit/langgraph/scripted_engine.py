@@ -1,7 +1,7 @@
-"""An OpenAI-compatible server in this process that does what the prompt says and records what it is sent.
+"""An OpenAI-compatible server in this process that follows directives in the prompt and records its requests.
 
-Directives stand in the system or user text: `CALL[a,b|c]` asks for the tools a and b, then for c; `HOLD` answers only
-after `release()`; `FAIL` answers with status 400.
+Directives in the system or user text: `CALL[a,b|c]` calls the tools a and b, then c; `HOLD` answers only after
+`release()`; `FAIL` answers with status 400.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class ScriptedEngine:
         self._server.server_close()
 
     def release(self) -> None:
-        """Let everything go on that is held."""
+        """Let all held requests continue."""
         self._released.set()
 
     def hold(self) -> None:
@@ -80,11 +80,11 @@ class ScriptedEngine:
             self._changed.notify_all()
 
     def wait_for(self, is_there: Callable[[], bool]) -> None:
-        """Wait until `is_there`, which is asked whenever something has arrived."""
+        """Wait until `is_there()`, which is called after each arrival."""
         with self._changed:
             assert self._changed.wait_for(is_there, 10), "it did not arrive within 10 s"
 
-    # --- what the tests ask for ---
+    # --- what the tests read ---
 
     @property
     def hints(self) -> list[Hint]:
@@ -166,7 +166,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
             self.wfile.write(content)
-        except OSError:  # the client has gone
+        except OSError:  # the client has disconnected
             self.close_connection = True
 
     def _stream(self, body: dict[str, Any], reply: dict[str, Any]) -> None:
@@ -190,7 +190,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.end_headers()
             for part in (*map(json.dumps, chunks), "[DONE]"):
                 self.wfile.write(f"data: {part}\n\n".encode())
-        except OSError:  # the client has gone
+        except OSError:  # the client has disconnected
             pass
 
 

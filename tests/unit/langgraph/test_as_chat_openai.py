@@ -1,4 +1,4 @@
-"""An app behaves with `ChatTokencake` as it does with `ChatOpenAI`: the same answers, the same requests."""
+"""An app behaves with `ChatTokencake` as with `ChatOpenAI`: same responses, same requests."""
 
 from __future__ import annotations
 

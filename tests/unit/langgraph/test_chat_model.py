@@ -1,4 +1,4 @@
-"""`ChatTokencake` is a `ChatOpenAI` with other defaults, a hint in every request and nothing of vLLM's answer lost."""
+"""`ChatTokencake` is a `ChatOpenAI` with other defaults, a hint in each request, and all fields of vLLM's response."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def hint_of(engine: ScriptedEngine) -> Any:
     return engine.requests[-1].hint
 
 
-# --- what it is -----------------------------------------------------------------------------------
+# --- construction ---------------------------------------------------------------------------------
 
 
 def test_the_public_names_are_these() -> None:
@@ -97,7 +97,7 @@ def test_arguments_out_of_range_are_named() -> None:
             ChatTokencake(model="fake", **settings)
 
 
-# --- where it goes --------------------------------------------------------------------------------
+# --- base URL and key -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Whatever other packages read from a `ChatOpenAI`, they read from a `ChatTokencake`; each difference has its reason.
+"""Other packages read from a `ChatTokencake` what they read from a `ChatOpenAI`; each difference has a reason.
 
 All members of the two classes are compared, as they are found; the tables name those that may differ.
 """

@@ -1,4 +1,4 @@
-"""A call whose parent run was never reported still finds its app, as far as LangGraph tells it."""
+"""A call whose parent run was never reported is attributed to its app through LangGraph's context."""
 
 from __future__ import annotations
 

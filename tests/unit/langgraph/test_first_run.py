@@ -1,4 +1,4 @@
-"""The first run of a process is reported like every later one, wherever its first model is made."""
+"""The first run of a process is reported like later ones, wherever the first model is created."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sessions, agents and the run tree, from metadata alone."""
+"""Sessions, agents and the run tree, derived from metadata."""
 
 from __future__ import annotations
 

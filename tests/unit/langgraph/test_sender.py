@@ -1,4 +1,4 @@
-"""Events are delivered in batches by somebody else's thread, or dropped and counted; nobody waits and nobody fails."""
+"""A background thread delivers events in batches, or drops and counts them; callers never wait and never fail."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plain code in a node keeps its session waiting while a `tool_span` is open."""
+"""Plain code in a node stalls its session while a `tool_span` is open."""
 
 from __future__ import annotations
 

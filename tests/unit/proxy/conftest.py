@@ -1,7 +1,7 @@
-"""A proxy under a real uvicorn and an engine whose every byte a test decides, both in one background event loop.
+"""A proxy on a real uvicorn and an engine whose bytes a test scripts, both in one background event loop.
 
-Tests are plain functions that talk to them over sockets. What the engine does is a *script*: a coroutine function that
-is given each connection (`Line`) and reads requests and writes bytes on it.
+Tests are plain functions that talk to them over sockets. The engine runs a *script*: a coroutine function that receives
+each connection and reads requests and writes bytes on it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ PATIENCE_S = 10
 
 @dataclass
 class Received:
-    """A request as it stood on the wire."""
+    """A request as it was on the wire."""
 
     request_line: bytes
     lines: list[tuple[bytes, bytes]]
@@ -46,7 +46,7 @@ class Received:
 
 
 @dataclass
-class Line:
+class EngineConnection:
     """One connection to the engine; `number` counts from 1."""
 
     number: int
@@ -82,14 +82,14 @@ class Line:
 
 
 @dataclass
-class Engine:
+class RawEngine:
     port: int = 0
     requests: list[Received] = field(default_factory=list)
     connections: int = 0
     saw_disconnect: threading.Event = field(default_factory=threading.Event)
     script: object = None
     keys: list[bytes] = field(default_factory=list)
-    """What `demand_keys` takes."""
+    """The keys that `demand_keys` accepts."""
 
     @property
     def url(self):
@@ -97,12 +97,12 @@ class Engine:
 
     @property
     def calls(self):
-        """The requests but those by which the proxy asks whether a key is valid."""
+        """The requests without the proxy's own key checks."""
         return [request for request in self.requests if request.request_line != b"GET /v1/models HTTP/1.1"]
 
     async def connected(self, reader, writer):
         self.connections += 1
-        line = Line(self.connections, reader, writer, self.requests)
+        line = EngineConnection(self.connections, reader, writer, self.requests)
         try:
             await self.script(line)
         except (ConnectionResetError, BrokenPipeError):
@@ -113,7 +113,7 @@ class Engine:
                 await writer.wait_closed()
 
     async def demand_keys(self, line):
-        """The script of vLLM with `--api-key`: under `/v1` only who sends one of `keys` is served."""
+        """The script of vLLM with `--api-key`: under `/v1` it serves only requests with one of `keys`."""
         while (received := await line.request()) is not None:
             path = received.request_line.split(b" ")[1]
             (authorization,) = received.values(b"authorization") or [b""]
@@ -134,7 +134,7 @@ async def answer_everything(line):
         await line.answer(json.dumps({"saw": received.request_line.decode()}).encode())
 
 
-class World:
+class BackgroundLoop:
     """The background event loop."""
 
     def __init__(self):
@@ -150,7 +150,7 @@ class World:
         listener = socket.create_server(("127.0.0.1", 0), backlog=128)
         server = uvicorn.Server(server_config(dataclasses.replace(settings, shutdown_grace_s=1)))
         self.serving.append((server, asyncio.run_coroutine_threadsafe(server.serve([listener]), self.loop)))
-        return server, Proxy(listener.getsockname()[1])
+        return server, RunningProxy(listener.getsockname()[1])
 
     def close(self):
         for server, _ in self.serving:
@@ -172,7 +172,7 @@ async def _settle():
 
 
 @dataclass
-class Proxy:
+class RunningProxy:
     port: int
 
     @property
@@ -190,15 +190,15 @@ class Proxy:
 
 
 @pytest.fixture(scope="session")
-def world():
-    world = World()
-    yield world
-    world.close()
+def background():
+    background = BackgroundLoop()
+    yield background
+    background.close()
 
 
 @pytest.fixture(autouse=True)
 def no_traceback_in_the_log():
-    """The proxy answers for whatever happens: the server below it must never have to."""
+    """The proxy handles every error itself: uvicorn must log no traceback."""
     records = []
     handler = logging.Handler()
     handler.emit = records.append
@@ -209,19 +209,19 @@ def no_traceback_in_the_log():
 
 
 @pytest.fixture
-def start_engine(world):
+def start_engine(background):
     """Start an engine that answers every request with 200 until it is given another script."""
     servers = []
 
     def start(port=0):
-        engine = Engine(script=answer_everything)
-        servers.append(world.run(asyncio.start_server(engine.connected, "127.0.0.1", port)))
+        engine = RawEngine(script=answer_everything)
+        servers.append(background.run(asyncio.start_server(engine.connected, "127.0.0.1", port)))
         engine.port = servers[-1].sockets[0].getsockname()[1]
         return engine
 
     yield start
     for server in servers:
-        world.loop.call_soon_threadsafe(server.close)
+        background.loop.call_soon_threadsafe(server.close)
 
 
 @pytest.fixture
@@ -236,12 +236,12 @@ def unused_port():
 
 
 @pytest.fixture
-def start_proxy(world):
-    """Start a proxy with these settings; it is shut down after the test, without waiting for it."""
+def start_proxy(background):
+    """Start a proxy with these settings. It is shut down after the test, without waiting."""
     servers = []
 
     def start(upstream, **settings):
-        server, proxy = world.start_proxy(ProxySettings(upstream, **settings))
+        server, proxy = background.start_proxy(ProxySettings(upstream, **settings))
         servers.append(server)
         return proxy
 
@@ -257,7 +257,7 @@ def proxy(engine, start_proxy):
 
 @pytest.fixture
 def http():
-    """A client that takes no settings from the environment."""
+    """A client that reads no settings from the environment."""
     with httpx.Client(trust_env=False, verify=False, timeout=PATIENCE_S) as client:
         yield client
 
@@ -284,7 +284,7 @@ def dial():
 
 @pytest.fixture
 def exchange_bytes(dial):
-    """Send bytes to a port and return all that comes back until the peer closes."""
+    """Send bytes to a port and return all bytes until the peer closes."""
 
     def exchange(port, request):
         sock = dial(port)

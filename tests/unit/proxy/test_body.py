@@ -28,7 +28,7 @@ def code_of(answer):
     return json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"]
 
 
-# --- all together -----------------------------------------------------------------------------------
+# --- all together ---------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -37,12 +37,12 @@ def scarce(engine, start_proxy):
     return start_proxy(engine.url, max_bodies_bytes=200_000, max_body_bytes=100_000)
 
 
-def test_bodies_over_the_budget_are_refused_until_memory_is_free(engine, scarce, dial, exchange_bytes, world):
+def test_bodies_over_the_budget_are_refused_until_memory_is_free(engine, scarce, dial, exchange_bytes, background):
     may_answer = threading.Event()
 
     async def script(line):
         while await line.request() is not None:
-            await world.loop.run_in_executor(None, may_answer.wait, PATIENCE_S)
+            await background.loop.run_in_executor(None, may_answer.wait, PATIENCE_S)
             await line.answer()
 
     engine.script = script
@@ -154,7 +154,7 @@ def test_a_body_is_counted_once_and_released_once(budget):
     assert budget.held_bytes == 0
 
 
-# --- time -------------------------------------------------------------------------------------------
+# --- time -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("begun", [head(10), head(10) + b"x", head(10_000_000) + b"x" * 100_000])
@@ -185,13 +185,13 @@ def test_slow_bytes_do_not_extend_the_timeout(engine, start_proxy, dial):
     assert status_of(answer) == 408
 
 
-def test_a_response_may_take_longer_than_the_upload_timeout(engine, start_proxy, http, world):
+def test_a_response_may_take_longer_than_the_upload_timeout(engine, start_proxy, http, background):
     proxy = start_proxy(engine.url, upload_timeout_s=0.1, head_timeout_s=0.1)
 
     async def script(line):
         await line.request()
-        thought = world.loop.create_future()
-        world.loop.call_later(0.3, thought.set_result, None)
+        thought = background.loop.create_future()
+        background.loop.call_later(0.3, thought.set_result, None)
         await thought
         await line.answer()
 
@@ -199,7 +199,7 @@ def test_a_response_may_take_longer_than_the_upload_timeout(engine, start_proxy,
     assert http.post(f"{proxy.url}/v1/completions", json={}).status_code == 200
 
 
-# --- the rest of a refused body -----------------------------------------------------------------
+# --- the rest of a refused body -------------------------------------------------------------------
 
 
 def test_the_rest_of_a_refused_body_is_discarded_and_the_connection_stays_open(engine, start_proxy, dial):

@@ -1,4 +1,4 @@
-"""Whatever the proxy forwards, parses or takes in at length is behind a key that the engine takes."""
+"""The proxy forwards, parses and reads long bodies only with a key that the engine accepts."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def engine(engine):
 
 
 def asked(engine):
-    """How often the engine was asked whether a key is valid."""
+    """How often the proxy asked the engine whether a key is valid."""
     return len(engine.requests) - len(engine.calls)
 
 
-# --- every route ------------------------------------------------------------------------------------
+# --- every route ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("headers", [{}, {"Authorization": "Bearer mallory"}, {"Authorization": "alice"}])
@@ -42,29 +42,29 @@ def test_a_route_that_the_engine_leaves_open_needs_a_key_at_the_proxy(engine, pr
 
 
 @pytest.mark.parametrize("path", BY_THE_PROXY)
-def test_with_a_key_they_pass(engine, proxy, http, path):
+def test_such_a_route_passes_with_a_key(engine, proxy, http, path):
     assert http.post(f"{proxy.url}{path}", json={}, headers=ALICE).status_code == 200
     assert len(engine.calls) == 1
 
 
 @pytest.mark.parametrize("path", BY_THE_PROXY)
-def test_an_engine_without_keys_is_as_open_as_before(start_engine, start_proxy, http, path):
+def test_an_engine_without_keys_needs_none_at_the_proxy(start_engine, start_proxy, http, path):
     assert http.post(f"{start_proxy(start_engine().url).url}{path}", json={}).status_code == 200
 
 
-def test_what_the_proxy_answers_itself_needs_no_key(engine, proxy, http):
+def test_the_proxys_own_routes_need_no_key(engine, proxy, http):
     for path in ("/health", "/ping", "/metrics"):
         assert http.get(f"{proxy.url}{path}").status_code == 200
 
 
-def test_under_v1_the_engine_itself_refuses_in_its_own_words(engine, proxy, http):
+def test_under_v1_the_engine_itself_rejects_the_key(engine, proxy, http):
     answer = http.post(f"{proxy.url}/v1/completions", json={})
 
     assert (answer.status_code, answer.content) == (401, b'{"error":"Unauthorized"}')
     assert asked(engine) == 0
 
 
-def test_only_a_preflight_of_a_browser_goes_without_a_key(engine, proxy, http):
+def test_only_a_cors_preflight_passes_without_a_key(engine, proxy, http):
     preflight = {"Origin": "http://app", "Access-Control-Request-Method": "POST"}
 
     assert http.options(f"{proxy.url}/tokenize", headers=preflight).status_code == 200
@@ -74,7 +74,7 @@ def test_only_a_preflight_of_a_browser_goes_without_a_key(engine, proxy, http):
     assert not engine_checks_key("/v1/completions", "OPTIONS")
 
 
-# --- large bodies -----------------------------------------------------------------------------------
+# --- large bodies ---------------------------------------------------------------------------------
 
 
 def pieces():
@@ -84,7 +84,7 @@ def pieces():
 
 @pytest.mark.parametrize("content", [LARGE, "in pieces"])
 @pytest.mark.parametrize("headers", [{}, {"Authorization": "Bearer mallory"}])
-def test_a_large_body_without_a_valid_key_is_not_taken(engine, proxy, http, content, headers):
+def test_a_large_body_without_a_valid_key_is_refused(engine, proxy, http, content, headers):
     answer = http.post(
         f"{proxy.url}/v1/completions", content=pieces() if content == "in pieces" else content, headers=headers
     )
@@ -103,7 +103,7 @@ def test_a_large_body_is_refused_before_it_is_sent(engine, proxy, dial):
 
 
 @pytest.mark.parametrize("content", [LARGE, "in pieces"])
-def test_a_large_body_with_a_valid_key_passes_whole(engine, proxy, http, content):
+def test_a_large_body_with_a_valid_key_passes_complete(engine, proxy, http, content):
     sent = b"".join(pieces()) if content == "in pieces" else content
 
     answer = http.post(
@@ -123,7 +123,7 @@ def test_no_body_is_parsed_without_a_valid_key(engine, start_proxy, http):
     assert answer.status_code == 401
 
 
-# --- how it is known --------------------------------------------------------------------------------
+# --- how a key is proven --------------------------------------------------------------------------
 
 
 def test_the_engine_is_asked_once_for_many_calls(engine, proxy, http):
@@ -134,21 +134,21 @@ def test_the_engine_is_asked_once_for_many_calls(engine, proxy, http):
     assert asked(engine) == 1
 
 
-def test_an_answer_of_the_engine_proves_a_key_without_asking(engine, proxy, http):
+def test_a_response_of_the_engine_proves_a_key(engine, proxy, http):
     http.post(f"{proxy.url}/v1/completions", json={}, headers=ALICE)
 
     assert http.post(f"{proxy.url}/tokenize", json={}, headers=ALICE).status_code == 200
     assert asked(engine) == 0
 
 
-def test_a_proven_key_proves_no_other(engine, proxy, http):
+def test_a_proven_key_does_not_prove_another(engine, proxy, http):
     http.post(f"{proxy.url}/v1/completions", json={}, headers=ALICE)
 
     assert http.post(f"{proxy.url}/tokenize", json={}).status_code == 401
     assert http.post(f"{proxy.url}/tokenize", json={}, headers={"Authorization": "Bearer alic"}).status_code == 401
 
 
-def test_a_key_that_the_engine_takes_no_more_is_forgotten(engine, proxy, http):
+def test_a_key_that_the_engine_rejects_later_is_dropped(engine, proxy, http):
     http.post(f"{proxy.url}/v1/completions", json={}, headers=ALICE)
     engine.keys.remove(b"alice")
     http.post(f"{proxy.url}/v1/completions", json={}, headers=ALICE)
@@ -156,7 +156,7 @@ def test_a_key_that_the_engine_takes_no_more_is_forgotten(engine, proxy, http):
     assert http.post(f"{proxy.url}/tokenize", json={}, headers=ALICE).status_code == 401
 
 
-def test_an_engine_that_cannot_be_asked_is_no_reason_to_let_through(start_proxy, unused_port, http):
+def test_without_a_reachable_engine_no_key_is_proven(start_proxy, unused_port, http):
     proxy = start_proxy(f"http://127.0.0.1:{unused_port}")
 
     answer = http.post(f"{proxy.url}/tokenize", json={}, headers=ALICE)
@@ -165,7 +165,7 @@ def test_an_engine_that_cannot_be_asked_is_no_reason_to_let_through(start_proxy,
 
 
 @pytest.mark.parametrize("status", [b"500 Internal Server Error", b"429 Too Many Requests", b"307 Temporary Redirect"])
-def test_an_engine_that_does_not_say_is_no_reason_to_let_through(engine, proxy, http, status):
+def test_without_a_clear_response_no_key_is_proven(engine, proxy, http, status):
     async def script(line):
         while await line.request() is not None:
             await line.answer(head=b"HTTP/1.1 " + status + b"\r\n")
@@ -178,7 +178,7 @@ def test_an_engine_that_does_not_say_is_no_reason_to_let_through(engine, proxy, 
     assert engine.calls == []
 
 
-def test_an_engine_that_hangs_is_asked_for_a_while_only(engine, start_proxy, http):
+def test_a_key_check_times_out(engine, start_proxy, http):
     async def script(line):
         await line.request()
         await engine.until_gone(line)
@@ -190,7 +190,7 @@ def test_an_engine_that_hangs_is_asked_for_a_while_only(engine, start_proxy, htt
     assert "key_check_timeout_s" in answer.json()["error"]["message"]
 
 
-def test_a_question_that_meets_a_stale_connection_is_asked_again(engine, proxy, http):
+def test_a_key_check_on_a_stale_connection_is_retried(engine, proxy, http):
     async def script(line):
         await line.request()
         await line.answer()
@@ -203,7 +203,7 @@ def test_a_question_that_meets_a_stale_connection_is_asked_again(engine, proxy, 
     assert http.post(f"{proxy.url}/tokenize", json={}, headers=ALICE).status_code == 200
 
 
-# --- the memory of keys -----------------------------------------------------------------------------
+# --- the memory of keys ---------------------------------------------------------------------------
 
 
 class Clock:
@@ -230,7 +230,7 @@ def keys(clock):
     return ProvenKeys(accepts_key, ttl_s=60, clock=clock)
 
 
-def test_a_proof_lasts_its_time(keys, clock):
+def test_a_proof_is_valid_for_its_ttl(keys, clock):
     asyncio.run(keys.prove(lines(b"good")))
     clock.now_s = 59
     assert keys.is_proven(lines(b"good"))
@@ -238,14 +238,14 @@ def test_a_proof_lasts_its_time(keys, clock):
     assert not keys.is_proven(lines(b"good"))
 
 
-def test_calls_that_go_on_keep_a_key_proven(keys, clock):
+def test_further_calls_keep_a_key_proven(keys, clock):
     for clock.now_s in range(0, 1_000, 20):
         keys.learn(lines(b"good"), 200)
         assert keys.is_proven(lines(b"good"))
 
 
 @pytest.mark.parametrize("status", [401, 403])
-def test_a_refusal_of_the_engine_ends_a_proof_at_once(keys, status):
+def test_a_rejection_by_the_engine_ends_a_proof_at_once(keys, status):
     keys.learn(lines(b"good"), 200)
     keys.learn(lines(b"good"), status)
 
@@ -253,7 +253,7 @@ def test_a_refusal_of_the_engine_ends_a_proof_at_once(keys, status):
 
 
 @pytest.mark.parametrize("status", [302, 400, 404, 429, 500, 503])
-def test_an_answer_that_says_nothing_about_the_key_changes_nothing(keys, status):
+def test_a_status_unrelated_to_the_key_changes_nothing(keys, status):
     keys.learn(lines(b"new"), status)
     keys.learn(lines(b"good"), 200)
     keys.learn(lines(b"good"), status)
@@ -261,7 +261,7 @@ def test_an_answer_that_says_nothing_about_the_key_changes_nothing(keys, status)
     assert (keys.is_proven(lines(b"new")), keys.is_proven(lines(b"good"))) == (False, True)
 
 
-def test_a_stranger_who_tries_many_keys_displaces_none(keys):
+def test_a_client_that_tries_many_keys_displaces_none(keys):
     async def many():
         await keys.prove(lines(b"good"))
         for number in range(10_000):
@@ -282,7 +282,7 @@ def test_the_memory_of_keys_is_bounded_and_drops_the_oldest(keys):
     assert (keys.is_proven(lines(b"0")), keys.is_proven(lines(b"4999"))) == (False, True)
 
 
-def test_no_key_is_kept_as_it_is(keys):
+def test_keys_are_stored_as_digests_only(keys):
     keys.learn(lines(b"good"), 200)
 
     assert b"good" not in b"".join(keys._until_s)

@@ -1,4 +1,4 @@
-"""What passes the proxy, what does not, and what it says of itself."""
+"""Which routes pass the proxy, and its own routes."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_development_and_administration_routes_do_not_pass(path):
 @pytest.mark.parametrize(
     "target", ["/v1/../sleep", "/v1/%2e%2e/sleep", "/v1/..%2fsleep", "/v1/..%5Csleep", "/v1/.", "/v1/x/../../sleep"]
 )
-def test_no_path_walks_out_of_v1(engine, proxy, exchange_bytes, target):
+def test_no_path_leaves_v1(engine, proxy, exchange_bytes, target):
     answer = exchange_bytes(proxy.port, f"POST {target} HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n".encode())
 
     assert answer.startswith(b"HTTP/1.1 404 ")
@@ -77,14 +77,14 @@ def test_no_path_walks_out_of_v1(engine, proxy, exchange_bytes, target):
 
 
 @given(st.text(st.sampled_from("/.v1\\%2eslp"), max_size=30))
-def test_whatever_passes_lies_below_an_open_prefix_without_dot_segments(tail):
+def test_every_path_that_passes_is_below_an_open_prefix_without_dot_segments(tail):
     path = "/" + tail
     if engine_route(path) is not None:
         assert path.startswith(("/v1/", "/v2/"))
         assert not {".", ".."} & set(path.replace("\\", "/").split("/"))
 
 
-def test_a_refused_path_is_answered_in_the_shape_of_openai(engine, proxy, http):
+def test_a_refused_path_gets_an_openai_error(engine, proxy, http):
     answer = http.post(f"{proxy.url}/collective_rpc", json={"method": "x"})
 
     error = answer.json()["error"]
@@ -103,7 +103,7 @@ def test_an_absolute_request_target_does_not_choose_another_host(engine, proxy, 
     assert engine.requests[0].values(b"host") == [f"127.0.0.1:{engine.port}".encode()]
 
 
-def test_a_websocket_is_refused_in_words(engine, proxy, exchange_bytes):
+def test_a_websocket_is_refused_with_a_message(engine, proxy, exchange_bytes):
     answer = exchange_bytes(
         proxy.port,
         b"GET /v1/realtime HTTP/1.1\r\nHost: h\r\nConnection: Upgrade, close\r\nUpgrade: websocket\r\n"
@@ -126,7 +126,7 @@ def test_a_websocket_that_the_server_has_parsed_is_closed():
     assert sent == ["websocket.close"]
 
 
-# --- /health ----------------------------------------------------------------------------------------
+# --- /health --------------------------------------------------------------------------------------
 
 
 def test_health_is_ok_when_the_engine_is(engine, proxy, http):
@@ -136,7 +136,7 @@ def test_health_is_ok_when_the_engine_is(engine, proxy, http):
     assert engine.requests[0].request_line == b"GET /health HTTP/1.1"
 
 
-def test_health_says_what_the_engine_answered(engine, proxy, http):
+def test_health_reports_the_engines_status(engine, proxy, http):
     async def script(line):
         await line.request()
         await line.answer(head=b"HTTP/1.1 503 Service Unavailable\r\n")
@@ -148,14 +148,14 @@ def test_health_says_what_the_engine_answered(engine, proxy, http):
     assert answer.json() == {"status": "unavailable", "upstreams": {engine.url: "GET /health answered 503"}}
 
 
-def test_health_says_that_the_engine_cannot_be_reached(start_proxy, unused_port, http):
+def test_health_reports_an_unreachable_engine(start_proxy, unused_port, http):
     answer = http.get(f"{start_proxy(f'http://127.0.0.1:{unused_port}').url}/health")
 
     assert answer.status_code == 503
     assert "Connection refused" in answer.json()["upstreams"][f"http://127.0.0.1:{unused_port}"]
 
 
-def test_health_does_not_wait_for_an_engine_that_hangs(engine, start_proxy, http):
+def test_health_times_out(engine, start_proxy, http):
     async def script(line):
         await line.request()
         await engine.until_gone(line)
@@ -168,14 +168,14 @@ def test_health_does_not_wait_for_an_engine_that_hangs(engine, start_proxy, http
 
 
 @pytest.mark.parametrize("path", ["/health", "/metrics"])
-def test_its_own_routes_are_only_read(engine, proxy, http, path):
+def test_the_proxys_own_routes_are_read_only(engine, proxy, http, path):
     answer = http.post(f"{proxy.url}{path}")
 
     assert (answer.status_code, answer.headers["allow"]) == (405, "GET, HEAD")
     assert engine.connections == 0
 
 
-# --- /metrics ---------------------------------------------------------------------------------------
+# --- /metrics -------------------------------------------------------------------------------------
 
 
 def test_requests_are_counted_by_route_method_and_status(proxy, http):
@@ -190,7 +190,7 @@ def test_requests_are_counted_by_route_method_and_status(proxy, http):
     assert proxy.metric("tokencake_proxy_time_to_first_byte_seconds_count", route="chat_completions") == 1
 
 
-def test_no_client_can_make_new_labels(proxy, http):
+def test_no_client_can_add_labels(proxy, http):
     for index in range(3):
         http.get(f"{proxy.url}/v1/anything/{index}")
         http.get(f"{proxy.url}/elsewhere/{index}")
@@ -206,7 +206,7 @@ def test_no_client_can_make_new_labels(proxy, http):
     ]
 
 
-def test_bodies_of_events_are_counted_once_the_engine_has_taken_them(engine, proxy, http):
+def test_bodies_of_events_are_counted_once_the_engine_has_accepted_them(engine, proxy, http):
     body = {"v": 1, "events": [{"type": "tool_start", "call": "c", "tool_call": "t", "tool": "search"}]}
     http.post(f"{proxy.url}/v1/tokencake/events", json=body, headers={"authorization": "Bearer k"})
 

@@ -1,4 +1,4 @@
-"""The tenants' secret: given, read, or made once for all proxies of a user."""
+"""The tenant secret: given, read from a file, or created once for all proxies of a user."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def environ(tmp_path):
     return {"XDG_STATE_HOME": str(tmp_path / "state")}
 
 
-def test_where_none_is_given_one_is_made_and_kept_for_its_owner_only(environ, tmp_path):
+def test_a_missing_secret_is_created_readable_for_its_owner_only(environ, tmp_path):
     secret = tenant_secret(environ)
 
     file = tmp_path / "state" / "tokencake" / "tenant-secret"
@@ -27,12 +27,12 @@ def test_where_none_is_given_one_is_made_and_kept_for_its_owner_only(environ, tm
     assert [entry.name for entry in file.parent.iterdir()] == ["tenant-secret"]
 
 
-def test_proxies_that_start_at_the_same_time_have_one_secret(environ):
+def test_proxies_that_start_at_the_same_time_share_one_secret(environ):
     with ThreadPoolExecutor(16) as threads:
         assert len(set(threads.map(lambda _: tenant_secret(environ), range(16)))) == 1
 
 
-def test_a_file_goes_before_the_variables_and_these_before_the_default(environ, tmp_path):
+def test_a_file_overrides_the_variables_and_these_the_default(environ, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     one.write_text("the secret of file one\n")
     two.write_text("the secret of file two\n")
@@ -46,7 +46,7 @@ def test_a_file_goes_before_the_variables_and_these_before_the_default(environ, 
 
 
 @pytest.mark.parametrize("text", ["", "short", "\xff" * 3])
-def test_a_secret_that_is_none_is_refused_with_the_way_out(environ, tmp_path, text):
+def test_an_invalid_secret_is_refused_with_the_way_out(environ, tmp_path, text):
     (tmp_path / "bad").write_bytes(text.encode("latin-1"))
     with pytest.raises(SecretError, match="bad"):
         tenant_secret(environ, tmp_path / "bad")
@@ -54,7 +54,7 @@ def test_a_secret_that_is_none_is_refused_with_the_way_out(environ, tmp_path, te
         tenant_secret(environ, tmp_path / "missing")
 
 
-def test_a_state_directory_that_cannot_be_made_is_named(tmp_path):
+def test_a_state_directory_that_cannot_be_created_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(SecretError, match="file/tokencake"):
         tenant_secret({"XDG_STATE_HOME": str(tmp_path / "file")})

@@ -1,4 +1,4 @@
-"""The proxy as a process: how it starts, how it refuses to, and how it ends."""
+"""The proxy as a process: start, errors at the start, and shutdown."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_it_serves_until_a_signal_and_ends_without_a_traceback(engine, number, s
     assert "Traceback" not in said
 
 
-def test_a_stream_that_outlasts_the_grace_is_broken_off_with_the_reason(engine):
+def test_a_stream_longer_than_the_grace_period_is_aborted_with_the_reason(engine):
     streaming = threading.Event()
 
     async def script(line):
@@ -80,7 +80,7 @@ def test_a_stream_that_outlasts_the_grace_is_broken_off_with_the_reason(engine):
     assert "Traceback" not in said
 
 
-def test_a_taken_port_is_named_with_the_way_out():
+def test_a_port_in_use_is_named_with_the_way_out():
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         command = [sys.executable, "-c", PROGRAM, "http://127.0.0.1:1", "127.0.0.1", str(port)]
@@ -105,7 +105,7 @@ def test_an_unknown_host_is_named():
 
 
 @pytest.mark.parametrize(("wanted", "hard", "served"), [(100, 10_000, 100), (4_096, 264, 100)])
-def test_it_serves_as_many_connections_as_it_may_open_files_for(monkeypatch, caplog, wanted, hard, served):
+def test_the_number_of_connections_fits_the_limit_of_open_files(monkeypatch, caplog, wanted, hard, served):
     limits = [(64, hard)]
     monkeypatch.setattr("resource.getrlimit", lambda _: limits[-1])
     monkeypatch.setattr("resource.setrlimit", lambda _, new: limits.append(new))

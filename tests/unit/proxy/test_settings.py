@@ -1,4 +1,4 @@
-"""Which settings are taken, and what is said of those that are not."""
+"""Valid settings, and the errors about invalid ones."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DOCS = Path(__file__).parents[3] / "docs" / "proxy.md"
         ("http://[::1]:8000", "http://[::1]:8000"),
     ],
 )
-def test_an_upstream_is_kept_without_its_last_slash(written, kept):
+def test_an_upstream_is_stored_without_its_trailing_slash(written, kept):
     assert ProxySettings(written).upstream == kept
 
 
@@ -50,12 +50,12 @@ def test_an_upstream_is_kept_without_its_last_slash(written, kept):
         ("http://host:8000/a/v1/", "omit the /v1, clients send it: http://host:8000/a$"),
     ],
 )
-def test_an_upstream_that_cannot_work_is_refused_with_the_reason(written, reason):
+def test_an_invalid_upstream_is_refused_with_the_reason(written, reason):
     with pytest.raises(SettingsError, match=reason):
         ProxySettings(written)
 
 
-def test_the_words_about_a_refused_upstream_do_not_repeat_a_password():
+def test_the_error_about_an_upstream_does_not_show_a_password():
     with pytest.raises(SettingsError) as refused:
         ProxySettings("http://user:secret@host")
 
@@ -79,7 +79,7 @@ def test_waits_may_be_zero_and_not_less(name):
         ProxySettings("http://h", **{name: -1})
 
 
-def test_a_body_that_would_never_fit_the_budget_is_refused():
+def test_a_body_limit_over_the_budget_is_refused():
     with pytest.raises(
         SettingsError, match="max_bodies_bytes is 199; expected at least twice max_body_bytes, which is 1"
     ):
@@ -87,7 +87,7 @@ def test_a_body_that_would_never_fit_the_budget_is_refused():
 
 
 @pytest.mark.parametrize("number", NUMBER_SETTINGS, ids=lambda number: number.name)
-def test_each_number_is_a_flag_before_a_variable_before_a_default(number):
+def test_a_flag_overrides_a_variable_and_this_the_default(number):
     value = number.default + 1
 
     assert read_number_settings({}, {}) == {}
@@ -106,7 +106,7 @@ def test_each_number_is_a_flag_before_a_variable_before_a_default(number):
         ("idle_connection_s", "-1", "-1.0; expected a number of 0 or more, for example 4.0"),
     ],
 )
-def test_a_value_that_cannot_be_read_is_named_with_its_source_and_the_way_out(name, text, words):
+def test_an_invalid_value_is_named_with_its_source_and_the_way_out(name, text, words):
     (number,) = [number for number in NUMBER_SETTINGS if number.name == name]
 
     with pytest.raises(SettingsError) as by_flag:
@@ -119,12 +119,12 @@ def test_a_value_that_cannot_be_read_is_named_with_its_source_and_the_way_out(na
 
 
 @pytest.mark.parametrize("number", NUMBER_SETTINGS, ids=lambda number: number.name)
-def test_each_number_is_a_line_of_the_docs(number):
+def test_each_numeric_setting_is_a_line_of_the_docs(number):
     line = f"| `{number.flag}` | `{number.variable}` | {number.default} | {number.meaning} |"
 
     assert line in DOCS.read_text().splitlines()
 
 
 @pytest.mark.parametrize("reason", get_args(RefusalReason))
-def test_each_reason_of_a_refusal_is_a_line_of_the_docs(reason):
+def test_each_refusal_reason_is_a_line_of_the_docs(reason):
     assert any(line.startswith(f"| `{reason}` |") for line in DOCS.read_text().splitlines())

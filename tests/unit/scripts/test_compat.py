@@ -1,4 +1,4 @@
-"""What changed in a package is found in its sources, on small packages made for it and on the installed vLLM."""
+"""Changes of a package are found in its sources: of small packages made for the tests, and of the installed vLLM."""
 
 from __future__ import annotations
 
@@ -113,13 +113,13 @@ def test_a_package_that_has_everything_differs_in_nothing(versions: Callable[...
     assert versions(BASE, BASE) == [[], []]
 
 
-def test_a_missing_name_is_told_with_the_line_of_its_import(versions: Callable[..., list[list[str]]]) -> None:
+def test_a_missing_name_is_reported_with_the_line_of_its_import(versions: Callable[..., list[list[str]]]) -> None:
     ((line, *rest),) = versions(changed("def blocks_of", "def blocks_for"))
     assert line == "app/ours.py:4: from lib.core import blocks_of: missing; no module defines `blocks_of`"
     assert rest == []
 
 
-def test_a_name_that_moved_is_told_with_its_new_place(versions: Callable[..., list[list[str]]]) -> None:
+def test_a_moved_name_is_reported_with_its_new_module(versions: Callable[..., list[list[str]]]) -> None:
     moved = "def blocks_of(tokens, *, size): ..."
     ((line,),) = versions(changed("def blocks_of", "def blocks_for"), extra={"sizes": moved})
     assert line.endswith("missing; `blocks_of` is in lib.sizes")
@@ -144,7 +144,7 @@ def test_either_of_two_places_is_enough_where_an_import_error_is_caught(
     assert moved == [[]]
 
 
-def test_neither_of_two_places_is_told_twice(versions: Callable[..., list[list[str]]]) -> None:
+def test_a_missing_alternative_import_is_reported_once(versions: Callable[..., list[list[str]]]) -> None:
     ours = """
     try:
         from lib.core import gone
@@ -163,28 +163,28 @@ def test_an_extra_required_parameter_is_one_that_ours_cannot_take(versions: Call
     assert "ours is (request, delay=False), vLLM's (request, reason, delay=False)" in line
 
 
-def test_a_parameter_with_another_name_is_told(versions: Callable[..., list[list[str]]]) -> None:
+def test_a_renamed_parameter_is_reported(versions: Callable[..., list[list[str]]]) -> None:
     ((line,),) = versions(changed("delay=False)", "is_late=False)"))
     assert "is_late" in line
 
 
-def test_a_parameter_less_that_ours_requires_is_told(versions: Callable[..., list[list[str]]]) -> None:
+def test_a_removed_parameter_that_an_override_requires_is_reported(versions: Callable[..., list[list[str]]]) -> None:
     ours = OURS.replace("def _free(self, request, delay=False)", "def _free(self, request, delay)")
     ((line,),) = versions(BASE, ours=ours)
     assert "missing a required argument: 'delay'" in line
 
 
-def test_a_property_that_became_a_method_is_told(versions: Callable[..., list[list[str]]]) -> None:
+def test_a_property_that_became_a_method_is_reported(versions: Callable[..., list[list[str]]]) -> None:
     ((line,),) = versions(changed("    @property\n    def is_idle", "    def is_idle"))
     assert line.endswith("ours is a property, vLLM's a method")
 
 
-def test_a_method_that_became_async_is_told(versions: Callable[..., list[list[str]]]) -> None:
+def test_a_method_that_became_async_is_reported(versions: Callable[..., list[list[str]]]) -> None:
     ((line, *_),) = versions(changed("    def _free", "    async def _free"))
     assert line.endswith("ours is a method, vLLM's a async method")
 
 
-def test_a_base_method_that_was_removed_is_told_of_the_later_version(
+def test_a_removed_base_method_is_reported_for_the_later_version(
     versions: Callable[..., list[list[str]]],
 ) -> None:
     before, after = versions(BASE, changed("def _free(", "def _release("))
@@ -198,14 +198,14 @@ def test_a_base_method_that_is_new_is_no_difference(versions: Callable[..., list
     assert versions(changed("def _free(", "def _release("), BASE) == [[], []]
 
 
-def test_a_super_call_of_a_method_that_is_gone_is_told_of_one_version(
+def test_a_super_call_of_a_removed_method_is_reported_for_one_version(
     versions: Callable[..., list[list[str]]],
 ) -> None:
     (lines,) = versions(changed("def schedule(", "def schedule_step("))
     assert any("super().schedule of lib.core.Scheduler: missing; there is `schedule_step`" in line for line in lines)
 
 
-def test_an_attribute_of_self_that_the_base_has_not_is_told(versions: Callable[..., list[list[str]]]) -> None:
+def test_a_missing_attribute_of_self_is_reported(versions: Callable[..., list[list[str]]]) -> None:
     (lines,) = versions(changed("self.running = []", "self.active = []"))
     assert any("self.running of lib.core.Scheduler: missing" in line for line in lines)
 
@@ -220,12 +220,12 @@ def test_a_member_of_an_enumeration_is_looked_for(versions: Callable[..., list[l
     assert "lib.core.Status.RUNNING: missing" in line
 
 
-def test_a_call_that_a_function_no_longer_takes_is_told(versions: Callable[..., list[list[str]]]) -> None:
+def test_a_call_that_a_function_no_longer_accepts_is_reported(versions: Callable[..., list[list[str]]]) -> None:
     ((line,),) = versions(changed("*, size)", "*, size, group)"))
     assert "call of lib.core.blocks_of: missing a required argument: 'group'; it takes (tokens, *, size, group)" in line
 
 
-def test_a_new_abstract_method_is_told(versions: Callable[..., list[list[str]]]) -> None:
+def test_a_new_abstract_method_is_reported(versions: Callable[..., list[list[str]]]) -> None:
     core = changed("class Scheduler:", "from abc import ABC, abstractmethod\nclass Scheduler(ABC):").replace(
         "    def _free", "    @abstractmethod\n    def has_request(self, name): ...\n\n    def _free"
     )
@@ -233,7 +233,7 @@ def test_a_new_abstract_method_is_told(versions: Callable[..., list[list[str]]])
     assert any("`has_request` is abstract there" in line for line in lines)
 
 
-def test_a_name_of_an_object_of_unknown_type_is_told_when_no_class_has_it_any_more(
+def test_a_removed_name_of_an_object_of_unknown_type_is_reported(
     versions: Callable[..., list[list[str]]],
 ) -> None:
     with_queue = BASE + "\nclass Pool:\n    free_queue = ()\n"

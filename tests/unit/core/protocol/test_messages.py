@@ -37,7 +37,7 @@ def body(*events: object) -> bytes:
     return json.dumps({"v": 1, "events": list(events)}).encode()
 
 
-def test_a_hint_survives_the_wire() -> None:
+def test_a_hint_round_trips() -> None:
     assert parse_hint(FULL.to_json()) == FULL
 
 
@@ -104,11 +104,11 @@ def test_the_error_about_a_huge_value_is_short() -> None:
         protocol.Graph("g", {"a": {"kind": "llm"}, "b": {}}, (("a", "b"),), {"b": ("a",)}),
     ],
 )
-def test_every_event_survives_the_wire(event: protocol.Event) -> None:
+def test_every_event_round_trips(event: protocol.Event) -> None:
     assert parse_event(json.loads(json.dumps(protocol.to_wire(event)))) == event
 
 
-def test_one_malformed_event_does_not_spoil_the_others() -> None:
+def test_a_malformed_event_does_not_affect_the_others() -> None:
     first, second, third = parse_events(
         body(
             {"type": "session_end", "session": "s"}, {"type": "tool_end", "call": "c"}, {"type": "app_end", "app": "a"}
@@ -157,7 +157,7 @@ json_values = st.recursive(
 
 
 @given(fields=st.dictionaries(st.sampled_from([name for name, *_ in protocol.parsing.parsers(Hint)]), json_values))
-def test_whatever_a_hint_holds_it_is_parsed_or_refused(fields: dict[str, object]) -> None:
+def test_any_hint_is_parsed_or_refused(fields: dict[str, object]) -> None:
     try:
         hint = parse_hint(json.dumps(fields))
     except ProtocolError:
@@ -168,7 +168,7 @@ def test_whatever_a_hint_holds_it_is_parsed_or_refused(fields: dict[str, object]
 
 @given(event=st.dictionaries(st.sampled_from(["type", "call", "tool_call", "tool", "stages", "ago_s"]), json_values))
 @example(event={"call": math.inf})
-def test_whatever_an_event_holds_it_is_parsed_or_refused(event: dict[str, object]) -> None:
+def test_any_event_is_parsed_or_refused(event: dict[str, object]) -> None:
     for kind in ("tool_start", "tool_end", "graph"):
         text = json.dumps({"events": [{**event, "type": kind}]}).encode("utf-8", "surrogatepass")
         try:

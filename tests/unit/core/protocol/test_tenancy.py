@@ -1,4 +1,4 @@
-"""Prefixes, marks and salts of tenants, what the contract scopes, and a mapping that tenants share fairly."""
+"""Prefixes, marks and salts of tenants, the scoped fields of the contract, and a mapping that tenants share fairly."""
 
 import json
 from dataclasses import fields
@@ -52,7 +52,7 @@ def test_a_mark_proves_its_prefix_and_nothing_else_does() -> None:
         assert TENANTS.prefix_from_mark(mark) is None
 
 
-def test_another_secret_proves_nothing() -> None:
+def test_a_mark_of_another_secret_is_not_valid() -> None:
     other = Tenants(b"another secret of others")
     assert other.prefix_from_mark(mark_of("alice")) is None
     assert other.prefix_from_salt(TENANTS.salt(ALICE)) is None
@@ -60,29 +60,29 @@ def test_another_secret_proves_nothing() -> None:
 
 
 @given(st.text(max_size=200))
-def test_whatever_a_client_makes_up_is_neither_mark_nor_salt(text: str) -> None:
+def test_no_invented_text_is_a_mark_or_a_salt(text: str) -> None:
     assert TENANTS.prefix_from_mark(text) is None
     assert TENANTS.prefix_from_salt(text) is None
 
 
-def test_a_salt_tells_the_engine_whose_it_is() -> None:
+def test_a_salt_identifies_its_tenant() -> None:
     assert TENANTS.prefix_from_salt(TENANTS.salt(ALICE, "mine")) == ALICE
     for salt in (None, "", ".", ALICE, TENANTS.salt(ALICE)[:-1], TENANTS.salt(ALICE).replace(".", "..", 1)):
         assert TENANTS.prefix_from_salt(salt) is None
 
 
-def test_tenants_never_share_a_name() -> None:
+def test_scoped_names_of_tenants_differ() -> None:
     assert TENANTS.scoped_name(ALICE, "r") != TENANTS.scoped_name(prefix_of("bob"), "r")
     assert TENANTS.scoped_name(ALICE, "r") == TENANTS.scoped_name(ALICE, "r")
 
 
-def test_a_secret_is_long_enough_or_refused_with_the_way_out() -> None:
+def test_a_short_secret_is_refused_with_the_way_out() -> None:
     assert checked_secret(" 0123456789abcdef\n", "here") == b"0123456789abcdef"
     with pytest.raises(SecretError, match="`VARIABLE` holds 3 characters; expected a secret of at least 16"):
         checked_secret("abc", "`VARIABLE`")
 
 
-def test_the_secret_lies_in_the_state_directory() -> None:
+def test_the_default_secret_file_is_in_the_state_directory() -> None:
     assert default_secret_file({}, "/home/me") == "/home/me/.local/state/tokencake/tenant-secret"
     assert default_secret_file({"XDG_STATE_HOME": "/state"}, "/home/me") == "/state/tokencake/tenant-secret"
 
@@ -91,7 +91,7 @@ def test_the_secret_lies_in_the_state_directory() -> None:
 
 
 @pytest.mark.parametrize("kind", RECORDS, ids=lambda kind: kind.__name__)
-def test_every_text_of_the_contract_is_scoped_or_known_to_be_no_id(kind: type) -> None:
+def test_every_text_field_of_the_contract_is_scoped_or_listed_as_no_id(kind: type) -> None:
     """A new field of text fails here until its definition says `scoped=True`, or this page that it is no id."""
     texts = {
         field.name
@@ -136,17 +136,17 @@ def hint_json(**fields: object) -> str:
         hint_json(mark={"x": 1}),
     ],
 )
-def test_a_hint_counts_only_with_the_mark_of_the_tenant_in_all_its_ids(text: str) -> None:
+def test_a_hint_is_accepted_only_with_a_mark_whose_prefix_is_in_all_its_ids(text: str) -> None:
     assert parse_hint(hint_json(), TENANTS).session == ALICE + "s"
     with pytest.raises(UnmarkedError):
         parse_hint(text, TENANTS)
 
 
-def test_where_tenants_are_not_kept_apart_a_mark_is_an_unknown_field() -> None:
+def test_without_tenants_a_mark_is_an_unknown_field() -> None:
     assert parse_hint(hint_json()) == Hint(session=ALICE + "s")
 
 
-def test_limits_are_those_of_the_clients_own_ids() -> None:
+def test_limits_apply_to_the_clients_own_ids() -> None:
     longest = "x" * protocol.MAX_ID_CHARS
     assert parse_hint(hint_json(session=ALICE + longest), TENANTS).session == ALICE + longest
     with pytest.raises(ProtocolError, match=r"hint\.session is 'xxx"):
@@ -157,7 +157,7 @@ def test_limits_are_those_of_the_clients_own_ids() -> None:
         parse_hint(hint_json(agent="x" * 20_000), TENANTS)
 
 
-def test_an_event_without_the_prefix_is_invalid_and_the_others_count() -> None:
+def test_an_event_without_the_prefix_is_invalid_and_the_others_are_applied() -> None:
     events = [{"type": "session_end", "session": name} for name in (ALICE + "s", "s", prefix_of("bob") + "s", "")]
     found = parse_events(json.dumps({"events": events}).encode(), ALICE)
     assert found[0] == protocol.SessionEnd("s")
@@ -167,7 +167,7 @@ def test_an_event_without_the_prefix_is_invalid_and_the_others_count() -> None:
 # --- bounds -----------------------------------------------------------------------------------------
 
 
-def test_a_full_mapping_takes_from_the_owner_of_most() -> None:
+def test_a_full_mapping_drops_an_entry_of_the_largest_owner() -> None:
     kept: FairLRU[str, int] = FairLRU(4)
     kept.put("mine", 0, "alice")
     for number in range(10):
@@ -187,7 +187,7 @@ def test_with_one_owner_it_is_an_lru() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, 30), st.sampled_from("abc"), st.booleans()), max_size=200))
-def test_no_owner_loses_what_is_less_than_its_part(deeds: list[tuple[int, str, bool]]) -> None:
+def test_no_owner_below_its_share_loses_an_entry(deeds: list[tuple[int, str, bool]]) -> None:
     kept: FairLRU[tuple[str, int], None] = FairLRU(9)
     for number, owner, is_put in deeds:
         if is_put:
