@@ -24,7 +24,7 @@ from vllm.logger import init_logger
 from tokencake.forecast.costs import Rates
 from tokencake.settings import section
 from tokencake.time_scheduler.host_tier import HostTier
-from tokencake.time_scheduler.policy import TimeSettings
+from tokencake.time_scheduler.settings import TimeSettings
 from tokencake_vllm.component import ErrorContainment
 from tokencake_vllm.transfer.copier import make_copier
 from tokencake_vllm.transfer.host_cache import HostCache

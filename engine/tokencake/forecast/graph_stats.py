@@ -9,14 +9,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Final, TypeAlias
+from typing import Final
 
 from tokencake.forecast.fair_lru import FairLRU
+from tokencake.forecast.roles import Place
 from tokencake.forecast.topology import Shape, remaining_s, shape_of
 from tokencake.protocol import Graph
-
-Place: TypeAlias = tuple[str, str]
-"""Graph and node."""
 
 _MAX_PLACES: Final = 8_192
 _MAX_SHAPES: Final = 64

@@ -5,10 +5,14 @@ The prebuilt agents of LangChain give their nodes the same names, so a node says
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 if TYPE_CHECKING:
     from tokencake.protocol import Hint
+
+
+Place: TypeAlias = tuple[str, str]
+"""Graph and node: where graph statistics are kept."""
 
 
 class Role(NamedTuple):
@@ -31,6 +35,19 @@ class Role(NamedTuple):
     def label(self) -> str:
         """The node within one graph, told apart from nodes of the same name that belong to other agents."""
         return f"{self.agent}/{self.node}" if self.node and self.node != self.agent else self.agent
+
+    def place(self, tenant: str, root: str | None = None) -> Place:
+        """The node in its graph; where the hint names no graph, in that of the applications that begin with `root`.
+
+        A made-up graph is told apart from every named one by its first character: a client's cannot be empty.
+
+        Args:
+            tenant: of the application.
+            root: the agent of the application's first call; None for a call without a hint.
+        """
+        if self.graph:  # its description names the nodes
+            return self.graph, self.node or self.agent
+        return (f"\0{tenant}", "") if root is None else (f"\0{tenant}\0{root}", self.label)
 
 
 def role_of(hint: Hint | None, tenant: str = "") -> Role:

@@ -1,22 +1,18 @@
-"""Who runs, who may hold how many blocks, who gives way? Two policies behind one interface.
+"""Default admission policy: order by the seniority of the application, backfilling with growth reservation.
 
-`ours` orders calls by the seniority of their application (`space_scheduler.seniority`) and lets memory follow order;
-`paper` is the published scheduler: a score for each request and a share of the memory for critical agent types.
+Memory follows order: see `space_scheduler.seniority` for the order and `space_scheduler.growth` for the reservation.
 """
 
 from __future__ import annotations
 
-from typing import assert_never
-
-from tokencake.policies.paper_space import Paper
 from tokencake.space_scheduler.applications import Applications, LiveCall
 from tokencake.space_scheduler.growth import Promise, delays, peak_blocks
-from tokencake.space_scheduler.policy import Memory, Rank, Refusal, SpacePolicy
+from tokencake.space_scheduler.policy import Memory, Rank, Refusal
 from tokencake.space_scheduler.seniority import Peers, coming_s, level_of, peers_of, seniority_s
 from tokencake.space_scheduler.settings import SpaceSettings
 
 
-class Ours:
+class DefaultSpacePolicy:
     """Order by the seniority of the application; whoever fits may run, what is promised included."""
 
     rank_words = (
@@ -27,6 +23,7 @@ class Ours:
     )
 
     def __init__(self, settings: SpaceSettings) -> None:
+        self.swaps = settings.swap and settings.swap_oldest > 0
         self._settings = settings
         self._peers = Peers({}, {}, {})
         self._total_blocks = 1
@@ -89,14 +86,3 @@ class Ours:
     def reserve(self) -> dict[str, int]:
         """See `SpacePolicy`. Order does here what a reserve does there."""
         return {"size": 0, "used": 0}
-
-
-def policy_of(settings: SpaceSettings) -> SpacePolicy:
-    """The policy that the settings name."""
-    match settings.policy:
-        case "ours":
-            return Ours(settings)
-        case "paper":
-            return Paper()
-        case _:
-            assert_never(settings.policy)

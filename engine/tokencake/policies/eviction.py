@@ -7,13 +7,12 @@ the same to copy and nearly the same to compute, so that the cost per byte is on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from math import inf
 from typing import Final
 
-from tokencake.forecast.reuse import Returns
-from tokencake.time_scheduler.host_tier import HostBlock, HostTier
-from tokencake.time_scheduler.prefixes import Chain, Chains, Phase
+from tokencake.time_scheduler.host_tier import Distance, HostBlock
+from tokencake.time_scheduler.policy import EvictionInputs
+from tokencake.time_scheduler.prefixes import Phase
 
 MIN_CHANCE: Final = 0.01
 """What was never extended is as good as a hundred times as far off."""
@@ -41,39 +40,39 @@ def distance_s(phase: Phase, place: int, rest_s: float, queued: int, pace_s: flo
             return (queued + 1) * pace_s + 10 * rest_s
 
 
-def distances(
-    chains: Chains,
-    tier: HostTier,
-    places: Mapping[str, int],
-    own: Chain,
-    returns: Returns,
-    now_s: float,
-    pace_s: float,
-) -> tuple[Callable[[HostBlock], float], float]:
-    """The distance of the end of every chain on the host, and that of `own`, which wants to be stored."""
-    ends: dict[bytes, float] = {}
-    own_s = inf
-    queued = len(places)
-    for chain in chains:
-        known = tier.known(chain.keys)
-        if not known and chain is not own:
-            continue
-        rest_s = chain.rest_s(now_s) if chain.phase == "stalled" else RUNNING_REST_S
-        seconds = distance_s(chain.phase, places.get(chain.id, queued), rest_s, queued, pace_s)
-        if chain.phase != "waiting":
-            # What is extended in one of two cases counts as twice as far off. A waiting call reads its own surely.
-            seconds /= max(MIN_CHANCE, returns.chance(chain.hint))
-        if chain is own:
-            own_s = seconds
-        if known:
-            end = chain.keys[known - 1]
-            ends[end] = min(seconds, ends.get(end, inf))
-    return lambda block: ends.get(block.key, inf), own_s
+class NextUse:
+    """What is needed last goes first. Reads: queue, forecast, reuse. Costs: a walk over the queue and all prefixes."""
+
+    def distances(self, inputs: EvictionInputs) -> tuple[Distance, float]:
+        """Seconds until each prefix is read again, over the probability that it is."""
+        tier, places = inputs.tier, inputs.queue_positions()
+        ends: dict[bytes, float] = {}
+        own_s = inf
+        queued = len(places)
+        for chain in inputs.chains:
+            known = tier.known(chain.keys)
+            if not known and chain is not inputs.own:
+                continue
+            rest_s = chain.rest_s(inputs.now_s) if chain.phase == "stalled" else RUNNING_REST_S
+            seconds = distance_s(chain.phase, places.get(chain.id, queued), rest_s, queued, inputs.pace_s)
+            if chain.phase != "waiting":
+                # A prefix that is extended in one of two cases counts as twice as far; a waiting call reads its own.
+                seconds /= max(MIN_CHANCE, inputs.returns.chance(chain.hint))
+            if chain is inputs.own:
+                own_s = seconds
+            if known:
+                end = chain.keys[known - 1]
+                ends[end] = min(seconds, ends.get(end, inf))
+        return lambda block: ends.get(block.key, inf), own_s
 
 
-def least_recent(now_s: float) -> Callable[[HostBlock], float]:
-    """The distance under which the least recently used go first."""
-    return lambda block: now_s - block.used_s
+class LeastRecentlyUsed:
+    """What was used longest ago goes first. Reads: the clock. Costs: nothing."""
+
+    def distances(self, inputs: EvictionInputs) -> tuple[Distance, float]:
+        """Seconds since the last use; what is to be stored is nearer than all."""
+        now_s = inputs.now_s
+        return lambda block: now_s - block.used_s, -1.0
 
 
 def unbounded(block: HostBlock) -> float:  # noqa: ARG001  # the signature of a distance

@@ -10,14 +10,18 @@ from tokencake.policies.paper_partition import REFRESH_STEPS, START_RATIO, Pools
 from tokencake.policies.paper_scores import AgentType, request_score
 from tokencake.space_scheduler.applications import Applications, LiveCall
 from tokencake.space_scheduler.policy import Memory, Rank, Refusal
+from tokencake.space_scheduler.settings import SpaceSettings
 
 
-class Paper:
+class PaperSpacePolicy:
     """Scores and Algorithm 2, with logical accounting on real blocks."""
 
     rank_words = ("it came before a call without a hint", "its score is higher", "it came first")
 
-    def __init__(self) -> None:
+    swaps = False
+
+    def __init__(self, settings: SpaceSettings) -> None:
+        del settings  # its constants are published
         self.ratio = START_RATIO
         self.reserved: dict[str, int] = {}
         """Blocks for each critical type."""

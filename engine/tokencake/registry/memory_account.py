@@ -12,11 +12,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import Final, Literal, TypeAlias
 
+from tokencake.bounded import BoundedDict
 from tokencake.protocol import Graph, Hint, Stage
 from tokencake.registry.records import Call
 from tokencake.registry.timeline import Timeline
 
 RecordKind: TypeAlias = Literal["session", "app", "graph"]
+
+MAX_GRAPHS_ASKED: Final = 16
+"""Graphs asked for in one answer to a client."""
 
 SESSION_BYTES: Final = 1_000
 CALL_BYTES: Final = 1_300
@@ -74,7 +78,7 @@ class Account:
     records: OrderedDict[tuple[RecordKind, str], int] = field(default_factory=OrderedDict)
     total_bytes: int = 0
     calls: Timeline[Call] = field(default_factory=Timeline)
-    unknown_graphs: OrderedDict[str, None] = field(default_factory=OrderedDict)
+    unknown_graphs: BoundedDict[str, None] = field(default_factory=lambda: BoundedDict(MAX_GRAPHS_ASKED))
     """Graph hashes that hints named and no event has described."""
 
     def touch(self, kind: RecordKind, name: str) -> None:

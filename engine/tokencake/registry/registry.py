@@ -19,8 +19,6 @@ from tokencake.registry.metric_names import HistogramName
 from tokencake.registry.record_store import Limits, RecordStore, kept_tool_bytes
 from tokencake.registry.records import App, Call, Session
 
-MAX_GRAPHS_ASKED: Final = 16
-"""Graphs asked for in one answer to a client."""
 MAX_OBSERVATIONS: Final = 10_000
 """Durations kept between two drains of the metrics; later ones are not observed until the next drain."""
 
@@ -210,9 +208,7 @@ class Registry(RecordStore):
         if graph in self.graphs:
             account.touch("graph", graph)
             return
-        account.unknown_graphs[graph] = None
-        if len(account.unknown_graphs) > MAX_GRAPHS_ASKED:
-            account.unknown_graphs.popitem(last=False)
+        account.unknown_graphs.setdefault(graph)
 
     def unknown_graphs(self, tenant: str = "") -> list[str]:
         """Graph hashes that hints of `tenant` named and no event has described: what to ask the clients for."""

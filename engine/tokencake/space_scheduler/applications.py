@@ -14,9 +14,9 @@ from math import inf
 from typing import Final
 
 from tokencake.forecast.fair_lru import FairLRU
-from tokencake.forecast.graph_stats import Place, Ways
+from tokencake.forecast.graph_stats import Ways
 from tokencake.forecast.output_lengths import AnswerLengths
-from tokencake.forecast.roles import Role, role_of
+from tokencake.forecast.roles import Place, Role, role_of
 from tokencake.protocol import Graph, Hint
 from tokencake.space_scheduler.branches import Branch, Stalled, slacks_s
 from tokencake.space_scheduler.tenant_book import Tenant, TenantBook
@@ -194,7 +194,7 @@ class Applications:
         tenant = call.app.tenant
         self.lengths.learn(role_of(call.hint, tenant.id), output_tokens)
         tenant.learn_call(took_s, output_tokens)
-        place = (f"\0{tenant.id}", "") if call.branch is None else call.branch.place
+        place = Role().place(tenant.id) if call.branch is None else call.branch.place
         tenant.lore.learn_call(place, took_s, call.app.visits[place])
 
     def _expected_tokens(self, role: Role, hint: Hint | None, max_tokens: int) -> int:
@@ -210,7 +210,7 @@ class Applications:
         """The branch of the call `name` that comes, and the seconds of calls on its way."""
         if not app.visits:
             app.root = hint.agent or ""
-        place = _place(app, hint)
+        place = role_of(hint).place(app.tenant.id, app.root)
         node, lore = place[1], app.tenant.lore
         ways = lore.ways(place[0])
         if app.answers[name] == 1:
@@ -303,11 +303,3 @@ class Applications:
                 continue
             self._apps.pop(app.id)
             self.tenants.forget(app.tenant)
-
-
-def _place(app: Application, hint: Hint) -> Place:
-    role = role_of(hint)
-    if role.graph:  # whose description names its nodes
-        return role.graph, role.node or role.agent
-    # Told apart from every graph that has a name: a client's cannot be empty.
-    return f"\0{app.tenant.id}\0{app.root}", role.label

@@ -7,13 +7,15 @@ the others wait for: its slack is 0, and theirs is the difference.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, TypeAlias
 
+from tokencake.bounded import BoundedDict
+
 if TYPE_CHECKING:
-    from tokencake.forecast.graph_stats import Place, Ways
+    from tokencake.forecast.graph_stats import Ways
+    from tokencake.forecast.roles import Place
 
 MAX_STALLED: Final = 64
 """Stalled branches remembered of one application."""
@@ -50,14 +52,12 @@ class Stalled:
     """The branches of one application between two calls."""
 
     def __init__(self) -> None:
-        self._branches: OrderedDict[str, Branch] = OrderedDict()
+        self._branches: BoundedDict[str, Branch] = BoundedDict(MAX_STALLED)
         self._last: Branch | None = None
 
     def leave(self, branch: Branch) -> None:
         """A call ended, and its branch will go on."""
         self._last = self._branches[branch.call] = branch
-        if len(self._branches) > MAX_STALLED:
-            self._branches.popitem(last=False)
 
     def of_call(self, call: str | None) -> Branch | None:
         """The branch whose last call this was."""

@@ -64,6 +64,10 @@ class SpacePolicy(Protocol):
     def rank_words(self) -> tuple[str, ...]:
         """For each part of a rank: why the call with the lower one goes first."""
 
+    @property
+    def swaps(self) -> bool:
+        """Whether running requests may be swapped out to the host for a more senior application."""
+
     def begin(self, applications: Applications, memory: Memory, now: float) -> None:
         """A new ranking begins: everything that `rank` and `refusal` may read of the live calls is as of now."""
 

@@ -5,30 +5,23 @@ Joins the chains of one engine with the registry of calls and events. Knows noth
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final, assert_never
 
+from tokencake import protocol
+from tokencake.bounded import BoundedDict
 from tokencake.forecast.durations import Forecast, Stall
 from tokencake.forecast.reuse import Returns
 from tokencake.forecast.roles import role_of
-from tokencake.protocol import parse_event
 from tokencake.registry.records import lifetime_of
 from tokencake.time_scheduler.dropped import Dropped, SharedBlocks
-from tokencake.time_scheduler.prefixes import (
-    AFTER_TOOLS,
-    ANSWER,
-    MAX_CHAINS,
-    Chain,
-    Chains,
-    ended_s,
-    expected_rest,
-    give_up_after,
-)
+from tokencake.time_scheduler.expected_stall import AFTER_TOOLS, ANSWER, ended_s, expected_rest, give_up_after
+from tokencake.time_scheduler.prefixes import MAX_CHAINS, Chain, Chains
 
 if TYPE_CHECKING:
     from tokencake.forecast.reuse import Claim
-    from tokencake.protocol import Hint
+    from tokencake.protocol import Event, Hint
+    from tokencake.registry.apply_events import ToolEvent
     from tokencake.registry.records import Call, Session
     from tokencake.registry.registry import Registry
 
@@ -49,7 +42,7 @@ class StallBook:
         self.returns = Returns()
         self.dropped = Dropped(_DROPPED_TIMES * blocks, self.returns.refute)
         self._shared = SharedBlocks(_SHARED_TIMES * blocks)
-        self._given_up: OrderedDict[str, Chain] = OrderedDict()
+        self._given_up: BoundedDict[str, Chain] = BoundedDict(MAX_CHAINS)
         """The last chain of a session that was given up, with one block from its middle."""
         self._registry = registry
 
@@ -127,10 +120,7 @@ class StallBook:
         if chain.heirs_left is None and chain.hint is not None:
             self._learn_outcome(chain, came=False)
             chain.keys = chain.keys[len(chain.keys) // 2 :][:1]
-            self._given_up.pop(chain.hint.session, None)
             self._given_up[chain.hint.session] = chain
-            if len(self._given_up) > MAX_CHAINS:
-                self._given_up.popitem(last=False)
 
     # --- what is expected -------------------------------------------------------------------------------
 
@@ -167,27 +157,29 @@ class StallBook:
 
     # --- events -----------------------------------------------------------------------------------------
 
-    def hear(self, event: dict[str, Any]) -> tuple[list[Chain], list[Chain]]:
-        """The registry has taken `event` in: the stalls that it tells of, and the prefixes to drop."""
-        match event["type"]:
-            case "tool_start" | "tool_progress" | "tool_end":
-                return self._hear_tool(event), []
-            case "stall_start" | "stall_end":
-                return self._stalled(event["session"]), []
-            case "session_end" | "app_end":
-                sessions = self._registry.ended_by(parse_event(event))
-                ended = [chain for session in sessions for chain in self._stalled(session.id)]
+    def on_event(self, event: Event) -> tuple[list[Chain], list[Chain]]:
+        """The registry has applied `event`: the prefixes whose stall it changes, and those to drop."""
+        match event:
+            case protocol.ToolStart() | protocol.ToolProgress() | protocol.ToolEnd():
+                return self._on_tool(event), []
+            case protocol.StallStart() | protocol.StallEnd():
+                return self._stalled(event.session), []
+            case protocol.SessionEnd() | protocol.AppEnd():
+                ended = [chain for session in self._registry.ended_by(event) for chain in self._stalled(session.id)]
                 for chain in ended:
                     chain.claim = chain.claim or "over"
                 return [], [chain for chain in ended if self.believed_claim(chain) is not None]
-        return [], []
+            case protocol.Graph():  # says nothing of a stall
+                return [], []
+            case _:
+                assert_never(event)
 
-    def _hear_tool(self, event: dict[str, Any]) -> list[Chain]:
-        call = self._registry.calls.get(event["call"])
+    def _on_tool(self, event: ToolEvent) -> list[Chain]:
+        call = self._registry.calls.get(event.call)
         if call is None:
             return []
-        tool = call.tools.get(event["tool_call"])
-        if event["type"] == "tool_end" and tool is not None and tool.duration_s is not None:
+        tool = call.tools.get(event.tool_call)
+        if isinstance(event, protocol.ToolEnd) and tool is not None and tool.duration_s is not None:
             agent = role_of(call.hint).of_agent
             expected = self.forecast.stall(agent, tool.tool, tool.estimate_s)
             self._registry.observe("forecast_error_s", abs(expected.quantile(0.5) - tool.duration_s))

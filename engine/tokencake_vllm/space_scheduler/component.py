@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 from vllm.logger import init_logger
 from vllm.v1.core.sched.request_queue import SchedulingPolicy
 
-from tokencake.policies.default_space import policy_of
+from tokencake.policies.registry import ADMISSION
 from tokencake.space_scheduler.applications import Applications
 from tokencake.space_scheduler.explain import SpaceWords
 from tokencake.space_scheduler.growth import peak_blocks
@@ -66,7 +66,7 @@ class SpaceComponent(SchedulerComponent):
         self.is_on = settings.enabled and scheduler.policy == SchedulingPolicy.FCFS
         self.settings = settings
         self.applications = Applications(registry.graphs.get, answer_quantile=settings.answer_quantile)
-        self.policy = policy_of(settings)
+        self.policy = ADMISSION[settings.policy](settings)
         self.queue = RankedQueue()
         self._scheduler, self._registry, self._offload = scheduler, registry, offload
         self._view = BlockView(scheduler.kv_cache_manager, scheduler.block_size)
@@ -74,7 +74,7 @@ class SpaceComponent(SchedulerComponent):
         self.gate = AdmissionGate(
             settings, self.policy, self.applications, self._view, self.words, registry, contain_errors
         )
-        self.swap = Swap(scheduler, settings, self.applications, self._view, self.gate, offload)
+        self.swap = Swap(scheduler, settings, self.policy, self.applications, self._view, self.gate, offload)
         self._needs: dict[str, int] = {}
         self._ages: dict[str, Rank] = {}
         """Rank of each request as of the last ranking, without the bonus for a shared prefix."""

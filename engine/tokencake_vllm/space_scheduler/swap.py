@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
     from tokencake.space_scheduler.applications import Applications, LiveCall
-    from tokencake.space_scheduler.policy import Rank
+    from tokencake.space_scheduler.policy import Rank, SpacePolicy
     from tokencake.space_scheduler.settings import SpaceSettings
     from tokencake_vllm.component import Offload
     from tokencake_vllm.space_scheduler.admission_gate import AdmissionGate
@@ -46,6 +46,7 @@ class Swap:
         self,
         scheduler: Scheduler,
         settings: SpaceSettings,
+        policy: SpacePolicy,
         applications: Applications,
         view: BlockView,
         gate: AdmissionGate,
@@ -54,6 +55,7 @@ class Swap:
         self._scheduler = scheduler
         self._offload = offload
         self._settings = settings
+        self._policy = policy
         self._calls = applications.calls
         self._view = view
         self._gate = gate
@@ -97,8 +99,8 @@ class Swap:
 
     def _head(self, now: float) -> LiveCall | None:
         """The first in line, if somebody may be swapped out for it at all."""
-        scheduler, settings = self._scheduler, self._settings
-        if settings.policy != "ours" or not settings.swap_oldest or self._is_reserved(now) or not scheduler.waiting:
+        scheduler = self._scheduler
+        if not self._policy.swaps or self._is_reserved(now) or not scheduler.waiting:
             return None
         if not self._losses.are_within(_MAX_RECOMPUTED_SHARE) or not self._offload.can_restore:
             return None

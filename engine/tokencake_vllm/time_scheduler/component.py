@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
 
-from tokencake import protocol
 from tokencake_vllm.component import SchedulerComponent, TaggedRequest
 from tokencake_vllm.connector import TokenCakeConnector
 from tokencake_vllm.time_scheduler.forecast_file import ForecastFile
@@ -160,7 +159,7 @@ class TimeComponent(NoOffload):
         """See whose stalls they change."""
         for event in events:
             with self._contain_errors:
-                self.stalls.hear(protocol.to_wire(event), now)
+                self.stalls.on_event(event, now)
         self._forecast_file.save(now)
 
     # --- waking the engine ----------------------------------------------------------------------------

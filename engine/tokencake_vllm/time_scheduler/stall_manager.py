@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from tokencake.policies.eviction import distances, least_recent, unbounded
+from tokencake.policies.eviction import unbounded
+from tokencake.policies.registry import EVICTION, OFFLOAD
 from tokencake.registry.metric_names import CounterName, CountKey
 from tokencake.time_scheduler.host_tier import Distance
-from tokencake.time_scheduler.policy import CHURN_STEPS, MIN_CHANCE, Decision, Finished, TimeSettings, policy_of
+from tokencake.time_scheduler.policy import MIN_CHANCE, Decision, EvictionInputs, FinishedRequest
 from tokencake.time_scheduler.stall_tracker import StallBook
 from tokencake_vllm.time_scheduler.free_queue import FreeQueue
-from tokencake_vllm.time_scheduler.uploads import GROWTH_BLOCKS, QUEUE_SCAN, Uploads, demand
+from tokencake_vllm.time_scheduler.policy_inputs import RecentStores, paper_inputs, queue_positions
+from tokencake_vllm.time_scheduler.uploads import GROWTH_BLOCKS, QUEUE_SCAN, Uploads
 from tokencake_vllm.time_scheduler.wakeup import WakeupTimer
-from tokencake_vllm.vllm_adapter.requests import cached_tokens, computed_blocks, is_answered, queued_requests
+from tokencake_vllm.vllm_adapter.requests import cached_tokens, computed_blocks, is_answered
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_utils import KVCacheBlock
@@ -28,8 +29,10 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
     from tokencake.forecast.durations import Stall
+    from tokencake.protocol import Event
     from tokencake.registry.registry import Registry
     from tokencake.time_scheduler.prefixes import Chain
+    from tokencake.time_scheduler.settings import TimeSettings
     from tokencake_vllm.component import TaggedRequest
     from tokencake_vllm.transfer.host_cache import HostCache
 
@@ -58,13 +61,14 @@ class StallManager:
         self._scheduler = scheduler
         self._registry = registry
         self._pool = scheduler.kv_cache_manager.block_pool
-        self._policy = policy_of(settings)
+        self._policy = OFFLOAD[settings.policy]()
+        self._eviction = EVICTION[settings.eviction]()
         self._free_queue = FreeQueue(scheduler, cache, self.chains, self.book.dropped)
         self.uploads = Uploads(scheduler, cache, self.chains, self._free_queue, self._is_worthwhile, self.count)
         self._predecessors: dict[str, Chain] = {}
         """Of a waiting call: the chain that it extends, and whose pins it takes over."""
         self._steps = 0
-        self._stored_at_step: deque[int] = deque()
+        self._recent_stores = RecentStores()
         self._now = 0.0
         """Of the newest step or event, for what happens within."""
         self._admitted_s: float | None = None
@@ -109,7 +113,7 @@ class StallManager:
     @property
     def can_restore(self) -> bool:
         """Whether `preempt` copies to the host, as far as there is room."""
-        return self.settings.policy != "paper" and self.cache.tier.capacity > 0 and not self.cache.is_off
+        return self._policy.restores_preempted and self.cache.tier.capacity > 0 and not self.cache.is_off
 
     def preempt(self, request: Request) -> None:
         """A call is about to lose its blocks: what it computed goes to the host."""
@@ -136,7 +140,7 @@ class StallManager:
         if stalled is None:
             return None
         chain, rest = stalled
-        decision = self._policy.at_finish(self._finished(chain, rest), self.cache.rates, self.settings)
+        decision = self._policy.on_finish(self._finished(chain, rest), self.cache.rates, self.settings)
         stored = self._carry_out(decision, chain, blocks, rest, now)
         for old in self.chains.overflow():
             self.chains.remove(old.id)
@@ -175,28 +179,22 @@ class StallManager:
         self.wakeups.set(chain.id, chain.give_up_s or now)
         return stored
 
-    def _finished(self, chain: Chain, rest: Stall) -> Finished:
-        hint, cache = chain.hint, self.cache
-        waiting_calls, waiting_blocks, fitting_blocks = demand(self._scheduler)
-        while self._stored_at_step and self._stored_at_step[0] < self._steps - CHURN_STEPS:
-            self._stored_at_step.popleft()
-        return Finished(
+    def _finished(self, chain: Chain, rest: Stall) -> FinishedRequest:
+        cache, waiting_calls = self.cache, len(self._scheduler.waiting)
+        return FinishedRequest(
             claim=self.book.believed_claim(chain),
             rest=rest,
             queue_s=waiting_calls * cache.rates.admission.seconds,
             blocks=len(chain.keys),
             missing=len(chain.keys) - cache.tier.known(chain.keys),
-            host_free=cache.tier.free_slots,
             device_blocks=self._pool.num_gpu_blocks - 1,
             free_blocks=self._pool.get_num_free_blocks(),
             pinned_blocks=cache.pinned_blocks,
             waiting_calls=waiting_calls,
-            waiting_blocks=waiting_blocks,
-            fitting_blocks=fitting_blocks,
-            importance=(hint.importance if hint else None) or 0.0,
-            is_near_end=bool(hint and hint.max_depth and hint.remaining is not None and hint.remaining <= 1),
-            recent_stores=len(self._stored_at_step),
             residence_s=self._residence_s(),
+            paper_inputs=lambda: paper_inputs(
+                self._scheduler, chain.hint, cache.tier.free_slots, self._recent_stores.count(self._steps)
+            ),
         )
 
     def _store(self, chain: Chain, keys: Sequence[bytes], blocks: Sequence[KVCacheBlock]) -> int:
@@ -204,16 +202,19 @@ class StallManager:
         distance: Distance = unbounded
         own_s = 0.0
         if cache.tier.free_slots < len(keys):
-            if self.settings.policy == "lru":
-                distance, own_s = least_recent(now), -1.0
-            else:
-                queue = queued_requests(self._scheduler)
-                places = {request.request_id: place for place, request in enumerate(queue)}
-                pace_s = cache.rates.admission.seconds
-                distance, own_s = distances(self.chains, cache.tier, places, chain, self.book.returns, now, pace_s)
+            inputs = EvictionInputs(
+                chain,
+                self.chains,
+                cache.tier,
+                self.book.returns,
+                now,
+                cache.rates.admission.seconds,
+                lambda: queue_positions(self._scheduler),
+            )
+            distance, own_s = self._eviction.distances(inputs)
         stored = cache.store(keys, blocks, now, distance, own_s)
         if stored:
-            self._stored_at_step.append(self._steps)
+            self._recent_stores.add(self._steps)
         return stored
 
     # --- nobody will come -------------------------------------------------------------------------------
@@ -230,9 +231,9 @@ class StallManager:
 
     # --- events -----------------------------------------------------------------------------------------
 
-    def hear(self, event: dict[str, Any], now: float) -> None:
-        """The registry has taken `event` in: see whose stall it changes."""
-        told, ended = self.book.hear(event)
+    def on_event(self, event: Event, now: float) -> None:
+        """The registry has applied `event`: see whose stall it changes."""
+        told, ended = self.book.on_event(event)
         for chain in told:
             self._reforecast(chain, now)
         for chain in ended:
@@ -347,7 +348,7 @@ class StallManager:
             if len(here) < len(chain.keys):
                 continue
             rest = self.book.rest(chain, now)
-            decision = self._policy.at_finish(self._finished(chain, rest), self.cache.rates, self.settings)
+            decision = self._policy.on_finish(self._finished(chain, rest), self.cache.rates, self.settings)
             if decision.action == "offload":
                 self._carry_out(decision, chain, here, rest, now)
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
-    from tokencake.time_scheduler.policy import TimeSettings
+    from tokencake.time_scheduler.settings import TimeSettings
 
 HOST_BLOCKS: Final = "host_blocks"
 """Extra configuration: slots in place of `host_kv_gib`, for tests and the simulator."""

@@ -11,7 +11,7 @@ from tokencake import protocol
 from tokencake.forecast.durations import MAX_KEYS, Forecast
 from tokencake.forecast.reuse import Returns
 from tokencake.forecast.roles import Role, role_of
-from tokencake.policies.default_space import Ours
+from tokencake.policies.default_space import DefaultSpacePolicy
 from tokencake.protocol import Graph, Hint
 from tokencake.registry.registry import Registry
 from tokencake.space_scheduler.applications import Applications
@@ -56,7 +56,7 @@ class Calls:
         self.book.finish(name, keys, tool_s)
         end = protocol.ToolEnd(hint.call or "", "t", tool="build", duration_s=tool_s)
         assert self.registry.apply(end, 2 * tool_s) == "applied"
-        self.book.hear(protocol.to_wire(end))
+        self.book.on_event(end)
         for chain in self.book.stalled_at(hint.call or ""):
             if comes_back:
                 self.book.arrive(f"{name}-again", [*keys, b"more"], hint, 3 * tool_s)
@@ -226,7 +226,7 @@ def test_calls_of_one_tenant_without_a_hint_do_not_set_back_those_of_another() -
         for _ in range(bobs):
             call = engine.applications.calls[engine.begin("bob", is_plain=True)]
             call.prompt_tokens = 10_000
-        policy = Ours(SpaceSettings())
+        policy = DefaultSpacePolicy(SpaceSettings())
         policy.begin(engine.applications, Memory(1_000, 500), now=0.0)
         return policy._peers.plain_levels[ALICE]
 

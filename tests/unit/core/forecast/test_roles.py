@@ -5,12 +5,11 @@ from __future__ import annotations
 import pytest
 
 from tokencake import protocol
-from tokencake.forecast.graph_stats import Place
-from tokencake.forecast.roles import Role, role_of
+from tokencake.forecast.roles import Place, Role, role_of
 from tokencake.protocol import Hint
 from tokencake.registry.registry import Registry
 from tokencake.space_scheduler.applications import Applications
-from tokencake.time_scheduler.prefixes import AFTER_TOOLS, ANSWER
+from tokencake.time_scheduler.expected_stall import AFTER_TOOLS, ANSWER
 from tokencake.time_scheduler.stall_tracker import StallBook
 
 
@@ -35,7 +34,7 @@ def book() -> StallBook:
         book.finish(call, keys, 30.0)
         end = protocol.ToolEnd(call, "t", tool="search", duration_s=20.0)
         registry.apply(end, 50.0)
-        book.hear(protocol.to_wire(end))
+        book.on_event(end)
         if number < 5:  # these come back after 40 s more
             again = hint_of("researcher", number, parent_call=None)
             book.arrive(f"{call}-again", [*keys, b"more"], again, 90.0)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tokencake.policies.default_space import Ours
+from tokencake.policies.default_space import DefaultSpacePolicy
 from tokencake.space_scheduler.applications import Applications, LiveCall
 from tokencake.space_scheduler.growth import Promise
 from tokencake.space_scheduler.policy import Memory
@@ -17,8 +17,8 @@ BUSY = (Promise(32, 0, 52),)
 """Gives 52 blocks back after 32 tokens."""
 
 
-def policy_for(applications: Applications, total_blocks: int = 100, **settings: float) -> Ours:
-    policy = Ours(SpaceSettings(**settings))
+def policy_for(applications: Applications, total_blocks: int = 100, **settings: float) -> DefaultSpacePolicy:
+    policy = DefaultSpacePolicy(SpaceSettings(**settings))
     policy.begin(applications, Memory(total_blocks, 50), now=0.0)
     return policy
 

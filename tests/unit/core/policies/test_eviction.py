@@ -7,9 +7,10 @@ from math import inf
 import pytest
 
 from tokencake.forecast.reuse import Returns
-from tokencake.policies.eviction import distance_s, distances, least_recent, unbounded
+from tokencake.policies.eviction import LeastRecentlyUsed, NextUse, distance_s, unbounded
 from tokencake.protocol import Hint
 from tokencake.time_scheduler.host_tier import HostBlock, HostTier
+from tokencake.time_scheduler.policy import EvictionInputs
 from tokencake.time_scheduler.prefixes import Chains
 
 PACE_S = 2.0
@@ -36,8 +37,12 @@ class Engine:
         self.chains.by_id[name].back_s = back_s
         self.tier.settle(self.tier.reserve(keys(name)[:stored], 0.0, unbounded), ok=True)
 
+    def inputs(self, own: str, places: dict[str, int], now_s: float) -> EvictionInputs:
+        chains = self.chains
+        return EvictionInputs(chains.by_id[own], chains, self.tier, self.returns, now_s, PACE_S, lambda: places)
+
     def distances(self, own: str, places: dict[str, int], now_s: float = 0.0) -> tuple[dict[str, float], float]:
-        distance, own_s = distances(self.chains, self.tier, places, self.chains.by_id[own], self.returns, now_s, PACE_S)
+        distance, own_s = NextUse().distances(self.inputs(own, places, now_s))
         ends = {
             chain.id: distance(self.tier.ready(chain.keys)[-1]) for chain in self.chains if self.tier.known(chain.keys)
         }
@@ -110,7 +115,7 @@ def test_a_block_at_which_two_chains_end_is_as_near_as_the_nearer_one() -> None:
 def test_only_the_end_that_the_host_has_of_a_chain_is_near() -> None:
     engine = Engine()
     engine.add("own", "stalled", back_s=5.0, stored=3)
-    distance, _ = distances(engine.chains, engine.tier, {}, engine.chains.by_id["own"], engine.returns, 0.0, PACE_S)
+    distance, _ = NextUse().distances(engine.inputs("own", {}, 0.0))
     blocks = engine.tier.ready(keys("own"))
 
     assert [distance(block) for block in blocks] == [inf, inf, 5.0]
@@ -119,5 +124,10 @@ def test_only_the_end_that_the_host_has_of_a_chain_is_near() -> None:
 def test_the_least_recently_used_is_the_farthest() -> None:
     old, new = (HostBlock(b"k", 0, None, used_s) for used_s in (1.0, 4.0))
 
-    assert [least_recent(10.0)(block) for block in (old, new)] == [9.0, 6.0]
+    engine = Engine()
+    engine.add("own", "stalled")
+    distance, own_s = LeastRecentlyUsed().distances(engine.inputs("own", {}, 10.0))
+
+    assert [distance(block) for block in (old, new)] == [9.0, 6.0]
+    assert own_s < 0.0, "it is nearer than all"
     assert unbounded(old) == inf

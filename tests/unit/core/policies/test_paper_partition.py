@@ -9,10 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tokencake.policies.paper_partition import Pools, reserves
-from tokencake.policies.paper_space import Paper, kind_of
+from tokencake.policies.paper_space import PaperSpacePolicy, kind_of
 from tokencake.protocol import Hint
 from tokencake.space_scheduler.applications import Applications, LiveCall
 from tokencake.space_scheduler.policy import Memory
+from tokencake.space_scheduler.settings import SpaceSettings
 
 NOBODY: frozenset[str] = frozenset()
 
@@ -101,7 +102,7 @@ def test_the_reserve_is_refreshed_every_500_steps_from_the_first_and_not_before(
     applications: Applications, call: Callable[..., LiveCall]
 ) -> None:
     call("a", agent="writer")
-    policy = Paper()
+    policy = PaperSpacePolicy(SpaceSettings())
     found = []
     for step in (3, 502, 503, 1_002, 1_003):
         policy.begin(applications, Memory(1_000, 100, step=step), now=0.0)
@@ -114,7 +115,7 @@ def test_the_reserve_shrinks_again_while_the_device_is_empty(
     applications: Applications, call: Callable[..., LiveCall]
 ) -> None:
     call("a", agent="writer")
-    policy = Paper()
+    policy = PaperSpacePolicy(SpaceSettings())
     for step, free in ((0, 0), (500, 250), (1_000, 400), (1_500, 599), (2_000, 600), (2_500, 900)):
         policy.begin(applications, Memory(1_000, free, step=step), now=0.0)
 
@@ -126,7 +127,7 @@ def test_the_reserve_shrinks_again_while_the_device_is_empty(
 def test_nothing_is_reserved_until_the_first_call_with_a_hint(
     applications: Applications, call: Callable[..., LiveCall]
 ) -> None:
-    policy = Paper()
+    policy = PaperSpacePolicy(SpaceSettings())
     call(None)
     policy.begin(applications, Memory(1_000, 100, step=1), now=0.0)
     assert policy.reserve() == {"size": 0, "used": 0}
@@ -138,7 +139,7 @@ def test_nothing_is_reserved_until_the_first_call_with_a_hint(
 
 def test_what_a_type_holds_of_its_reserve_is_used(applications: Applications, call: Callable[..., LiveCall]) -> None:
     one, two, plain = call("a", agent="writer"), call("a", agent="writer"), call(None)
-    policy = Paper()
+    policy = PaperSpacePolicy(SpaceSettings())
     held = {one.request_id: 10, two.request_id: 15, plain.request_id: 40}
     policy.begin(applications, Memory(1_000, 100, step=1, private_blocks=held), now=0.0)
     assert policy.reserve() == {"size": 50, "used": 25}
@@ -152,7 +153,7 @@ def test_refusals_raise_the_score_of_their_type_at_the_next_refresh(
     applications: Applications, call: Callable[..., LiveCall]
 ) -> None:
     calls = [call("a", agent=agent) for agent in ("a", "b", "c", "d")]
-    policy = Paper()
+    policy = PaperSpacePolicy(SpaceSettings())
     policy.begin(applications, Memory(1_000, 0, step=0), now=0.0)
     assert set(policy.reserved) == {"a", "b", "c"}
     for _ in range(3):
@@ -169,7 +170,7 @@ def test_a_call_that_does_not_fit_at_all_is_left_to_vllm(
 ) -> None:
     one = call("a", agent="writer", depth=1)
     call("b", agent="other", depth=9)
-    policy = Paper()
+    policy = PaperSpacePolicy(SpaceSettings())
     policy.begin(applications, Memory(1_000, 60, step=0), now=0.0)
 
     assert policy.reserved == {"other": 50}
@@ -185,7 +186,7 @@ def test_running_calls_are_ranked_before_waiting_ones_and_by_score(
     low, high, waiting = call("a", depth=1), call("b", depth=5), call("c", depth=9)
     for one in (low, high):
         applications.start(one.request_id, 0.0)
-    policy = Paper()
+    policy = PaperSpacePolicy(SpaceSettings())
     policy.begin(applications, Memory(100, 100), now=1.0)
 
     ranked = sorted((low, high, waiting), key=lambda one: policy.rank(one, need_blocks=1, is_sibling=False))
@@ -196,7 +197,7 @@ def test_the_offsets_of_applications_count_from_the_first_that_was_seen(
     applications: Applications, call: Callable[..., LiveCall]
 ) -> None:
     first, second = call("a", now=100.0, importance=0.0), call("b", now=110.0, importance=0.0)
-    policy = Paper()
+    policy = PaperSpacePolicy(SpaceSettings())
     policy.begin(applications, Memory(100, 100), now=110.0)
     ranks = [policy.rank(one, need_blocks=1, is_sibling=False)[1] for one in (first, second)]
 

@@ -12,12 +12,16 @@ from tokencake.forecast.costs import Rates
 from tokencake.forecast.durations import Forecast
 from tokencake.forecast.reuse import Returns
 from tokencake.forecast.roles import Role
-from tokencake.policies.eviction import distance_s, distances
+from tokencake.policies.default_time import DefaultTimePolicy
+from tokencake.policies.eviction import LeastRecentlyUsed, NextUse, distance_s
+from tokencake.policies.paper_time import PaperTimePolicy
+from tokencake.policies.registry import EVICTION, OFFLOAD
 from tokencake.protocol import Hint
 from tokencake.settings import SettingsError, section
 from tokencake.time_scheduler.host_tier import HostTier
-from tokencake.time_scheduler.policy import Finished, Ours, Paper, TimeSettings, policy_of
+from tokencake.time_scheduler.policy import EvictionInputs, FinishedRequest, PaperInputs
 from tokencake.time_scheduler.prefixes import Chains
+from tokencake.time_scheduler.settings import TimeSettings
 
 SETTINGS = TimeSettings()
 BLOCK_BYTES = 3 * 2**20
@@ -31,35 +35,42 @@ def rates() -> Rates:
     return made
 
 
-def finished(stall_s: float = 8.0, **changed: Any) -> Finished:
+QUIET: dict[str, Any] = {
+    "waiting_blocks": 0,
+    "fitting_blocks": 0,
+    "host_free": 10_000,
+    "importance": 0.0,
+    "is_near_end": False,
+    "recent_stores": 0,
+}
+
+
+def finished(stall_s: float = 8.0, **changed: Any) -> FinishedRequest:
     """A call of 9,000 tokens that asked for a tool on a busy device."""
-    usual = Finished(
+    pressure = {name: changed.pop(name) for name in tuple(changed) if name in QUIET}
+    inputs = PaperInputs(**{**QUIET, **pressure})
+    usual = FinishedRequest(
         claim=None,
         rest=Forecast().stall(Role(), None, stall_s),
         queue_s=0.0,
         blocks=563,
         missing=563,
-        host_free=10_000,
         device_blocks=3_049,
         free_blocks=700,
         pinned_blocks=0,
         waiting_calls=0,
-        waiting_blocks=0,
-        fitting_blocks=0,
-        importance=0.0,
-        is_near_end=False,
-        recent_stores=0,
         residence_s=inf,
+        paper_inputs=lambda: inputs,
     )
     return replace(usual, **changed)
 
 
-def ours(call: Finished, settings: TimeSettings = SETTINGS) -> str:
-    return Ours().at_finish(call, rates(), settings).action
+def ours(call: FinishedRequest, settings: TimeSettings = SETTINGS) -> str:
+    return DefaultTimePolicy().on_finish(call, rates(), settings).action
 
 
-def paper(call: Finished) -> tuple[str, str]:
-    decision = Paper().at_finish(call, rates(), SETTINGS)
+def paper(call: FinishedRequest) -> tuple[str, str]:
+    decision = PaperTimePolicy().on_finish(call, rates(), SETTINGS)
     return decision.action, decision.why
 
 
@@ -90,21 +101,21 @@ def test_a_short_stall_before_a_long_queue_is_a_long_gap() -> None:
 def test_a_slow_link_makes_a_stall_short() -> None:
     slow = rates()
     slow.to_host.seconds = slow.to_device.seconds = BLOCK_BYTES / 0.5e9
-    assert Ours().at_finish(finished(2.0), slow, SETTINGS).action in ("keep", "leave")
+    assert DefaultTimePolicy().on_finish(finished(2.0), slow, SETTINGS).action in ("keep", "leave")
 
 
 def test_what_is_cheaper_to_compute_than_to_copy_is_not_copied() -> None:
     slow = rates()
     slow.to_host.seconds = slow.to_device.seconds = 0.01
-    decision = Ours().at_finish(finished(600.0), slow, SETTINGS)
+    decision = DefaultTimePolicy().on_finish(finished(600.0), slow, SETTINGS)
     assert (decision.action, decision.why) == ("leave", "recompute is cheaper")
 
 
 def test_the_upload_begins_before_the_early_quantile() -> None:
     rest = Forecast().stall(Role(), None, 8.0)
-    due_s = Ours().upload_in_s(rest, 563, rates(), SETTINGS)
+    due_s = DefaultTimePolicy().upload_in_s(rest, 563, rates(), SETTINGS)
     assert due_s == pytest.approx(rest.quantile(0.2) - 0.1, abs=0.01)
-    assert Ours().upload_in_s(Forecast().stall(Role(), None, 0.1), 563, rates(), SETTINGS) == 0.0
+    assert DefaultTimePolicy().upload_in_s(Forecast().stall(Role(), None, 0.1), 563, rates(), SETTINGS) == 0.0
 
 
 # --- the published gate -----------------------------------------------------------------------------
@@ -138,12 +149,14 @@ def test_paper_rejects_a_stall_shorter_than_the_transfer() -> None:
 def test_paper_scores_with_the_published_constants() -> None:
     call = finished(**{**BUSY, "importance": 2.0})
     # stall 6, pressure 1.5, waiting 2, fit 570 of 563, upload is safe 1, room on the host 1, importance 0.7
-    assert Paper.score(call, 3.5, 0.5, 0.85) == pytest.approx(6 + 1.5 + 2 + 570 / 563 + 1 + 1 - 0.7)
+    assert PaperTimePolicy.score(call, call.paper_inputs(), 3.5, 0.5, 0.85) == pytest.approx(
+        6 + 1.5 + 2 + 570 / 563 + 1 + 1 - 0.7
+    )
 
 
 def test_paper_uploads_a_fixed_lead_before_the_predicted_end() -> None:
     rest = Forecast().stall(Role(), None, 8.0)
-    assert Paper().upload_in_s(rest, 563, rates(), SETTINGS) == pytest.approx(rest.mean_s - 0.1)
+    assert PaperTimePolicy().upload_in_s(rest, 563, rates(), SETTINGS) == pytest.approx(rest.mean_s - 0.1)
 
 
 # --- replacement and settings -------------------------------------------------------------------------
@@ -167,15 +180,19 @@ def test_what_a_waiting_call_reads_is_sure_whatever_came_of_calls_like_it() -> N
         chains.arrive(name.decode(), chain, hint, 0.0)
         tier.settle(tier.reserve(chain, 0.0, lambda block: 0.0), ok=True)
     chains.stall("stalled", keys[b"stalled"], 0.0)
-    distance, own_s = distances(chains, tier, {"waits": 3}, chains.by_id["stalled"], returns, 0.0, 2.0)
+    inputs = EvictionInputs(chains.by_id["stalled"], chains, tier, returns, 0.0, 2.0, lambda: {"waits": 3})
+    distance, own_s = NextUse().distances(inputs)
     ends = {block.key: distance(block) for block in tier.ready(keys[b"waits"]) + tier.ready(keys[b"stalled"])}
     assert ends[keys[b"waits"][-1]] == 6.0
     assert ends[keys[b"stalled"][-1]] == own_s > 10.0
 
 
 def test_the_policy_is_taken_by_its_name() -> None:
-    assert isinstance(policy_of(TimeSettings(policy="paper")), Paper)
-    assert isinstance(policy_of(TimeSettings(policy="lru")), Ours)
+    assert isinstance(OFFLOAD[settings_of(policy="paper").policy](), PaperTimePolicy)
+    assert isinstance(OFFLOAD[settings_of(policy="ours").policy](), DefaultTimePolicy)
+    lru = settings_of(policy="lru")
+    assert isinstance(OFFLOAD[lru.policy](), DefaultTimePolicy)
+    assert isinstance(EVICTION[lru.eviction](), LeastRecentlyUsed)
 
 
 def settings_of(**raw: object) -> TimeSettings:
@@ -202,10 +219,10 @@ def test_an_unknown_key_is_answered_with_the_known_ones() -> None:
 
 def test_an_upload_that_would_be_gone_before_the_agent_is_back_is_not_begun() -> None:
     rest = Forecast().stall(Role(), None, 8.0)
-    assert Ours().may_upload(rest, 1.0, 60.0)
-    assert not Ours().may_upload(rest, 1.0, 4.0)
-    assert not Ours().may_upload(rest, 0.4, inf)
-    assert Paper().may_upload(rest, 0.4, 4.0)
+    assert DefaultTimePolicy().may_upload(rest, 1.0, 60.0)
+    assert not DefaultTimePolicy().may_upload(rest, 1.0, 4.0)
+    assert not DefaultTimePolicy().may_upload(rest, 0.4, inf)
+    assert PaperTimePolicy().may_upload(rest, 0.4, 4.0)
 
 
 def test_a_short_stall_whose_blocks_would_be_gone_by_its_end_is_copied() -> None:

@@ -8,8 +8,9 @@ import pytest
 
 from tokencake import protocol
 from tokencake.protocol import Hint
+from tokencake.registry.memory_account import MAX_GRAPHS_ASKED
 from tokencake.registry.record_store import Limits
-from tokencake.registry.registry import MAX_GRAPHS_ASKED, Registry
+from tokencake.registry.registry import Registry
 from tokencake.registry.state_view import state_view
 
 

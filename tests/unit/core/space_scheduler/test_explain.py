@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tokencake.policies.default_space import Ours
+from tokencake.policies.default_space import DefaultSpacePolicy
 from tokencake.registry.registry import Registry
 from tokencake.space_scheduler.applications import Applications, LiveCall
 from tokencake.space_scheduler.explain import SpaceWords
@@ -23,7 +23,7 @@ class Listener:
 
     def __init__(self, applications: Applications) -> None:
         self.applications, self.registry = applications, Registry()
-        self.words = SpaceWords(SpaceSettings(), Ours(SpaceSettings()), applications, self.registry)
+        self.words = SpaceWords(SpaceSettings(), DefaultSpacePolicy(SpaceSettings()), applications, self.registry)
 
     def step(
         self,

@@ -75,7 +75,7 @@ def test_the_log_keeps_the_same_words_about_a_call_once_and_is_bounded():
 
 def test_settings_refuse_what_they_do_not_know():
     assert section({"tokencake": {"space": {"policy": "paper"}}}, "space", SpaceSettings).policy == "paper"
-    with pytest.raises(SettingsError, match="one of ours, paper"):
+    with pytest.raises(SettingsError, match="one of default, paper"):
         section({"tokencake": {"space": {"policy": "fair"}}}, "space", SpaceSettings)
-    with pytest.raises(SettingsError, match="the settings are answer_quantile"):
+    with pytest.raises(SettingsError, match=r"the settings are enabled, .*those under advanced are answer_quantile"):
         section({"tokencake": {"space": {"reserve": 1}}}, "space", SpaceSettings)

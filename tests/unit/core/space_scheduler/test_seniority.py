@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokencake.policies.default_space import Ours, policy_of
+from tokencake.policies.default_space import DefaultSpacePolicy
+from tokencake.policies.registry import ADMISSION
 from tokencake.protocol import Graph, Hint
 from tokencake.space_scheduler.applications import Applications
 from tokencake.space_scheduler.growth import Promise
@@ -16,7 +17,7 @@ SETTINGS = SpaceSettings()
 
 def order(applications, *, settings=SETTINGS, needs=None, siblings=()):
     """Ids of the applications of all calls, first in line first."""
-    policy = policy_of(settings)
+    policy = ADMISSION[settings.policy](settings)
     policy.begin(applications, Memory(1_000, 500), now=1_000.0)
     calls = sorted(
         applications.calls.values(),
@@ -43,7 +44,7 @@ def test_the_older_application_goes_first_whatever_its_client_says_of_its_age(ap
 
 def test_inside_an_application_the_longest_way_goes_first(applications, call):
     short, long = call("app", remaining=2), call("app", remaining=9)
-    policy = Ours(SETTINGS)
+    policy = DefaultSpacePolicy(SETTINGS)
     policy.begin(applications, Memory(1_000, 500), now=0.0)
 
     ranks = {c.request_id: policy.rank(c, need_blocks=10, is_sibling=False) for c in (short, long)}
@@ -130,7 +131,7 @@ def test_who_waits_is_passed_only_by_applications_seen_before_a_fixed_moment(app
         one = applications.add(f"r{number}", hint, prompt_tokens=1, max_tokens=1, now=seen_s)
         if number:
             one.app.served_s = had_s
-    policy = Ours(SETTINGS)
+    policy = DefaultSpacePolicy(SETTINGS)
     policy.begin(applications, Memory(1_000, 500), now=2e4)
     ranks = {
         c.app.id: policy.rank(c, need_blocks=500, is_sibling=c.app.id != "app0") for c in applications.calls.values()
@@ -142,7 +143,7 @@ def test_who_waits_is_passed_only_by_applications_seen_before_a_fixed_moment(app
 
 
 def test_the_first_in_line_is_admitted_if_it_fits_now(applications, call):
-    policy = Ours(SpaceSettings())
+    policy = DefaultSpacePolicy(SpaceSettings())
     policy.begin(applications, Memory(100, 50), now=0.0)
     one = call("app", max_tokens=160)
 
@@ -152,7 +153,7 @@ def test_the_first_in_line_is_admitted_if_it_fits_now(applications, call):
 
 
 def test_who_passes_must_fit_when_grown(applications, call):
-    policy = Ours(SpaceSettings())
+    policy = DefaultSpacePolicy(SpaceSettings())
     policy.begin(applications, Memory(100, 50), now=0.0)
     one = call("app", max_tokens=160)
     memory = Memory(100, 30, passed=(31,), promises=(Promise(160, 0, 60),))
@@ -162,7 +163,7 @@ def test_who_passes_must_fit_when_grown(applications, call):
 
 
 def test_who_passes_does_not_delay_the_first_in_line(applications, call):
-    policy = Ours(SpaceSettings())
+    policy = DefaultSpacePolicy(SpaceSettings())
     policy.begin(applications, Memory(100, 50), now=0.0)
     ends_soon, ends_late = call("app", max_tokens=16), call("app", max_tokens=320)
     memory = Memory(100, 45, passed=(95,), promises=(Promise(32, 0, 52),))
@@ -172,14 +173,14 @@ def test_who_passes_does_not_delay_the_first_in_line(applications, call):
 
 
 def test_a_call_that_has_been_passed_for_too_long_is_not_passed_any_more(applications, call):
-    policy = Ours(SpaceSettings())
+    policy = DefaultSpacePolicy(SpaceSettings())
     policy.begin(applications, Memory(100, 50), now=0.0)
 
     assert policy.refusal(call("app"), 1, Memory(100, 50, passed=(60,), is_closed=True)) == "closed"
 
 
 def test_calls_that_nobody_waits_for_do_not_pass_one_that_somebody_waits_for(applications, call):
-    policy = Ours(SpaceSettings())
+    policy = DefaultSpacePolicy(SpaceSettings())
     policy.begin(applications, Memory(100, 50), now=0.0)
     memory = Memory(100, 45, passed=(95,), promises=(Promise(32, 0, 52),), has_passed_critical=True)
 
@@ -188,7 +189,7 @@ def test_calls_that_nobody_waits_for_do_not_pass_one_that_somebody_waits_for(app
 
 
 def test_a_long_application_does_not_begin_past_others(applications, call):
-    policy = Ours(SpaceSettings(short_s=0.1))
+    policy = DefaultSpacePolicy(SpaceSettings(short_s=0.1))
     policy.begin(applications, Memory(100, 50), now=0.0)
     new, short, begun = call("new"), call("short", max_tokens=1), call("begun")
     begun.app.served_s = 1.0
@@ -202,7 +203,7 @@ def test_a_long_application_does_not_begin_past_others(applications, call):
 
 
 def test_nobody_passes_where_that_is_switched_off(applications, call):
-    policy = Ours(SpaceSettings(guarded=0))
+    policy = DefaultSpacePolicy(SpaceSettings(guarded=0))
     policy.begin(applications, Memory(100, 50), now=0.0)
 
     assert policy.refusal(call("app"), 51, Memory(100, 50)) is None  # vLLM finds no room and waits for it

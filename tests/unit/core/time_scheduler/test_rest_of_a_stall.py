@@ -8,17 +8,16 @@ from tokencake.forecast.durations import BACK_NOW, Forecast, Stall
 from tokencake.forecast.roles import Role
 from tokencake.protocol import Hint, Stage
 from tokencake.registry.records import Call, Session, ToolCall, Wait
-from tokencake.time_scheduler.prefixes import (
+from tokencake.time_scheduler.expected_stall import (
     AFTER_TOOLS,
     ANSWER,
     GIVE_UP_MAX_S,
     GIVE_UP_MIN_S,
-    Chain,
-    Chains,
     ended_s,
     expected_rest,
     give_up_after,
 )
+from tokencake.time_scheduler.prefixes import Chain, Chains
 
 AGENT = Role("a")
 KEYS = [b"1", b"2"]

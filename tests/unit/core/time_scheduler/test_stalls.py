@@ -8,7 +8,8 @@ from tokencake.forecast.durations import Forecast
 from tokencake.forecast.roles import Role
 from tokencake.protocol import Hint, Stage
 from tokencake.registry.records import Call, Session, ToolCall, Wait
-from tokencake.time_scheduler.prefixes import AFTER_TOOLS, ANSWER, Chain, Chains, expected_rest, give_up_after
+from tokencake.time_scheduler.expected_stall import AFTER_TOOLS, ANSWER, expected_rest, give_up_after
+from tokencake.time_scheduler.prefixes import Chain, Chains
 
 KEYS = [bytes([number]) * 4 for number in range(10)]
 OTHER = [bytes([100 + number]) * 4 for number in range(10)]
