@@ -10,7 +10,10 @@ import pytest
 
 from tokencake.forecast.costs import Rates
 from tokencake.forecast.durations import BINS, BINS_PER_E, SHORTEST_S, Stall
-from tokencake.time_scheduler.policy import Finished, Ours, Paper, TimeSettings
+from tokencake.policies.default_time import DefaultTimePolicy
+from tokencake.policies.paper_time import PaperTimePolicy
+from tokencake.time_scheduler.policy import FinishedRequest, PaperInputs
+from tokencake.time_scheduler.settings import TimeSettings
 
 SETTINGS = TimeSettings(short_stall_s=0.2, keep_share=0.3, upload_lead_s=0.1, upload_quantile=0.2)
 
@@ -29,36 +32,43 @@ def evenly(seconds: float) -> Stall:
     return Stall(tuple(float(place == index) for place in range(BINS)))
 
 
-def finished(**changed: Any) -> Finished:
+QUIET: dict[str, Any] = {
+    "waiting_blocks": 0,
+    "fitting_blocks": 0,
+    "host_free": 1_000,
+    "importance": 0.0,
+    "is_near_end": False,
+    "recent_stores": 0,
+}
+
+
+def finished(**changed: Any) -> FinishedRequest:
     """A call of 100 blocks that nobody has on the host, on a device of 1,000 of which 300 are free."""
-    usual = Finished(
+    pressure = {name: changed.pop(name) for name in tuple(changed) if name in QUIET}
+    inputs = PaperInputs(**{**QUIET, **pressure})
+    usual = FinishedRequest(
         claim=None,
         rest=evenly(8.0),
         queue_s=0.0,
         blocks=100,
         missing=100,
-        host_free=1_000,
         device_blocks=1_000,
         free_blocks=300,
         pinned_blocks=0,
         waiting_calls=0,
-        waiting_blocks=0,
-        fitting_blocks=0,
-        importance=0.0,
-        is_near_end=False,
-        recent_stores=0,
         residence_s=inf,
+        paper_inputs=lambda: inputs,
     )
     return replace(usual, **changed)
 
 
-def ours(call: Finished, costs: Rates | None = None) -> tuple[str, str]:
-    decision = Ours().at_finish(call, costs or rates(), SETTINGS)
+def ours(call: FinishedRequest, costs: Rates | None = None) -> tuple[str, str]:
+    decision = DefaultTimePolicy().on_finish(call, costs or rates(), SETTINGS)
     return decision.action, decision.why
 
 
-def paper(call: Finished, costs: Rates | None = None) -> tuple[str, str]:
-    decision = Paper().at_finish(call, costs or rates(), SETTINGS)
+def paper(call: FinishedRequest, costs: Rates | None = None) -> tuple[str, str]:
+    decision = PaperTimePolicy().on_finish(call, costs or rates(), SETTINGS)
     return decision.action, decision.why
 
 
@@ -122,16 +132,16 @@ def test_an_upload_starts_a_copy_and_a_quarter_before_the_early_quantile_or_by_t
     rest = evenly(8.0)
     early_s = rest.quantile(0.2)
 
-    assert Ours().upload_in_s(rest, 100, rates(copy_s=0.01), SETTINGS) == pytest.approx(early_s - 1.25)
-    assert Ours().upload_in_s(rest, 100, rates(copy_s=0.0001), SETTINGS) == pytest.approx(early_s - 0.1)
-    assert Ours().upload_in_s(rest, 100, rates(copy_s=1.0), SETTINGS) == 0.0
+    assert DefaultTimePolicy().upload_in_s(rest, 100, rates(copy_s=0.01), SETTINGS) == pytest.approx(early_s - 1.25)
+    assert DefaultTimePolicy().upload_in_s(rest, 100, rates(copy_s=0.0001), SETTINGS) == pytest.approx(early_s - 0.1)
+    assert DefaultTimePolicy().upload_in_s(rest, 100, rates(copy_s=1.0), SETTINGS) == 0.0
 
 
 def test_an_upload_begins_where_it_is_used_in_four_of_five_cases_and_a_call_is_likely() -> None:
     rest = evenly(8.0)
 
     def may(chance: float, share: float) -> bool:
-        return Ours().may_upload(rest, chance, rest.quantile(share) * (1 + 1e-9))
+        return DefaultTimePolicy().may_upload(rest, chance, rest.quantile(share) * (1 + 1e-9))
 
     assert may(1.0, 0.8)
     assert not may(1.0, 0.79)
@@ -142,7 +152,7 @@ def test_an_upload_begins_where_it_is_used_in_four_of_five_cases_and_a_call_is_l
 
 
 def test_policies_differ_in_whether_they_wait_for_demand() -> None:
-    assert (Ours.does_wait_for_demand, Paper.does_wait_for_demand) == (False, True)
+    assert (DefaultTimePolicy.does_wait_for_demand, PaperTimePolicy.does_wait_for_demand) == (False, True)
 
 
 # --- the published gate -----------------------------------------------------------------------------
@@ -272,17 +282,19 @@ def test_a_call_whose_score_is_too_low_stays() -> None:
     call = finished(**{**BUSY, **low, "waiting_blocks": 20, "fitting_blocks": 20})
     copy_s = STALL_S / 200 * 0.33
     transfer_s = 200 * copy_s
-    score = Paper.score(call, STALL_S, transfer_s, 0.6)
+    score = PaperTimePolicy.score(call, call.paper_inputs(), STALL_S, transfer_s, 0.6)
 
     assert score < 1.0
     assert paper(call, rates(copy_s=copy_s)) == ("leave", "score")
-    better = replace(call, recent_stores=0)
-    assert Paper.score(better, STALL_S, transfer_s, 0.6) == pytest.approx(score + 4.0)
+    calm = replace(call.paper_inputs(), recent_stores=0)
+    better = replace(call, paper_inputs=lambda: calm)
+    assert PaperTimePolicy.score(better, better.paper_inputs(), STALL_S, transfer_s, 0.6) == pytest.approx(score + 4.0)
     assert paper(better, rates(copy_s=copy_s))[0] == ("offload" if score + 4.0 >= 1.0 else "leave")
 
 
 def score(stall_s: float = 1.0, transfer_s: float = 0.5, use: float = 0.0, **changed: Any) -> float:
-    return Paper.score(finished(**{"host_free": 100, **changed}), stall_s, transfer_s, use)
+    call = finished(**{"host_free": 100, **changed})
+    return PaperTimePolicy.score(call, call.paper_inputs(), stall_s, transfer_s, use)
 
 
 BASE_SCORE = 1.0 + 1.0 + 1.0
@@ -322,6 +334,6 @@ def test_each_term_of_the_score_counts_as_published(terms: dict[str, Any], point
 def test_the_published_upload_starts_a_copy_and_a_quarter_before_the_mean() -> None:
     rest = evenly(8.0)
 
-    assert Paper().upload_in_s(rest, 100, rates(copy_s=0.01), SETTINGS) == pytest.approx(STALL_S - 1.25)
-    assert Paper().upload_in_s(rest, 100, rates(copy_s=0.0001), SETTINGS) == pytest.approx(STALL_S - 0.1)
-    assert Paper().upload_in_s(rest, 100, rates(copy_s=1.0), SETTINGS) == 0.0
+    assert PaperTimePolicy().upload_in_s(rest, 100, rates(copy_s=0.01), SETTINGS) == pytest.approx(STALL_S - 1.25)
+    assert PaperTimePolicy().upload_in_s(rest, 100, rates(copy_s=0.0001), SETTINGS) == pytest.approx(STALL_S - 0.1)
+    assert PaperTimePolicy().upload_in_s(rest, 100, rates(copy_s=1.0), SETTINGS) == 0.0

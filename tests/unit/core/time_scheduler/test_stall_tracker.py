@@ -9,7 +9,8 @@ from tokencake.forecast.durations import Forecast
 from tokencake.forecast.roles import Role, role_of
 from tokencake.protocol import Hint
 from tokencake.registry.registry import Registry
-from tokencake.time_scheduler.prefixes import AFTER_TOOLS, ANSWER, Chain
+from tokencake.time_scheduler.expected_stall import AFTER_TOOLS, ANSWER
+from tokencake.time_scheduler.prefixes import Chain
 from tokencake.time_scheduler.stall_tracker import StallBook
 
 
@@ -39,9 +40,9 @@ class Engine:
         assert found is not None
         return found[0]
 
-    def hear(self, event: protocol.Event, now: float) -> tuple[list[str], list[str]]:
+    def on_event(self, event: protocol.Event, now: float) -> tuple[list[str], list[str]]:
         self.registry.apply(event, now)
-        stalled, dropped = self.book.hear(protocol.to_wire(event))
+        stalled, dropped = self.book.on_event(event)
         return [chain.id for chain in stalled], [chain.id for chain in dropped]
 
     def extend(self, chain: Chain, now: float) -> Chain | None:
@@ -97,31 +98,31 @@ def test_what_a_hint_expects_is_not_learned_as_a_stall_without_tools() -> None:
 def test_the_end_of_a_tool_teaches_its_duration_and_the_error_of_the_forecast() -> None:
     engine = Engine()
     engine.run("c", now=100.0)
-    engine.hear(protocol.ToolStart("c", "t1", "build", 10.0), 107.0)
+    engine.on_event(protocol.ToolStart("c", "t1", "build", 10.0), 107.0)
     median_s = Forecast().stall(AGENT, "build", 10.0).quantile(0.5)
-    assert engine.hear(protocol.ToolEnd("c", "t1", duration_s=4.0), 111.0) == (["c"], [])
+    assert engine.on_event(protocol.ToolEnd("c", "t1", duration_s=4.0), 111.0) == (["c"], [])
 
     assert engine.learned(AGENT, "build") == seen(4.0)
     assert engine.registry.drain()["observed"]["forecast_error_s"] == [pytest.approx(median_s - 4.0)]
-    engine.hear(protocol.ToolEnd("c", "t2", "build", duration_s=100.0), 111.0)
+    engine.on_event(protocol.ToolEnd("c", "t2", "build", duration_s=100.0), 111.0)
     assert engine.registry.drain()["observed"]["forecast_error_s"][0] > 80.0
 
 
 def test_starts_and_ends_of_unknown_length_teach_nothing() -> None:
     engine = Engine()
     engine.run("c", now=100.0)
-    engine.hear(protocol.ToolStart("c", "t1", "build"), 107.0)
-    engine.hear(protocol.ToolEnd("c", "t2", "build"), 111.0)
+    engine.on_event(protocol.ToolStart("c", "t1", "build"), 107.0)
+    engine.on_event(protocol.ToolEnd("c", "t2", "build"), 111.0)
 
     assert engine.learned(AGENT, "build") == []
-    assert engine.hear(protocol.ToolEnd("unknown", "t"), 111.0) == ([], [])
+    assert engine.on_event(protocol.ToolEnd("unknown", "t"), 111.0) == ([], [])
 
 
 def test_behind_its_tools_a_call_comes_as_long_after_the_last_end() -> None:
     engine = Engine()
     chain = engine.run("c", now=100.0)
     for tool, ended_s in (("t1", 110.0), ("t2", 120.0)):
-        engine.hear(protocol.ToolEnd("c", tool, "build", duration_s=1.0), ended_s)
+        engine.on_event(protocol.ToolEnd("c", tool, "build", duration_s=1.0), ended_s)
     engine.book.arrive("c-next", [*chain.keys, b"more"], Hint(session="s-c", agent="a", node="n"), 128.0)
 
     assert engine.learned(NODE, AFTER_TOOLS) == seen(8.0)
@@ -131,8 +132,8 @@ def test_behind_its_tools_a_call_comes_as_long_after_the_last_end() -> None:
 def test_a_tool_whose_end_was_lost_ended_with_the_next_call() -> None:
     engine = Engine()
     chain = engine.run("c", now=100.0)
-    engine.hear(protocol.ToolEnd("c", "t1", "build", duration_s=1.0), 108.0)
-    engine.hear(protocol.ToolStart("c", "t2", "search"), 110.0)
+    engine.on_event(protocol.ToolEnd("c", "t1", "build", duration_s=1.0), 108.0)
+    engine.on_event(protocol.ToolStart("c", "t2", "search"), 110.0)
     engine.book.arrive("c-next", [*chain.keys, b"more"], Hint(session="s-c", agent="a", node="n"), 140.0)
 
     assert engine.learned(AGENT, "search") == seen(30.0)
@@ -269,10 +270,10 @@ def test_the_end_of_a_session_drops_its_stalled_chains_where_such_ends_are_belie
     engine = Engine()
     engine.run("c", now=100.0)
     engine.begin("c2", blocks("c2"), Hint(session="s-c", agent="a", node="n"), 110.0)
-    assert engine.hear(protocol.SessionEnd("s-c"), 120.0) == ([], ["c"])
+    assert engine.on_event(protocol.SessionEnd("s-c"), 120.0) == ([], ["c"])
     engine.book.returns.refute(role_of(Hint(session="s", agent="a", node="n")), "over")
     engine.run("d", now=100.0)
-    assert engine.hear(protocol.SessionEnd("s-d"), 120.0) == ([], [])
+    assert engine.on_event(protocol.SessionEnd("s-d"), 120.0) == ([], [])
     assert engine.book.chains.by_id["d"].claim == "over"
 
 
@@ -281,7 +282,7 @@ def test_the_end_of_an_application_drops_the_chains_of_its_own_sessions() -> Non
     engine.run("c", now=100.0, session="app/one", app="app")
     engine.run("d", now=100.0, session="thread", app="app")
 
-    assert engine.hear(protocol.AppEnd("app"), 120.0) == ([], ["c"])
+    assert engine.on_event(protocol.AppEnd("app"), 120.0) == ([], ["c"])
 
 
 # --- what is expected -------------------------------------------------------------------------------
@@ -303,13 +304,13 @@ def test_a_finished_call_is_expected_back_at_the_median_and_given_up_after_the_l
 def test_events_change_what_is_expected_and_deadlines_when_it_is_given_up() -> None:
     engine = Engine()
     chain = engine.run("c", now=100.0)
-    assert engine.hear(protocol.ToolStart("c", "t", "build", 60.0, 500.0), 107.0) == (["c"], [])
+    assert engine.on_event(protocol.ToolStart("c", "t", "build", 60.0, 500.0), 107.0) == (["c"], [])
     rest = engine.book.refine(chain, 117.0)
 
     assert rest == Forecast().stall(AGENT, "build", 60.0).after(10.0)
     assert chain.back_s == pytest.approx(117.0 + rest.quantile(0.5))
     assert chain.give_up_s == 617.0
-    engine.hear(protocol.ToolEnd("c", "t"), 120.0)
+    engine.on_event(protocol.ToolEnd("c", "t"), 120.0)
     assert engine.book.refine(chain, 120.0).quantile(0.5) < 1.0
 
 
@@ -328,9 +329,9 @@ def test_waits_tell_of_the_stalled_chains_of_their_session() -> None:
     engine.run("c", now=100.0)
     engine.begin("c2", blocks("c2"), Hint(session="s-c", agent="a"), 106.0)
 
-    assert engine.hear(protocol.StallStart("s-c", "human"), 107.0) == (["c"], [])
-    assert engine.hear(protocol.StallEnd("s-c", "human"), 108.0) == (["c"], [])
-    assert engine.hear(protocol.Graph("g", {}, ()), 109.0) == ([], [])
+    assert engine.on_event(protocol.StallStart("s-c", "human"), 107.0) == (["c"], [])
+    assert engine.on_event(protocol.StallEnd("s-c", "human"), 108.0) == (["c"], [])
+    assert engine.on_event(protocol.Graph("g", {}, ()), 109.0) == ([], [])
 
 
 def test_only_the_chain_that_a_call_left_is_stalled_in_its_tools() -> None:
