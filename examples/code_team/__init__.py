@@ -1,1 +1,1 @@
-"""A code-writing team in LangGraph, on a real vLLM with a real small model."""
+"""A team of code-writing agents in LangGraph, on a real vLLM with a small model."""

@@ -1,4 +1,4 @@
-"""`tokencake demo`: several tasks through the team at once, on a vLLM of this machine, and what the engine saw."""
+"""`tokencake demo`: several tasks for the team at once, on a vLLM of this machine, with the engine's figures."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ from tokencake_cli.processes import (
 from tokencake_langgraph import ChatTokencake
 
 MAX_TASKS: Final = 70
-"""Of which the engine's state still shows every call."""
+"""More tasks make more calls than the engine's state shows."""
 
-Kind = Literal["tokencake", "stock"]
+EngineKind = Literal["tokencake", "stock"]
 
 _TASKS: Final = (
     "a to-do list that is kept in a text file",
@@ -51,7 +51,7 @@ _TASKS: Final = (
     "a password generator with a strength check",
 )
 
-# A third of the KV memory that the agents of three tasks need at once, so that there is something to decide.
+# A third of the KV memory that the agents of three tasks need at once, so that the schedulers have to decide.
 ENGINE_FLAGS: Final = (
     *("--max-model-len", "2048", "--block-size", "32", "--num-gpu-blocks-override", "112", "--max-num-seqs", "16"),
     *("--enforce-eager", "--enable-prompt-tokens-details", "--gpu-memory-utilization", "0.3"),
@@ -81,7 +81,7 @@ def main(argv: Sequence[str]) -> int:
     args = _arguments(argv)
     console = Console()
     raise_on_sigterm()
-    os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1"  # all servers of the demo are here
+    os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1"  # all servers of the demo are on this machine
     try:
         model = args.model or str(prepare_model())
         summary = _measure("tokencake", model, args, console)
@@ -96,26 +96,26 @@ def main(argv: Sequence[str]) -> int:
     if args.json:
         args.json.write_text(json.dumps(summary, indent=2) + "\n")
     console.print(report.table(summary))
-    console.print(report.kv_words(summary))
+    console.print(report.kv_summary(summary))
     if "stock" in summary:
         console.print(report.comparison(summary, summary["stock"]))
     return 0
 
 
-def _measure(kind: Kind, model: str, args: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """The tasks on one engine: TokenCake's, or vLLM without any plug-in."""
+def _measure(kind: EngineKind, model: str, args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """Run the tasks on one engine: with TokenCake, or stock vLLM without plug-ins."""
     with Processes(default_log_dir() / "demo" / kind) as processes:
         engine, proxy = _start_servers(processes, kind, model, console)
         is_watched = kind == "tokencake" and not args.no_progress
         try:
             return asyncio.run(_run(engine, proxy, kind, args.tasks, console if is_watched else None))
         except (openai.APIError, httpx.HTTPError) as error:
-            processes.check()  # if a server died, its log says more
+            processes.check()  # if a server has died, its log is more informative
             raise RuntimeError(f"a call failed: {error}") from error
 
 
-def _start_servers(processes: Processes, kind: Kind, model: str, console: Console) -> tuple[str, str]:
-    """Base URLs of the engine and of the proxy before it."""
+def _start_servers(processes: Processes, kind: EngineKind, model: str, console: Console) -> tuple[str, str]:
+    """Base URLs of the engine and of its proxy."""
     engine_port, proxy_port = free_port(), free_port()
     engine = f"http://127.0.0.1:{engine_port}"
     flags = [*ENGINE_FLAGS, "--served-model-name", "demo"]
@@ -132,7 +132,7 @@ def _start_servers(processes: Processes, kind: Kind, model: str, console: Consol
     return engine, f"http://127.0.0.1:{proxy_port}"
 
 
-async def _run(engine: str, proxy: str, kind: Kind, tasks: int, console: Console | None) -> dict[str, Any]:
+async def _run(engine: str, proxy: str, kind: EngineKind, tasks: int, console: Console | None) -> dict[str, Any]:
     model = ChatTokencake(
         model="demo",
         base_url=f"{proxy}/v1",
@@ -161,7 +161,7 @@ async def _run(engine: str, proxy: str, kind: Kind, tasks: int, console: Console
 
 
 async def _state(client: httpx.AsyncClient) -> dict[str, Any]:
-    """Of the newest calls: five pages of 200."""
+    """The engine's state with the newest 1,000 calls: five pages of 200."""
     pages: list[dict[str, Any]] = []
     params: dict[str, Any] = {"limit": 200}
     for _ in range(5):
@@ -181,7 +181,7 @@ async def _state(client: httpx.AsyncClient) -> dict[str, Any]:
 
 @contextlib.asynccontextmanager
 async def _progress(client: httpx.AsyncClient, console: Console | None) -> AsyncIterator[None]:
-    """Show the engine's view while the body runs, twice a second."""
+    """Show the engine's state twice a second while the body runs."""
     if console is None:
         yield
         return

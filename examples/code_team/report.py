@@ -1,4 +1,4 @@
-"""What did the engine see, and what was gained? Read from the engine's own `/v1/tokencake/state` and `/metrics`."""
+"""The figures of the demo, read from the engine's `/v1/tokencake/state` and `/metrics`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SUMS: Final = ("calls", "prompt_tokens", "cached_tokens", "output_tokens", "too
 
 
 def summarise(state: dict[str, Any]) -> dict[str, Any]:
-    """Figures per agent and in all; times in seconds."""
+    """Figures per agent and in total; times in seconds."""
     agents: dict[str, dict[str, float]] = {}
     stalls: list[dict[str, Any]] = []
     for call in state["calls"]:
@@ -43,7 +43,7 @@ def summarise(state: dict[str, Any]) -> dict[str, Any]:
 
 def table(summary: dict[str, Any]) -> Table:
     """The summary, a row for each agent."""
-    result = Table(title="What the engine knew of each agent", box=box.SIMPLE)
+    result = Table(title="What the engine recorded for each agent", box=box.SIMPLE)
     result.add_column("agent", no_wrap=True)
     for column in ("LLM calls", "prompt", "cached", "output", "tool calls", "stalled", "queued"):
         result.add_column(column, justify="right")
@@ -55,7 +55,7 @@ def table(summary: dict[str, Any]) -> Table:
 
 
 def read_metrics(text: str) -> dict[str, Any]:
-    """What any vLLM counts, and under `kv` what TokenCake did with KV blocks."""
+    """Metrics that every vLLM has, and under `kv` TokenCake's actions on KV blocks."""
     found: defaultdict[str, float] = defaultdict(float)
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
@@ -77,8 +77,8 @@ def read_metrics(text: str) -> dict[str, Any]:
     }
 
 
-def kv_words(summary: dict[str, Any]) -> str:
-    """What became of the KV cache of stalled agents."""
+def kv_summary(summary: dict[str, Any]) -> str:
+    """A sentence about the KV cache of the stalled agents."""
     kv = summary["kv"]
     stalled_s = sum(stall["seconds"] or 0.0 for stall in summary["stalls"])
     return (
@@ -89,8 +89,8 @@ def kv_words(summary: dict[str, Any]) -> str:
     )
 
 
-def comparison(ours: dict[str, Any], stock: dict[str, Any]) -> Table:
-    """The same tasks on stock vLLM with as much KV memory on the device, run after ours."""
+def comparison(tokencake: dict[str, Any], stock: dict[str, Any]) -> Table:
+    """Comparison with the same tasks on stock vLLM, which has the same KV memory on the device and ran afterwards."""
     result = Table(title="The same tasks on stock vLLM", box=box.SIMPLE)
     for column in ("", "stock", "TokenCake", "ratio"):
         result.add_column(column, justify="right" if column else "left", no_wrap=True)
@@ -99,15 +99,15 @@ def comparison(ours: dict[str, Any], stock: dict[str, Any]) -> Table:
         ratio = f"{mine / theirs:.2f}" if theirs else "-"
         result.add_row(name, f"{theirs:.{digits}f}{unit}", f"{mine:.{digits}f}{unit}", ratio)
 
-    row("prompt tokens computed", stock["computed_tokens"], ours["computed_tokens"], "", 0)
-    row("first token, mean", stock["ttft_s"], ours["ttft_s"], " s", 2)
-    row("task, mean", fmean(stock["task_s"]), fmean(ours["task_s"]), " s", 1)
-    row("all tasks", stock["wall_s"], ours["wall_s"], " s", 1)
+    row("prompt tokens computed", stock["computed_tokens"], tokencake["computed_tokens"], "", 0)
+    row("first token, mean", stock["ttft_s"], tokencake["ttft_s"], " s", 2)
+    row("task, mean", fmean(stock["task_s"]), fmean(tokencake["task_s"]), " s", 1)
+    row("all tasks", stock["wall_s"], tokencake["wall_s"], " s", 1)
     return result
 
 
 def progress(state: dict[str, Any]) -> Table:
-    """What each session does right now."""
+    """The current state of each session."""
     result = Table(title="Agents, as the engine sees them", box=box.SIMPLE)
     for column in ("application", "agent", "status", "in tool"):
         result.add_column(column)

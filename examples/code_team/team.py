@@ -1,8 +1,8 @@
-"""Who is in the team? An architect, three programmers side by side, a reviewer.
+"""The team: an architect, three parallel programmers and a reviewer.
 
-An ordinary LangGraph app: the only line that knows TokenCake is the one that makes the model. A model of 135 million
+This is an ordinary LangGraph app: only the line that creates the model refers to TokenCake. A model of 135 million
 parameters does not choose tools by itself, so the *choice* is scripted (`tool_choice`); the arguments, the text and the
-waits are real.
+tool durations are real.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _PARTS: Final = ("the core logic", "the input checks", "the command line")
 
 
 class TeamState(TypedDict):
-    """One task on its way through the team."""
+    """The state of one task."""
 
     task: str
     plan: str

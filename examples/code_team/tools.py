@@ -1,8 +1,8 @@
-"""What can the programmers do? Search the standard library's documentation, write a file, run its unit tests.
+"""The programmers' tools: search the standard library's documentation, write a file, run its unit tests.
 
-The tools are real and so are their waits: hundreds of modules are read, a file is forced to disk, a fresh Python runs
-the tests. Only the time that a build machine takes to get ready is a sleep. A programmer works in a scratch folder of
-its own and cannot name a file outside it.
+The tools do real work: they read hundreds of modules, write a file to disk and run the tests in a new Python process.
+Only the start of a build machine is simulated, by a sleep. Each programmer has its own scratch folder and cannot name a
+file outside it.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def programmer_tools(scratch: Path) -> list[BaseTool]:
     def write_file(name: Annotated[str, Field(max_length=20)], content: Annotated[str, Field(max_length=240)]) -> str:
         """Write a Python module into the project."""
         if not re.fullmatch(r"[A-Za-z_]\w{0,40}(\.py)?", name):
-            return f"error: {name!r} is no module name"
+            return f"error: {name!r} is not a module name"
         path = scratch / (name if name.endswith(".py") else f"{name}.py")
         with path.open("w") as file:
             file.write(content)
@@ -71,7 +71,7 @@ def programmer_tools(scratch: Path) -> list[BaseTool]:
 
 
 def _search(query: str) -> str:
-    """The docstrings that share most words with `query`, as much of them as a programmer would read."""
+    """The docstrings that share the most words with `query`, shortened to a readable length."""
     words = set(_WORD.findall(query.lower()))
     found: list[tuple[int, str]] = []
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
@@ -99,7 +99,7 @@ def _run_tests(scratch: Path) -> str:
             text=True,
             check=False,
             timeout=_TIME_LIMIT_S,
-            preexec_fn=limit,  # only sets limits
+            preexec_fn=limit,  # sets limits only
         )
     except subprocess.TimeoutExpired:
         return f"the tests did not end within {_TIME_LIMIT_S} s"

@@ -1,6 +1,6 @@
 """Turn a GGUF file into a folder that vLLM loads: `python unpack_gguf.py FILE FOLDER`.
 
-A process of its own: it needs transformers' memory for half a minute, the demo does not.
+It runs in a separate process, because it needs the memory of transformers for half a minute only.
 """
 
 import sys

@@ -1,6 +1,6 @@
 """The command line: `python -m scripts.compat [--installed]`.
 
-Exit status 0 where everything is there, 1 where something is missing, 2 where there is nothing to compare with.
+Exit status: 0 if everything is present, 1 if something is missing, 2 if there is nothing to compare with.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
 
-from scripts.compat.compare import Difference, Reading, lost, read
+from scripts.compat.compare import Difference, Reading, read, removed
 from scripts.compat.sources import Sources, members
 from scripts.compat.types_check import differences as type_differences
 from scripts.compat.uses import Uses, uses_of
@@ -21,7 +21,7 @@ from scripts.compat.wheels import DISTRIBUTIONS, Release, WheelError, cached, re
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 CACHE: Final = ROOT / ".cache" / "compat"
-PLACES: Final = {
+SOURCE_FOLDERS: Final = {
     "engine": "engine",
     "proxy": "proxy",
     "examples": "examples",
@@ -29,12 +29,12 @@ PLACES: Final = {
     "tests": "",
     "scripts": "",
 }
-"""Folders with our sources, and where below the root their packages begin."""
+"""Folder of TokenCake's sources -> the folder, below the root, that contains its packages."""
 PACKAGE: Final = "vllm"
 
 
-class Ours:
-    """Our sources, and what they use of vLLM."""
+class OwnSources:
+    """TokenCake's sources, and the names that they use of vLLM."""
 
     def __init__(self, root: Path, places: dict[str, str], package: str) -> None:
         self.package, self.files, self.roots = package, {}, {}
@@ -49,12 +49,12 @@ class Ours:
         self.uses: Uses = uses_of([(found, self.files[name]) for name, found in modules.items() if found], package)
 
     def read(self, folder: Path) -> Reading:
-        """The vLLM below `folder`."""
+        """Compare with the vLLM below `folder`."""
         return read(self.uses, Sources({**self.roots, self.package: folder}), self.package, self.files)
 
     @property
     def known(self) -> set[str]:
-        """Attributes that objects of our own classes and of Python's types have."""
+        """Attributes of TokenCake's own classes and of Python's types."""
         ours = {name for cls in self.uses.classes for name in members(cls)}
         return ours.union(*(dir(kind) for kind in (dict, list, set, str, bytes, tuple, int, float, deque, Path)))
 
@@ -63,7 +63,7 @@ def installed() -> tuple[Release, Path]:
     """The vLLM of this Python, found without importing it.
 
     Raises:
-        WheelError: there is none.
+        WheelError: vLLM is not installed.
     """
     spec = find_spec(PACKAGE)
     if spec is None or spec.origin is None:
@@ -77,8 +77,8 @@ def installed() -> tuple[Release, Path]:
 
 
 def choose(cache: Path) -> list[Release]:
-    """The releases to compare: by the package index, else those in the cache."""
-    from tokencake import SUPPORTED_VLLM  # noqa: PLC0415  # the path comes first
+    """The releases to compare: those of the package index, else those in the cache."""
+    from tokencake import SUPPORTED_VLLM  # noqa: PLC0415  # the path is set first
 
     try:
         return wanted([one for name in DISTRIBUTIONS for one in released(name)], *SUPPORTED_VLLM)
@@ -90,20 +90,20 @@ def choose(cache: Path) -> list[Release]:
 
 
 def report(release: Release, reading: Reading, found: list[Difference]) -> bool:
-    """Print one version; whether all of it is there."""
+    """Print the result for one version; returns whether nothing differs."""
     print(f"{release}: {reading.imports} imported names, {len(reading.overridden)} overridden methods", end="")
-    print(", all there" if not found else f", {len(found)} differences")
+    print(", all present" if not found else f", {len(found)} differences")
     for difference in found:
         print(f"  {difference}")
     return not found
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Compare, and print what differs; returns the exit status."""
+    """Compare, and print the differences; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m scripts.compat", description="Compare with vLLM's sources.")
     parser.add_argument("--installed", action="store_true", help="with the installed vLLM only, offline")
     arguments = parser.parse_args(argv)
-    ours = Ours(ROOT, PLACES, PACKAGE)
+    ours = OwnSources(ROOT, SOURCE_FOLDERS, PACKAGE)
     try:
         if arguments.installed:
             release, folder = installed()
@@ -116,7 +116,7 @@ def main(argv: list[str] | None = None) -> int:
     readings = {release: ours.read(folder) for release, folder in folders.items()}
     is_whole, older = True, None
     for release, reading in readings.items():
-        found = [*reading.differences, *([] if older is None else lost(older, reading, ours.uses, ours.known))]
+        found = [*reading.differences, *([] if older is None else removed(older, reading, ours.uses, ours.known))]
         found += type_differences(ROOT, folders[release], CACHE / f"mypy-{release.folder}")
         is_whole &= report(release, reading, found)
         older = reading

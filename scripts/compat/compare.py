@@ -1,4 +1,4 @@
-"""Differences between what we use of a package and what one version of it has; and between two versions of it."""
+"""Differences between the names that TokenCake uses of a package and one version of it, and between two versions."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Final
 
 from scripts.compat.signatures import calls_of, kind_of, refusal, signature_of
 from scripts.compat.sources import Definition, Sources, members, package_of
-from scripts.compat.uses import Attribute, Import, NamedCall, Place, Uses
+from scripts.compat.uses import Attribute, Import, NamedCall, SourceLine, Uses
 
 _DATACLASS_BASES: Final = ("NamedTuple", "Struct", "BaseModel")
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """`what` we need at `place`, and what there is instead."""
+    """`what` is needed at `place`, and what the version has `instead`."""
 
-    place: Place
+    place: SourceLine
     what: str
     instead: str
 
@@ -28,18 +28,18 @@ class Difference:
 
 @dataclass(slots=True)
 class Reading:
-    """One version read for what we use."""
+    """The result for one version."""
 
     differences: list[Difference] = field(default_factory=list)
-    overridden: dict[str, tuple[Place, str]] = field(default_factory=dict)
-    """Our methods that override one of the package: where, and whose with which signature."""
+    overridden: dict[str, tuple[SourceLine, str]] = field(default_factory=dict)
+    """Overriding method -> (its place, the overridden class and signature)."""
     imports: int = 0
     names: set[str] = field(default_factory=set)
-    """Members of all classes in the modules that we import from."""
+    """Members of all classes in the modules that TokenCake imports from."""
 
 
 def read(uses: Uses, sources: Sources, package: str, files: dict[str, str]) -> Reading:
-    """Everything that differs in `sources`, which hold `package` and our own modules; `files` names ours by module."""
+    """All differences in `sources`, which contain `package` and TokenCake's modules. `files`: own module -> file."""
     comparison = _Comparison(uses, sources, package, files)
     comparison.compare()
     return comparison.reading
@@ -65,7 +65,7 @@ class _Comparison:
                 classes = [Definition("class", module, name, node) for name, node in found.names.items()]
                 self.reading.names.update(name for cls in classes for name in members(cls))
 
-    def _differ(self, place: Place, what: str, instead: str) -> None:
+    def _differ(self, place: SourceLine, what: str, instead: str) -> None:
         difference = Difference(place, what, instead)
         if difference not in self.reading.differences:
             self.reading.differences.append(difference)
@@ -97,7 +97,7 @@ class _Comparison:
             return
         owner = self._sources.resolve(attribute.module, attribute.owner)
         if owner is None:
-            return  # said of the import
+            return  # already reported for the import
         if owner.kind == "module":
             self._compare_attribute(Attribute(attribute.place, owner.module, None, attribute.name))
         elif owner.kind == "class" and not self._sources.may_have(owner, attribute.name):
@@ -159,7 +159,7 @@ class _Comparison:
             self._differ(one.place, f"call of {path}", f"{why}; it takes {signature}")
 
     def _compare_fields(self, one: NamedCall, cls: Definition) -> None:
-        """Of dataclasses and their like the arguments by name; which of them are required is mypy's to say."""
+        """For dataclasses and similar classes, compare keyword arguments with fields; mypy checks the required ones."""
         order = self._sources.order(cls)
         nodes = [base.node for base in order if isinstance(base.node, ast.ClassDef)]
         is_data = any("dataclass" in ast.unparse(d) for node in nodes for d in node.decorator_list)
@@ -189,11 +189,13 @@ class _Comparison:
                 self._compare_override(owner, method, *found)
         for name, base in self._abstract(order):
             self._differ(
-                self._place(cls, cls.node), f"{cls.name} as {base.path}", f"`{name}` is abstract there; ours has none"
+                self._place(cls, cls.node),
+                f"{cls.name} as {base.path}",
+                f"`{name}` is abstract there and not implemented here",
             )
 
     def _methods(self, order: list[Definition]) -> dict[str, tuple[Definition, ast.AST]]:
-        """Our methods by name, the first of each."""
+        """TokenCake's own methods by name, the first of each in the resolution order."""
         found: dict[str, tuple[Definition, ast.AST]] = {}
         for cls in order:
             if package_of(cls.module) != self._package:
@@ -212,8 +214,8 @@ class _Comparison:
                     yield name, base
                 seen.add(name)
 
-    def _place(self, cls: Definition, node: ast.AST | None) -> Place:
-        return Place(self._files[cls.module], getattr(node, "lineno", 1))
+    def _place(self, cls: Definition, node: ast.AST | None) -> SourceLine:
+        return SourceLine(self._files[cls.module], getattr(node, "lineno", 1))
 
     def _compare_override(self, owner: Definition, method: ast.AST, base: Definition, theirs: ast.AST) -> None:
         place, path = self._place(owner, method), f"{owner.name}.{getattr(method, 'name', '')}"
@@ -232,23 +234,23 @@ class _Comparison:
             self._differ(place, what, f"{why}; ours is {ours}, vLLM's {expected}")
 
 
-def lost(older: Reading, newer: Reading, uses: Uses, known: set[str]) -> list[Difference]:
-    """What an older version had and a newer has not: methods that nothing calls any more, and names of objects.
+def removed(older: Reading, newer: Reading, uses: Uses, known: set[str]) -> list[Difference]:
+    """Names that an older version had and a newer one lacks: overridden methods, and attributes of objects.
 
     Args:
         older: a version.
-        newer: a later one, or an earlier one for what is new.
-        uses: what we use of both.
-        known: names that our own classes and Python's types have, too.
+        newer: a later version, or an earlier one to find what is new.
+        uses: the names that TokenCake uses.
+        known: names that also exist in TokenCake's own classes and in Python's types.
     """
     found = [
-        Difference(place, f"{path} overrides {base}", "gone: nothing calls ours")
+        Difference(place, f"{path} overrides {base}", "removed: nothing calls it")
         for path, (place, base) in older.overridden.items()
         if path not in newer.overridden
     ]
     gone = older.names - newer.names - known
     return found + [
-        Difference(place, f".{name}", "no class that we know of the package has it any more")
+        Difference(place, f".{name}", "no imported class of the package has it any more")
         for name, place in sorted(uses.others.items())
         if name in gone
     ]

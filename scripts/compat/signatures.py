@@ -1,4 +1,4 @@
-"""Signatures of functions in sources: which calls does one accept, and does another accept them too?"""
+"""Signatures of functions in sources: the calls that a signature accepts, and whether another accepts them."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ _KINDS: Final = ("property", "cached_property", "staticmethod", "classmethod")
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
-    """How many arguments by position and which by name; `is_open` with `*` or `**` in it."""
+class CallShape:
+    """The arguments of a call: the number of positional ones, and the keywords. `is_open`: it has `*` or `**`."""
 
     positional: int
     keywords: tuple[str, ...] = ()
@@ -24,7 +24,7 @@ class Call:
 
 
 def kind_of(function: ast.AST) -> str:
-    """What calling it means: `method`, `async method`, `property`, `staticmethod`, `classmethod` or `value`."""
+    """`method`, `async method`, `property`, `staticmethod`, `classmethod` or `value`."""
     if not isinstance(function, Function):
         return "value"
     for decorator in function.decorator_list:
@@ -35,7 +35,7 @@ def kind_of(function: ast.AST) -> str:
 
 
 def signature_of(function: Any, *, is_method: bool) -> inspect.Signature:
-    """Its parameters; of a method those behind `self` or `cls`."""
+    """The parameters of `function`; for a method those after `self` or `cls`."""
     arguments: ast.arguments = function.args
     places = [*arguments.posonlyargs, *arguments.args]
     defaults = [None] * (len(places) - len(arguments.defaults)) + arguments.defaults
@@ -63,14 +63,14 @@ def _parameter(argument: ast.arg, kind: Any, default: ast.expr | None) -> Parame
 
 
 class _Source(str):
-    """A default value as it is written."""
+    """A default value, as source text."""
 
     __slots__ = ()
     __repr__ = str.__str__
 
 
-def calls_of(signature: inspect.Signature) -> Iterator[Call]:
-    """The calls that `signature` accepts: all or few arguments, by position or by name."""
+def calls_of(signature: inspect.Signature) -> Iterator[CallShape]:
+    """Calls that `signature` accepts: with all and with only the required arguments, by position and by name."""
     places = [p for p in signature.parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     named = [p for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY]
     kinds = {p.kind for p in signature.parameters.values()}
@@ -78,16 +78,16 @@ def calls_of(signature: inspect.Signature) -> Iterator[Call]:
     for is_full in (True, False):
         given = [p for p in places if is_full or p.default is p.empty]
         names = tuple(p.name for p in named if is_full or p.default is p.empty)
-        yield Call(len(given), names)
-        yield Call(len(only), (*(p.name for p in given if p not in only), *names))
+        yield CallShape(len(given), names)
+        yield CallShape(len(only), (*(p.name for p in given if p not in only), *names))
     every = tuple(p.name for p in named)
     if Parameter.VAR_POSITIONAL in kinds:
-        yield Call(len(places) + 1, every)
+        yield CallShape(len(places) + 1, every)
     if Parameter.VAR_KEYWORD in kinds:
-        yield Call(len(places), (*every, "something_else"))
+        yield CallShape(len(places), (*every, "something_else"))
 
 
-def refusal(signature: inspect.Signature, call: Call) -> str | None:
+def refusal(signature: inspect.Signature, call: CallShape) -> str | None:
     """Why `signature` does not accept `call`, or None."""
     bind = signature.bind_partial if call.is_open else signature.bind
     try:

@@ -1,4 +1,4 @@
-"""Modules, names, classes and their members, found in Python files without importing them."""
+"""Modules, names, classes and their members, read from Python files without importing them."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from pathlib import Path
 from typing import Final, Literal, TypeAlias
 
 Function: Final = ast.FunctionDef | ast.AsyncFunctionDef
-Kind: TypeAlias = Literal["class", "function", "value", "module", "unknown"]
+DefinitionKind: TypeAlias = Literal["class", "function", "value", "module", "unknown"]
 
 _CLOSED_BASES: Final = {"object", "ABC", "Protocol", "Generic", "NamedTuple", "Enum", "IntEnum", "StrEnum", "Exception"}
-"""Bases from elsewhere that add no public attributes of their own, but for an enumeration's `name` and `value`."""
+"""Base classes outside the sources that add no public attributes, except `name` and `value` of an enumeration."""
 _ENUMS: Final = {"Enum", "IntEnum", "StrEnum"}
 
 
 @dataclass(frozen=True, slots=True)
 class Definition:
-    """What a name stands for; `unknown` is what lies outside the sources, or is made at run time."""
+    """The definition of a name; `unknown` if it is outside the sources, or created at run time."""
 
-    kind: Kind
+    kind: DefinitionKind
     module: str
     name: str
     node: ast.AST | None = None
@@ -33,7 +33,7 @@ class Definition:
 
 
 class Module:
-    """One file: what its names are bound to."""
+    """One file, with the definitions of its names."""
 
     def __init__(self, name: str, file: Path) -> None:
         self.name, self.file = name, file
@@ -47,7 +47,7 @@ class Module:
                 self.stars.append(self.absolute(statement))
             for bound in bound_names(statement):
                 is_overload = isinstance(self.names.get(bound), Function) and isinstance(statement, Function)
-                if bound not in self.names or is_overload:  # of overloads the last, else the first
+                if bound not in self.names or is_overload:  # the last of overloads, else the first
                     self.names[bound] = statement
 
     def absolute(self, statement: ast.ImportFrom) -> str:
@@ -66,7 +66,7 @@ def package_of(module: str) -> str:
 
 
 def top_level(body: list[ast.stmt]) -> Iterator[ast.stmt]:
-    """Statements of a module or class, also below `if`, `try` and `with`, in their order."""
+    """Statements of a module or class, including those in `if`, `try` and `with`, in order."""
     for statement in body:
         yield statement
         match statement:
@@ -80,7 +80,7 @@ def top_level(body: list[ast.stmt]) -> Iterator[ast.stmt]:
 
 
 def bound_names(statement: ast.AST) -> list[str]:
-    """Names that a statement binds where it stands."""
+    """Names that a statement binds in its own scope."""
     match statement:
         case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
             return [name]
@@ -101,7 +101,7 @@ def stored_names(target: ast.AST) -> list[str]:
 
 
 class Sources:
-    """Files below some folders, by the top-level package that may be looked for there."""
+    """Files in source folders. `roots`: top-level package -> folder that contains it."""
 
     def __init__(self, roots: Mapping[str, Path]) -> None:
         self.roots = dict(roots)
@@ -109,7 +109,7 @@ class Sources:
         self._orders: dict[str, list[Definition]] = {}
 
     def module(self, name: str) -> Module | None:
-        """The module of this name, or None where the sources have none."""
+        """The module of this name, or None if the sources lack it."""
         if name not in self._modules:
             root = self.roots.get(package_of(name))
             place = None if root is None else root.joinpath(*name.split("."))
@@ -119,7 +119,7 @@ class Sources:
         return self._modules[name]
 
     def resolve(self, module: str, name: str, seen: frozenset[tuple[str, str]] = frozenset()) -> Definition | None:
-        """What `from module import name` gives, through re-exports; None where it would fail."""
+        """The definition that `from module import name` finds, through re-exports; None if the import would fail."""
         found = self.module(module)
         if (module, name) in seen:
             return None
@@ -157,7 +157,7 @@ class Sources:
         return Definition("value", found.name, name, node)
 
     def expression(self, module: str, node: ast.AST | None) -> Definition | None:
-        """What a name or dotted name in `module` stands for; None for anything else."""
+        """The definition of a name or dotted name in `module`; None for other expressions."""
         match node:
             case ast.Name(id=name):
                 return self.resolve(module, name)
@@ -173,7 +173,7 @@ class Sources:
     def order(self, cls: Definition) -> list[Definition]:
         """The method resolution order; bases outside the sources are `unknown`."""
         if cls.path not in self._orders:
-            self._orders[cls.path] = [cls]  # of a class that inherits from itself
+            self._orders[cls.path] = [cls]  # for a class that inherits from itself
             bases: list[Definition] = []
             for base in cls.node.bases if isinstance(cls.node, ast.ClassDef) else []:
                 found = self.expression(cls.module, base)
@@ -183,14 +183,14 @@ class Sources:
         return self._orders[cls.path]
 
     def member(self, cls: Definition, name: str) -> tuple[Definition, ast.AST] | None:
-        """The class that has `name`, and its method, or the assignment that binds it."""
+        """The class that defines `name`, and the method or assignment that defines it."""
         for owner in self.order(cls):
             if (node := members(owner).get(name)) is not None:
                 return owner, node
         return None
 
     def may_have(self, cls: Definition, name: str) -> bool:
-        """Whether objects of `cls` have `name`, as far as can be seen."""
+        """Whether objects of `cls` may have `name`, as far as the sources show."""
         if self.member(cls, name) is not None or self.member(cls, "__getattr__") is not None:
             return True
         outside = {base.name for base in self.order(cls) if base.kind == "unknown"}
@@ -208,7 +208,7 @@ _OF_ENUMS: Final = {"name", "value"}
 
 
 def members(cls: Definition) -> dict[str, ast.AST]:
-    """What the class itself binds: methods, class attributes, and what its methods store in `self`."""
+    """Names defined by the class itself: methods, class attributes, and attributes that its methods store in `self`."""
     if not isinstance(cls.node, ast.ClassDef):
         return {}
     if (found := _MEMBERS.get(cls.node)) is None:
@@ -234,7 +234,7 @@ def _members(cls: ast.ClassDef) -> dict[str, ast.AST]:
 
 
 def _merged(lists: list[list[Definition]]) -> list[Definition]:
-    """C3; where there is no such order, the first of each list in turn."""
+    """The C3 order; if there is none, the first of each list in turn."""
     merged: list[Definition] = []
     while lists := [rest for rest in lists if rest]:
         heads = [rest[0] for rest in lists]

@@ -1,4 +1,4 @@
-"""mypy's view of our packages on the sources of one version: the types of every object, followed from its origin."""
+"""mypy on TokenCake's packages with the sources of one vLLM version."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from scripts.compat.compare import Difference
-from scripts.compat.uses import Place
+from scripts.compat.uses import SourceLine
 
 BREAKS: Final = {
     "attr-defined",
@@ -21,7 +21,7 @@ BREAKS: Final = {
     "import-not-found",
     "union-attr",
 }
-"""What would fail when it runs; other findings are differences between types."""
+"""Error codes that mean a failure at run time; other findings are differences between types."""
 _LINE: Final = re.compile(r"^(?P<file>[^:]+):(?P<line>\d+): error: (?P<text>.*?)\s+\[(?P<code>[\w-]+)\]$")
 _CONFIG: Final = """[mypy]
 strict = true
@@ -35,7 +35,7 @@ ignore_errors = true
 
 
 def differences(root: Path, sources: Path, cache: Path) -> list[Difference]:
-    """Breaks that mypy finds in `root/engine` with the vLLM below `sources`.
+    """Failures that mypy finds in `root/engine` with the vLLM below `sources`.
 
     Raises:
         RuntimeError: mypy itself failed.
@@ -50,7 +50,7 @@ def differences(root: Path, sources: Path, cache: Path) -> list[Difference]:
         raise RuntimeError(f"mypy failed: {(ran.stderr or ran.stdout).strip()[-500:]}")
     lines = [found for line in ran.stdout.splitlines() if (found := _LINE.match(line))]
     return [
-        Difference(Place(found["file"], int(found["line"])), "types", f"{found['text']} [{found['code']}]")
+        Difference(SourceLine(found["file"], int(found["line"])), "types", f"{found['text']} [{found['code']}]")
         for found in lines
         if found["code"] in BREAKS
     ]

