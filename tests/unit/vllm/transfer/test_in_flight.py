@@ -69,7 +69,7 @@ def test_a_load_that_a_call_waits_for_goes_into_the_calls_own_blocks() -> None:
 
     assert (job.blocks, job.request) == ((7, 9), "r")
     assert (list(engine.copies.held_blocks()), [block.pins for block in host]) == ([], [1, 1])
-    assert engine.copies.loading == {key: 1 for key in keys("k", 2)}
+    assert engine.copies.loading == dict.fromkeys(keys("k", 2), 1)
 
 
 def test_what_copies_hold_and_which_of_it_goes_out_is_known() -> None:
