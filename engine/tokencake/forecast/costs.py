@@ -7,14 +7,14 @@ from math import exp, inf
 from typing import Final
 
 ALPHA: Final = 0.5
-"""Weight of the newest measurement (the fork's)."""
+"""Weight of the newest measurement (that of the authors' implementation)."""
 FIRST_GUESS_BYTES_PER_S: Final = 12e9
 """Of either direction (the paper's code)."""
 FIRST_GUESS_PREFILL_TOKENS_PER_S: Final = 5_000.0
 
 WINDOW_S: Final = 10.0
 QUIET_SHARE: Final = 0.5
-"""Calls may come faster than they lately did: only half of the free blocks are counted on (our choice)."""
+"""Calls may come faster than they lately did: only half of the free blocks are counted on."""
 
 
 @dataclass(slots=True)

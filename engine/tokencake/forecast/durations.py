@@ -36,7 +36,7 @@ _SPLIT_EVENLY: Final = 0.5
 _DUMPED: Final = len(Role._fields) + 2
 """Items of one dumped history: its role, the tool and the weights."""
 UNSEEN_SHARE: Final = 0.05
-"""So many stalls outlast everything seen before (our choice)."""
+"""So many stalls outlast everything seen before."""
 
 
 def _bin(seconds: float) -> int:

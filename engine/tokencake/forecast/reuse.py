@@ -28,7 +28,7 @@ UNSAID: Final = 0.5
 CLAIMED: Final = 0.0
 """Chance where a claim says that it will not."""
 MAX_CLAIMED: Final = 0.1
-"""A claim is believed where the next call has come less often than so (our choice)."""
+"""A claim is believed where the next call has come less often than so."""
 MAX_KEYS: Final = 4_096
 
 

@@ -1,10 +1,10 @@
-"""How do events get in and the state out? By routes on vLLM's own API server, behind its own API key.
+"""The HTTP routes of the plug-in on vLLM's own API server, protected by its API key.
 
-`POST /v1/tokencake/events` and `GET /v1/tokencake/state` go over vLLM's utility RPC to the scheduler of each engine
-core; the RPC wakes an idle one. Every reply is what the engines really did.
+`POST /v1/tokencake/events` and `GET /v1/tokencake/state`, `/decisions` and `/steps` call the scheduler of each engine
+core over vLLM's utility RPC, which wakes an idle engine. Every response reports what the engines did.
 
-Where tenants are kept apart (`space.tenant_mark`), their proxy proves in the parameter `tenant` which of them asks.
-Without it the state is the operator's, and events do not count.
+If tenants are isolated (`space.tenant_mark`), the parameter `tenant` is a mark, with which the proxy proves the tenant
+of a request. Without a mark, the state is the operator's, and events are ignored.
 """
 
 from __future__ import annotations

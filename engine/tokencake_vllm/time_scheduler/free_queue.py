@@ -35,7 +35,7 @@ _MAX_SOURCES: Final = 8
 """Stalled chains asked for blocks, those needed last first."""
 _LATER_TIMES: Final = 2.0
 _LATER_S: Final = 1.0
-"""A chain gives its blocks to one that is needed in less than half the time, less a second (our choice)."""
+"""A chain gives its blocks to one that is needed in less than half the time, less a second."""
 
 
 class FreeQueue:

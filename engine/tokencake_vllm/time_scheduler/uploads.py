@@ -30,7 +30,7 @@ RETRY_STEPS: Final = 4
 QUEUE_SCAN: Final = 32
 """Waiting calls looked at for their demand: those behind will not get room in this step."""
 IDLE_FREE_SHARE: Final = 0.5
-"""A device with so much of it free has room to look ahead (our choice)."""
+"""A device with so much of it free has room to look ahead."""
 GROWTH_BLOCKS: Final = 2
 """Left free for each running call."""
 
