@@ -64,7 +64,7 @@ class ChatTokencake(ChatOpenAI):
 
     Key init args (completion params):
         model: str
-            Name of the model that vLLM serves.
+            The model that vLLM serves.
         temperature: float | None
             Sampling temperature.
         max_completion_tokens: int | None
@@ -99,8 +99,7 @@ class ChatTokencake(ChatOpenAI):
 
     Invoke:
         ```python
-        message = model.invoke([("system", "You translate to French."), ("human", "I love programming.")])
-        message.text
+        model.invoke([("system", "You translate to French."), ("human", "I love programming.")]).text
         ```
 
         `await model.ainvoke(...)` does the same asynchronously.

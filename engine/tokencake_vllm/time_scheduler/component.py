@@ -13,6 +13,7 @@ from vllm.logger import init_logger
 
 from tokencake_vllm.component import SchedulerComponent, TaggedRequest
 from tokencake_vllm.connector import TokenCakeConnector
+from tokencake_vllm.time_scheduler import kv_report
 from tokencake_vllm.time_scheduler.forecast_file import ForecastFile
 from tokencake_vllm.time_scheduler.stall_manager import StallManager
 from tokencake_vllm.vllm_adapter.requests import compute_loads_again, started_requests
@@ -206,7 +207,7 @@ class TimeComponent(NoOffload):
         """Unpin blocks of stalled agents, as far as the first request in the queue needs them; whether any were."""
         before = len(self._cache.pinned)
         if before:
-            self.stalls.yield_pins()
+            self.stalls.make_room()
         return len(self._cache.pinned) < before
 
     def storing(self) -> Mapping[int, int]:
@@ -215,12 +216,12 @@ class TimeComponent(NoOffload):
 
     def pinned_for(self, tenant: str) -> Sequence[Sequence[KVCacheBlock]]:
         """The pinned blocks of each stalled agent of one tenant."""
-        return self.stalls.pinned_for(tenant)
+        return self.stalls.pins.of_tenant(tenant)
 
     def describe_sessions(self, sessions: Mapping[str, dict[str, Any]]) -> None:
         """Add to each session's view where its KV is."""
         for name, view in sessions.items():
-            view["kv"] = self.stalls.residency(name)
+            view["kv"] = kv_report.of_session(self.stalls.chains, self._cache, name)
 
     def wipe(self) -> int:
         """With `debug_checksums`: overwrite every free device block, to prove that what is hit later was copied."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from typing import TYPE_CHECKING
 
 from tokencake.time_scheduler.policy import CHURN_STEPS, PaperInputs
-from tokencake_vllm.time_scheduler.uploads import demand
+from tokencake_vllm.time_scheduler.uploads import QUEUE_SCAN
 from tokencake_vllm.vllm_adapter.requests import queued_requests
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class RecentStores:
 
 def paper_inputs(scheduler: Scheduler, hint: Hint | None, host_free: int, recent_stores: int) -> PaperInputs:
     """For the request with this hint that has finished."""
-    _, waiting_blocks, fitting_blocks = demand(scheduler)
+    waiting_blocks, fitting_blocks = _queue_demand(scheduler)
     return PaperInputs(
         waiting_blocks=waiting_blocks,
         fitting_blocks=fitting_blocks,
@@ -44,6 +45,18 @@ def paper_inputs(scheduler: Scheduler, hint: Hint | None, host_free: int, recent
         is_near_end=bool(hint and hint.max_depth and hint.remaining is not None and hint.remaining <= 1),
         recent_stores=recent_stores,
     )
+
+
+def _queue_demand(scheduler: Scheduler) -> tuple[int, int]:
+    """Blocks that the requests at the head of the queue have in all, as published, and how many could be had now."""
+    blocks, fitting = 0, 0
+    free = scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
+    for request in itertools.islice(scheduler.waiting, QUEUE_SCAN):
+        need = -(-request.num_tokens // scheduler.block_size)
+        blocks += need
+        if fitting + need <= free:
+            fitting += need
+    return blocks, fitting
 
 
 def queue_positions(scheduler: Scheduler) -> dict[str, int]:

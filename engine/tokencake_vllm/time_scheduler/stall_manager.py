@@ -11,16 +11,18 @@ import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from tokencake.policies.eviction import unbounded
-from tokencake.policies.registry import EVICTION, OFFLOAD
+from tokencake.policies.registry import OFFLOAD
 from tokencake.registry.metric_names import CounterName, CountKey
-from tokencake.time_scheduler.host_tier import Distance
-from tokencake.time_scheduler.policy import MIN_CHANCE, Decision, EvictionInputs, FinishedRequest
+from tokencake.time_scheduler.policy import MIN_CHANCE, Decision, FinishedRequest
 from tokencake.time_scheduler.stall_tracker import StallBook
+from tokencake_vllm.time_scheduler import kv_report
 from tokencake_vllm.time_scheduler.free_queue import FreeQueue
-from tokencake_vllm.time_scheduler.policy_inputs import RecentStores, paper_inputs, queue_positions
-from tokencake_vllm.time_scheduler.uploads import GROWTH_BLOCKS, QUEUE_SCAN, Uploads
+from tokencake_vllm.time_scheduler.host_stores import HostStores
+from tokencake_vllm.time_scheduler.pins import Pins
+from tokencake_vllm.time_scheduler.policy_inputs import paper_inputs
+from tokencake_vllm.time_scheduler.uploads import QUEUE_SCAN, Uploads
 from tokencake_vllm.time_scheduler.wakeup import WakeupTimer
+from tokencake_vllm.vllm_adapter.block_view import BlockView
 from tokencake_vllm.vllm_adapter.requests import cached_tokens, computed_blocks, is_answered
 
 if TYPE_CHECKING:
@@ -42,8 +44,6 @@ _PREFILL_STEP_TOKENS: Final = 256
 MIN_RETRY_S: Final = 0.5
 """After so long at the earliest, where an upload was not worth its copy yet."""
 IDLE_STEPS: Final = 16
-SHOWN_PREFIXES: Final = 4
-"""Of a session, in the state."""
 LOOK_AHEAD: Final = 4
 """So often, and at so many stalled agents, is looked while the device has room."""
 
@@ -62,13 +62,14 @@ class StallManager:
         self._registry = registry
         self._pool = scheduler.kv_cache_manager.block_pool
         self._policy = OFFLOAD[settings.policy]()
-        self._eviction = EVICTION[settings.eviction]()
+        self._stores = HostStores(scheduler, cache, self.chains, self.book.returns, settings.eviction)
+        self._view = view = BlockView(scheduler.kv_cache_manager, scheduler.block_size)
         self._free_queue = FreeQueue(scheduler, cache, self.chains, self.book.dropped)
-        self.uploads = Uploads(scheduler, cache, self.chains, self._free_queue, self._is_worthwhile, self.count)
+        self.uploads = Uploads(scheduler, view, cache, self.chains, self._free_queue, self._is_worthwhile, self.count)
+        self.pins = Pins(scheduler, view, cache, self.chains, self.uploads, self._store, self.count)
         self._predecessors: dict[str, Chain] = {}
         """Of a waiting call: the chain that it extends, and whose pins it takes over."""
         self._steps = 0
-        self._recent_stores = RecentStores()
         self._now = 0.0
         """Of the newest step or event, for what happens within."""
         self._admitted_s: float | None = None
@@ -97,7 +98,7 @@ class StallManager:
     def start(self, request: Request, now: float) -> None:
         """A call has its first slot, and with it its own hold on what it hit."""
         self.book.start(request.request_id, now)
-        self.cache.rates.residence.take(-(-request.num_tokens // self.cache.rates.block_tokens), now)
+        self.cache.rates.residence.take(self._view.blocks_of(request.num_tokens), now)
         local, external = cached_tokens(request)
         self.count("kv_tokens_saved", "load", by=external)
         parent = self._predecessors.pop(request.request_id, None)
@@ -145,20 +146,11 @@ class StallManager:
         for old in self.chains.overflow():
             self.chains.remove(old.id)
             self._release(old)
-        return None if chain.hint is None else {"tokencake": self._kv_report(chain, decision, stored, rest)}
-
-    def _kv_report(self, chain: Chain, decision: Decision, stored: int, rest: Stall) -> dict[str, Any]:
-        """What goes back with the answer."""
-        call = self.book.call_of(chain)
-        return {
-            "decision": decision.action,
-            "why": decision.why,
-            "blocks": len(chain.keys),
-            "stored_blocks": stored,
-            "expected_stall_s": round(rest.quantile(0.5), 3),
-            "prefix_tokens": {"device": call.cached_device_tokens, "host": call.cached_host_tokens} if call else None,
-            "queued_s": round(call.scheduled_s - call.arrived_s, 3) if call and call.scheduled_s is not None else None,
-        }
+        return (
+            None
+            if chain.hint is None
+            else {"tokencake": kv_report.with_answer(chain, self.book.call_of(chain), decision, stored, rest)}
+        )
 
     def _carry_out(self, decision: Decision, chain: Chain, blocks: list[KVCacheBlock], rest: Stall, now: float) -> int:
         """Act on a decision; returns how many blocks are copied."""
@@ -193,29 +185,12 @@ class StallManager:
             waiting_calls=waiting_calls,
             residence_s=self._residence_s(),
             paper_inputs=lambda: paper_inputs(
-                self._scheduler, chain.hint, cache.tier.free_slots, self._recent_stores.count(self._steps)
+                self._scheduler, chain.hint, cache.tier.free_slots, self._stores.recent.count(self._steps)
             ),
         )
 
     def _store(self, chain: Chain, keys: Sequence[bytes], blocks: Sequence[KVCacheBlock]) -> int:
-        cache, now = self.cache, self._now
-        distance: Distance = unbounded
-        own_s = 0.0
-        if cache.tier.free_slots < len(keys):
-            inputs = EvictionInputs(
-                chain,
-                self.chains,
-                cache.tier,
-                self.book.returns,
-                now,
-                cache.rates.admission.seconds,
-                lambda: queue_positions(self._scheduler),
-            )
-            distance, own_s = self._eviction.distances(inputs)
-        stored = cache.store(keys, blocks, now, distance, own_s)
-        if stored:
-            self._recent_stores.add(self._steps)
-        return stored
+        return self._stores.store(chain, keys, blocks, self._steps, self._now)
 
     # --- nobody will come -------------------------------------------------------------------------------
 
@@ -258,7 +233,7 @@ class StallManager:
         if self._policy.does_wait_for_demand and self._steps % _PAPER_BACKOFF_STEPS == 0 and self._scheduler.waiting:
             self._retry_refused(now)
         if self.cache.pinned:
-            self.yield_pins()
+            self.make_room()
         if len(self.uploads):
             self.uploads.start(self._steps, now)
         if self._steps % IDLE_STEPS == 0 and self.uploads.is_idle():
@@ -275,7 +250,7 @@ class StallManager:
             self._learn_residence(chain, now)
             self.uploads.add_due(chain.id)
         if chain.keep_until_s is not None and chain.keep_until_s <= now:
-            self._offload_pinned(chain)
+            self.pins.offload(chain)
 
     def _is_worthwhile(self, chain: Chain) -> bool:
         """Whether an upload now will be there still when the agent is back; if not, when to ask again."""
@@ -313,32 +288,9 @@ class StallManager:
         """Whether its end is on the device: the ends go first."""
         return bool(self.cache.on_device(chain.keys[-1:]))
 
-    def _offload_pinned(self, chain: Chain) -> None:
-        """A short stall has become a long one, or somebody needs the room: copy, then let go."""
-        blocks = self.cache.pinned.get(chain.id)
-        if blocks and not self.uploads.has_uploaded(chain.id):
-            self._store(chain, chain.keys[: len(blocks)], blocks)
-        self.cache.unpin(chain.id)
-        self.cache.mark_offloaded(chain.id, chain.keys)
-        chain.outcome, chain.keep_until_s = "offload", None
-
-    def yield_pins(self) -> None:
-        """Pins go before anybody has to wait or to be preempted for them."""
-        need = GROWTH_BLOCKS * len(self._scheduler.running)
-        heir = None
-        for request in itertools.islice(self._scheduler.waiting, 1):
-            need += -(-request.num_tokens // self._scheduler.block_size)
-            parent = self._predecessors.get(request.request_id)
-            heir = parent.id if parent is not None else None
-        for name in sorted(self.cache.pinned, key=lambda name: name == heir):
-            if self._pool.get_num_free_blocks() >= need:
-                return
-            chain = self.chains.by_id.get(name)
-            if chain is not None and chain.keep_until_s is not None:
-                self._offload_pinned(chain)
-            else:
-                self.cache.unpin(name)
-            self.count("kv_pins", "yielded")
+    def make_room(self) -> None:
+        """Give up pins before any request has to wait or to be preempted for them."""
+        self.pins.make_room(self._predecessors)
 
     def _retry_refused(self, now: float) -> None:
         """The published gate looks again at what it refused, while the blocks are still there."""
@@ -381,28 +333,6 @@ class StallManager:
         self.uploads.reset()
         self.book.dropped.clear()
         self.cache.reset()
-
-    def pinned_for(self, tenant: str) -> list[list[KVCacheBlock]]:
-        """The pinned blocks of each stalled chain of one tenant."""
-        chains = ((self.chains.by_id.get(name), blocks) for name, blocks in self.cache.pinned.items())
-        return [list(blocks) for chain, blocks in chains if chain is not None and chain.tenant == tenant]
-
-    def residency(self, session: str) -> list[dict[str, Any]]:
-        """Where the KV of a session's newest calls is, in blocks."""
-        return [
-            {
-                "call": (chain.hint.call if chain.hint else None) or chain.id,
-                "phase": chain.phase,
-                "decision": chain.outcome,
-                "blocks": len(chain.keys),
-                "on_device": self.cache.count_on_device(chain.keys),
-                "on_host": self.cache.tier.loadable(chain.keys),
-                "pinned": len(self.cache.pinned.get(chain.id, ())),
-            }
-            for chain in heapq.nlargest(
-                SHOWN_PREFIXES, self.chains.of_session(session), key=lambda chain: chain.since_s
-            )
-        ]
 
     def count(self, name: CounterName, /, *labels: str, by: float = 1) -> None:
         """Add to a counter."""

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from tokencake.time_scheduler.prefixes import Chain, Chains
     from tokencake_vllm.time_scheduler.free_queue import FreeQueue
     from tokencake_vllm.transfer.host_cache import HostCache
+    from tokencake_vllm.vllm_adapter.block_view import BlockView
 
 PER_STEP: Final = 4
 RETRY_STEPS: Final = 4
@@ -35,31 +36,20 @@ GROWTH_BLOCKS: Final = 2
 """Left free for each running call."""
 
 
-def demand(scheduler: Scheduler) -> tuple[int, int, int]:
-    """Calls that wait, the blocks that those at the head need, and how many of these could be had now."""
-    blocks, fitting = 0, 0
-    free = scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
-    for request in itertools.islice(scheduler.waiting, QUEUE_SCAN):
-        need = -(-request.num_tokens // scheduler.block_size)
-        blocks += need
-        if fitting + need <= free:
-            fitting += need
-    return len(scheduler.waiting), blocks, fitting
-
-
 class Uploads:
     """Request-free copies to the device."""
 
     def __init__(
         self,
         scheduler: Scheduler,
+        view: BlockView,
         cache: HostCache,
         chains: Chains,
         order: FreeQueue,
         is_worth: Callable[[Chain], bool],
         count: CountByName,
     ) -> None:
-        self._scheduler, self._cache, self._chains = scheduler, cache, chains
+        self._scheduler, self._view, self._cache, self._chains = scheduler, view, cache, chains
         self._free_queue, self._is_worthwhile, self._count = order, is_worth, count
         self._pool = scheduler.kv_cache_manager.block_pool
         self._ready: dict[str, int] = {}
@@ -171,8 +161,9 @@ class Uploads:
 
     def _spare_blocks(self) -> int:
         """Free blocks beyond what waits and what grows."""
-        _, waiting_blocks, _ = demand(self._scheduler)
-        return int(self._pool.get_num_free_blocks() - waiting_blocks - GROWTH_BLOCKS * len(self._scheduler.running))
+        head = itertools.islice(self._scheduler.waiting, QUEUE_SCAN)
+        needed = sum(self._view.needed_blocks(request) for request in head)
+        return self._view.free_blocks - needed - GROWTH_BLOCKS * len(self._scheduler.running)
 
     def is_idle(self) -> bool:
         """Whether nobody waits, nothing is on its way and half of the device is free."""

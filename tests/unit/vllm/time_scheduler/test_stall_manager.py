@@ -16,6 +16,14 @@ from vllm.v1.request import RequestStatus
 from tests.harness.stall_bench import BLOCK_SIZE, PROMPT, Bench, as_json, build, long_stall, make_request
 from tokencake import protocol
 from tokencake.forecast.roles import Role
+from tokencake_vllm.time_scheduler.kv_report import of_session
+
+
+def blocks_on_host(engine: Bench) -> dict[str, int]:
+    """Of the calls of the sessions `s` and `t`."""
+    prefixes = engine.scheduler.offload.stalls.chains
+    views = [view for session in ("s", "t") for view in of_session(prefixes, engine.cache, session)]
+    return {view["call"]: view["on_host"] for view in views}
 
 
 def test_a_finished_call_is_on_the_host_and_its_blocks_are_free(bench: Callable[..., Bench]) -> None:
@@ -375,7 +383,11 @@ def test_a_full_host_keeps_what_is_needed_soonest(bench: Callable[..., Bench]) -
     soon = long_stall(engine, expects_tools={"test": 20.0})
     later = long_stall(engine, [900 + i for i in range(100)], session="t", expects_tools={"build": 600.0})
     engine.check()
-    found = {view["call"]: view["on_host"] for s in ("s", "t") for view in engine.scheduler.offload.stalls.residency(s)}
+    found = {
+        view["call"]: view["on_host"]
+        for s in ("s", "t")
+        for view in of_session(engine.scheduler.offload.stalls.chains, engine.cache, s)
+    }
     assert found == {soon: 6, later: 2}
 
 
@@ -383,7 +395,11 @@ def test_what_is_needed_sooner_displaces_what_is_needed_later(bench: Callable[..
     engine = bench(host_blocks=8)
     later = long_stall(engine, expects_tools={"build": 600.0})
     soon = long_stall(engine, [900 + i for i in range(100)], session="t", expects_tools={"test": 20.0})
-    found = {view["call"]: view["on_host"] for s in ("s", "t") for view in engine.scheduler.offload.stalls.residency(s)}
+    found = {
+        view["call"]: view["on_host"]
+        for s in ("s", "t")
+        for view in of_session(engine.scheduler.offload.stalls.chains, engine.cache, s)
+    }
     assert found == {soon: 6, later: 2}
     engine.check()
 
