@@ -25,7 +25,7 @@ from pydantic import Field, model_validator
 from tokencake import __version__
 from tokencake.protocol.parsing import MAX_SECONDS
 from tokencake_langgraph.estimates import estimates_of
-from tokencake_langgraph.handler import TokencakeHandler
+from tokencake_langgraph.handler import without_handler
 from tokencake_langgraph.lifecycle import CURRENT_CALL, LIFECYCLE
 from tokencake_langgraph.request import attach_hint, tool_names
 from tokencake_langgraph.response import REASONING_KEY, ReportOncePerStream, copy_vllm_chunk_fields, copy_vllm_fields
@@ -34,7 +34,6 @@ from tokencake_langgraph.senders import sender_for
 from tokencake_langgraph.settings import with_endpoint
 
 _RunManager = CallbackManagerForLLMRun | AsyncCallbackManagerForLLMRun
-_AnyRunManager = TypeVar("_AnyRunManager", CallbackManagerForLLMRun, AsyncCallbackManagerForLLMRun)
 _Seconds = Annotated[float, Field(ge=0, le=MAX_SECONDS)]
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 _KEY_VARIABLE: Final = "TOKENCAKE_API_KEY"
@@ -227,7 +226,7 @@ class ChatTokencake(ChatOpenAI):
             return super()._generate_with_cache(messages, stop, run_manager, **kwargs)
         CURRENT_CALL.set(run_manager.run_id)
         try:
-            return super()._generate_with_cache(messages, stop, _without_handler(run_manager), **kwargs)
+            return super()._generate_with_cache(messages, stop, without_handler(run_manager), **kwargs)
         except BaseException:
             LIFECYCLE.close_call(run_manager.run_id)
             raise
@@ -243,7 +242,7 @@ class ChatTokencake(ChatOpenAI):
             return await super()._agenerate_with_cache(messages, stop, run_manager, **kwargs)
         CURRENT_CALL.set(run_manager.run_id)
         try:
-            return await super()._agenerate_with_cache(messages, stop, _without_handler(run_manager), **kwargs)
+            return await super()._agenerate_with_cache(messages, stop, without_handler(run_manager), **kwargs)
         except BaseException:
             LIFECYCLE.close_call(run_manager.run_id)
             raise
@@ -337,14 +336,3 @@ class ChatTokencake(ChatOpenAI):
         # The stream has already delivered the reasoning, piece by piece.
         generation.message.additional_kwargs.pop(REASONING_KEY, None)
         return generation
-
-
-def _without_handler(run_manager: _AnyRunManager) -> _AnyRunManager:
-    """The run manager without `TokencakeHandler`, for the duration of the call: the handler ignores tokens.
-
-    LangChain checks each handler against protocols, which before Python 3.12 costs more than all callbacks here.
-    """
-    quiet = object.__new__(type(run_manager))
-    handlers = [handler for handler in run_manager.handlers if type(handler) is not TokencakeHandler]
-    vars(quiet).update(vars(run_manager), handlers=handlers)
-    return quiet

@@ -13,7 +13,7 @@ from functools import wraps
 from typing import Any, TypeVar, cast
 from uuid import UUID
 
-from langchain_core.callbacks import BaseCallbackHandler
+from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, BaseCallbackHandler, CallbackManagerForLLMRun
 from langchain_core.messages import AIMessage, BaseMessage, ToolMessage
 from langchain_core.outputs import LLMResult
 from langchain_core.tracers.context import register_configure_hook
@@ -24,6 +24,7 @@ from tokencake_langgraph.estimates import estimate_in
 from tokencake_langgraph.lifecycle import CURRENT_CALL, LIFECYCLE
 
 _Callback = TypeVar("_Callback", bound=Callable[..., None])
+_RunManager = TypeVar("_RunManager", CallbackManagerForLLMRun, AsyncCallbackManagerForLLMRun)
 
 logger = logging.getLogger(__name__)
 
@@ -172,6 +173,17 @@ def install() -> None:
         register_configure_hook(hook, inheritable=True, handle_class=TokencakeHandler)
     except Exception:
         logger.exception("TokenCake could not install its callback handler; calls are made without a hint.")
+
+
+def without_handler(run_manager: _RunManager) -> _RunManager:
+    """The run manager without `TokencakeHandler`, for the duration of the call: the handler ignores tokens.
+
+    LangChain checks each handler against protocols, which before Python 3.12 costs more than all callbacks here.
+    """
+    quiet = object.__new__(type(run_manager))
+    handlers = [handler for handler in run_manager.handlers if type(handler) is not TokencakeHandler]
+    vars(quiet).update(vars(run_manager), handlers=handlers)
+    return quiet
 
 
 def _open_missing_parents(parent_id: UUID | None) -> None:

@@ -86,7 +86,7 @@ def proxy_command(upstream: str, host: str, port: int) -> list[str]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Child:
+class _ChildProcess:
     name: str
     process: subprocess.Popen[bytes]
     log: Path
@@ -101,7 +101,7 @@ class Processes:
 
     def __init__(self, log_dir: Path) -> None:
         self.log_dir = log_dir
-        self._children: list[_Child] = []
+        self._children: list[_ChildProcess] = []
 
     def __enter__(self) -> Self:
         self.log_dir.mkdir(parents=True, exist_ok=True)
@@ -135,7 +135,7 @@ class Processes:
                 process_group=group,
                 preexec_fn=exit_with_parent if sys.platform == "linux" else None,  # noqa: PLW1509  # before any thread
             )
-        self._children.append(_Child(name, process, log))
+        self._children.append(_ChildProcess(name, process, log))
 
     def pid(self, name: str) -> int:
         """The process id of `name`."""
@@ -175,7 +175,7 @@ class Processes:
             if (status := child.process.poll()) is not None:
                 raise StartError(f"the {child.name} ended with status {status}.\n{self._log_end(child)}")
 
-    def _log_end(self, child: _Child) -> str:
+    def _log_end(self, child: _ChildProcess) -> str:
         return f"The end of {child.log}:\n{child.tail()}"
 
     def stop(self) -> None:

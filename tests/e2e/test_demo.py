@@ -19,12 +19,12 @@ TOKENCAKE = [sys.executable, "-m", "tokencake_cli.main"]
 
 
 def environment(tmp_path: Path) -> dict[str, str]:
-    """The demo's logs, in a place of their own."""
+    """Environment that puts the logs into a separate folder."""
     return {**os.environ, **ENV, "XDG_STATE_HOME": str(tmp_path)}
 
 
 def processes_of(tmp_path: Path) -> list[int]:
-    """Every process whose environment shows that it descends from a command started with `environment(tmp_path)`."""
+    """Every process that descends from a command started with `environment(tmp_path)`, by its environment."""
     mark = f"XDG_STATE_HOME={tmp_path}".encode()
     found = []
     for entry in Path("/proc").iterdir():

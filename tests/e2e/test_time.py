@@ -51,8 +51,8 @@ def environment(**values: str) -> Iterator[None]:
         yield
 
 
-class Engine:
-    """vLLM's `LLM`, with the plug-in or without; its engine core is a process of its own."""
+class OfflineEngine:
+    """vLLM's `LLM`, with or without the plug-in; its engine core is a separate process."""
 
     def __init__(self, model: Path, *, is_stock: bool = False, options: Any = None, **time_settings: Any) -> None:
         from vllm import LLM
@@ -75,7 +75,7 @@ class Engine:
     def rpc(self, method: str, *args: Any) -> Any:
         return self.llm.llm_engine.engine_core.call_utility("tokencake", method, args)
 
-    def tell(self, *events: Any) -> list[str]:
+    def send_events(self, *events: Any) -> list[str]:
         return self.rpc("tokencake_events", [protocol.to_wire(event) for event in events], time.time())["outcomes"]
 
     def ask(self, *prompts: list[int], expects: float | None = 600.0, max_tokens: int = 8) -> list[Any]:
@@ -135,7 +135,7 @@ def stock(tiny_model: Path) -> dict[Any, Any]:
     """What a vLLM without the plug-in answers, with the same blocks found in its prefix cache."""
     answers: dict[Any, Any] = {}
     with environment(VLLM_PLUGINS=""):
-        engine = Engine(tiny_model, is_stock=True)
+        engine = OfflineEngine(tiny_model, is_stock=True)
         for length in LENGTHS:
             tokens = prompt(length, length)
             (answers[length],) = engine.ask(tokens)
@@ -149,9 +149,9 @@ def stock(tiny_model: Path) -> dict[Any, Any]:
 
 
 @pytest.fixture(scope="module")
-def engine(tiny_model: Path, stock: dict[Any, Any]) -> Iterator[Engine]:
+def engine(tiny_model: Path, stock: dict[Any, Any]) -> Iterator[OfflineEngine]:
     with environment(VLLM_PLUGINS="tokencake"):
-        running = Engine(tiny_model, debug_checksums=True)
+        running = OfflineEngine(tiny_model, debug_checksums=True)
         yield running
         running.close()
 
@@ -166,7 +166,9 @@ def same(first: Any, second: Any) -> bool:
 
 
 @pytest.mark.parametrize("length", LENGTHS)
-def test_offloaded_and_uploaded_kv_gives_the_same_output(engine: Engine, stock: dict[Any, Any], length: int) -> None:
+def test_offloaded_and_uploaded_kv_gives_the_same_output(
+    engine: OfflineEngine, stock: dict[Any, Any], length: int
+) -> None:
     tokens = prompt(length, length)
     (first,) = engine.ask(tokens)
     assert same(first, stock[length])
@@ -177,7 +179,9 @@ def test_offloaded_and_uploaded_kv_gives_the_same_output(engine: Engine, stock: 
     engine.wait_for(name, "on_host")
     engine.wipe()
     assert engine.kv(name)["on_device"] == 0
-    assert engine.tell(protocol.ToolStart(name, "t", "build"), protocol.ToolEnd(name, "t", duration_s=600.0)) == [
+    assert engine.send_events(
+        protocol.ToolStart(name, "t", "build"), protocol.ToolEnd(name, "t", duration_s=600.0)
+    ) == [
         "applied",
         "applied",
     ]
@@ -190,7 +194,7 @@ def test_offloaded_and_uploaded_kv_gives_the_same_output(engine: Engine, stock: 
     assert same(after, stock[length, "follow-up"])
 
 
-def test_loaded_on_demand_beside_others_with_a_shared_prefix(engine: Engine, stock: dict[Any, Any]) -> None:
+def test_loaded_on_demand_beside_others_with_a_shared_prefix(engine: OfflineEngine, stock: dict[Any, Any]) -> None:
     engine.ask(*CROWD, *OTHERS, max_tokens=1)
     names = [f"c{engine.made - len(CROWD) - len(OTHERS) + 1 + number}" for number in range(len(CROWD))]
     for name in names:
@@ -205,7 +209,7 @@ def test_loaded_on_demand_beside_others_with_a_shared_prefix(engine: Engine, sto
     assert [same(ours, other) for ours, other in zip(alone, stock["alone"], strict=True)] == [True] * len(alone)
 
 
-def test_a_reset_clears_the_host_cache(engine: Engine) -> None:
+def test_a_reset_clears_the_host_cache(engine: OfflineEngine) -> None:
     tokens = prompt(7, 200)
     (before,) = engine.ask(tokens)
     engine.wait_for(f"c{engine.made}", "on_host")
@@ -215,7 +219,7 @@ def test_a_reset_clears_the_host_cache(engine: Engine) -> None:
     assert same(before, after)
 
 
-def test_sleep_clears_the_host_cache_and_the_engine_wakes_up(engine: Engine) -> None:
+def test_sleep_clears_the_host_cache_and_the_engine_wakes_up(engine: OfflineEngine) -> None:
     tokens = prompt(8, 200)
     (before,) = engine.ask(tokens)
     engine.wait_for(f"c{engine.made}", "on_host")
@@ -227,7 +231,7 @@ def test_sleep_clears_the_host_cache_and_the_engine_wakes_up(engine: Engine) -> 
     assert same(before, after)
 
 
-def test_no_error_was_contained(engine: Engine) -> None:
+def test_no_error_was_contained(engine: OfflineEngine) -> None:
     counts = {tuple(key): count for key, count in engine.rpc("tokencake_metrics")["counts"]}
     assert counts.get(("errors",), 0) == 0
     assert not any(key[0] == "kv_copy_failures" for key in counts)
@@ -253,10 +257,10 @@ def engine_core() -> int:
     return sorted(children(os.getpid()))[-2]
 
 
-def test_an_idle_engine_with_stalled_agents_and_timers_sleeps(engine: Engine) -> None:
+def test_an_idle_engine_with_stalled_agents_and_timers_sleeps(engine: OfflineEngine) -> None:
     for number in range(4):
         engine.ask(prompt(number, 100), expects=600.0)
-        engine.tell(protocol.ToolStart(f"c{engine.made}", "t", "build", estimate_s=600.0))
+        engine.send_events(protocol.ToolStart(f"c{engine.made}", "t", "build", estimate_s=600.0))
     for number in range(4):
         engine.wait_for(f"c{engine.made - number}", "on_host")
     core = engine_core()
@@ -265,13 +269,13 @@ def test_an_idle_engine_with_stalled_agents_and_timers_sleeps(engine: Engine) ->
     assert naps(core) - before < 50  # a loop that looks for work every millisecond has some thousands
 
 
-def test_a_timer_wakes_an_idle_engine(engine: Engine) -> None:
+def test_a_timer_wakes_an_idle_engine(engine: OfflineEngine) -> None:
     tokens = prompt(50, 200)
     engine.ask(tokens)
     name = f"c{engine.made}"
     engine.wait_for(name, "on_host")
     engine.wipe()
-    engine.tell(protocol.ToolStart(name, "t", "nap", estimate_s=6.0))
+    engine.send_events(protocol.ToolStart(name, "t", "nap", estimate_s=6.0))
     core = engine_core()
     time.sleep(1)  # the answer is sent, the loop waits again
     before = naps(core)
@@ -279,7 +283,7 @@ def test_a_timer_wakes_an_idle_engine(engine: Engine) -> None:
     engine.wait_for(name, "on_device")
 
 
-def test_two_ranks_move_their_parts_of_each_block(tiny_model: Path, engine: Engine) -> None:
+def test_two_ranks_move_their_parts_of_each_block(tiny_model: Path, engine: OfflineEngine) -> None:
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu():
@@ -287,14 +291,14 @@ def test_two_ranks_move_their_parts_of_each_block(tiny_model: Path, engine: Engi
     cores = sorted(os.sched_getaffinity(0))  # one core is enough for both
     engine.close()  # the last test here: both ranks want its cores
     with environment(VLLM_PLUGINS="tokencake", VLLM_CPU_OMP_THREADS_BIND=f"{cores[0]}|{cores[-1]}"):
-        ranks = Engine(tiny_model, options={"tensor_parallel_size": 2}, debug_checksums=True)
+        ranks = OfflineEngine(tiny_model, options={"tensor_parallel_size": 2}, debug_checksums=True)
         tokens = prompt(320, 320)
         ranks.ask(tokens)
         (warm,) = ranks.ask(tokens)
         name = f"c{ranks.made}"
         ranks.wait_for(name, "on_host")
         ranks.wipe()
-        ranks.tell(protocol.ToolStart(name, "t", "build"), protocol.ToolEnd(name, "t", duration_s=600.0))
+        ranks.send_events(protocol.ToolStart(name, "t", "build"), protocol.ToolEnd(name, "t", duration_s=600.0))
         ranks.wait_for(name, "on_device")
         (uploaded,) = ranks.ask(tokens)
         assert ranks.call(f"c{ranks.made}")["cached_tokens"] == {"device": 9 * BLOCK, "host": 0}

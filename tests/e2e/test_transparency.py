@@ -43,7 +43,7 @@ def without_clock(raw: bytes) -> bytes:
 )
 def test_a_response_through_the_proxy_is_the_direct_response(server: Server, path: str, body: dict[str, Any]) -> None:
     request_id = uuid.uuid4().hex
-    post(server.engine, path, body, request_id)  # fills the prefix cache, whose hits the answers count
+    post(server.engine, path, body, request_id)  # fills the prefix cache, because responses report its hits
     direct, proxied = (post(base, path, body, request_id) for base in (server.engine, server.proxy))
     assert proxied.status_code == direct.status_code
     assert proxied.headers["content-type"] == direct.headers["content-type"]
@@ -83,7 +83,7 @@ def test_tokens_arrive_during_the_generation(server: Server) -> None:
     body = {**CHAT, "stream": True, "max_tokens": 3_000, "ignore_eos": True, "vllm_xargs": hint}
     url = f"{server.proxy}/v1/chat/completions"
     with httpx.stream("POST", url, json=body, headers=server.auth, timeout=60) as reply:
-        chunks = reply.iter_raw()  # a name of its own: letting the iterator go would close the connection
+        chunks = reply.iter_raw()  # a variable, because dropping the iterator would close the connection
         arrived = b""
         while arrived.count(b"data:") < 20:
             arrived += next(chunks)
@@ -101,7 +101,7 @@ def test_a_disconnected_client_frees_the_engine(server: Server) -> None:
 
     url = f"{server.proxy}/v1/chat/completions"
     with httpx.stream("POST", url, json=body, headers=server.auth, timeout=60) as reply:
-        chunks = reply.iter_raw()  # a name of its own: letting the iterator go would close the connection
+        chunks = reply.iter_raw()  # a variable, because dropping the iterator would close the connection
         next(chunks)
         wait_until(lambda: status() == "running", PATIENCE_S, "the call runs")
     wait_until(lambda: status() == "aborted", PATIENCE_S, "the call is gone")

@@ -287,7 +287,7 @@ def before_and_after_an_interrupt() -> App:
 def in_a_node_that_fails() -> App:
     def fail(state: Any) -> dict[str, Any]:
         say(state)
-        raise RuntimeError("as told")
+        raise RuntimeError("as scripted")
 
     graph = graph_of("app", a=fail)
 

@@ -140,7 +140,7 @@ class _Handler(BaseHTTPRequestHandler):
         if "HOLD" in text:
             self.engine.hold()
         if "FAIL" in text:
-            self._answer(400, {"error": {"message": "as told", "type": "scripted"}})
+            self._answer(400, {"error": {"message": "as scripted", "type": "scripted"}})
             return
         reply = _reply(body, self.engine.tool_call_id)
         if self.engine.reasoning:

@@ -140,8 +140,8 @@ def test_twenty_agents_in_threads_have_separate_sessions(model: ChatTokencake, e
     flush()
     assert engine.sessions == {f"T{number}//a" for number in range(20)}
     session_of = {hint.call: hint.session for hint in engine.hints}
-    told = [(session_of[call], name, status) for name, call, status in engine.tool_story]
-    assert sorted(told) == sorted((s, name, "ok") for s in engine.sessions for name in ("search", "read"))
+    reported = [(session_of[call], name, status) for name, call, status in engine.tool_story]
+    assert sorted(reported) == sorted((s, name, "ok") for s in engine.sessions for name in ("search", "read"))
     assert len(engine.of_type("app_end")) == 20
 
 

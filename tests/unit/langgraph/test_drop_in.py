@@ -18,11 +18,11 @@ from tokencake_langgraph import ChatTokencake
 SETTINGS: dict[str, Any] = {"model": "fake", "base_url": "http://127.0.0.1:9/v1", "api_key": "k"}
 
 FIELDS = {
-    "expected_output_tokens": "told to the engine",
-    "importance": "told to the engine",
+    "expected_output_tokens": "sent to the engine",
+    "importance": "sent to the engine",
     "stream_usage": "vLLM reports the usage of streams; ChatOpenAI asks for it at OpenAI's own address only",
     "tokencake_enabled": "the switch",
-    "tool_estimates": "told to the engine",
+    "tool_estimates": "sent to the engine",
     "use_responses_api": "Chat Completions only",
 }
 
@@ -41,7 +41,7 @@ OVERRIDDEN = {
     "_sender": "where the events go",
     "_with_hint": "adds the hint",
     "_stream": "adds the hint",
-    "_use_responses_api": "Chat Completions only, whatever the model is called",
+    "_use_responses_api": "Chat Completions only, for any model name",
     "bind_tools": "remembers the estimates of the tools",
     "get_lc_namespace": "where the class is found",
     "lc_secrets": "OPENAI_API_KEY is OpenAI's",

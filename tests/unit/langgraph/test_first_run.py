@@ -74,7 +74,7 @@ def stories(engine: ScriptedEngine) -> list[Counter[tuple[str, ...]]]:
 
 
 def without_thread(story: Counter[tuple[str, ...]]) -> Counter[tuple[str, ...]]:
-    """The runs of the interrupted app have threads of their own, `1` and `2`."""
+    """The runs of the interrupted app have separate threads, `1` and `2`."""
     return Counter({tuple(re.sub(r"^[12]/", "#/", part) for part in key): count for key, count in story.items()})
 
 

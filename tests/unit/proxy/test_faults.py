@@ -83,7 +83,7 @@ def test_a_host_that_accepts_no_connection_times_out(start_proxy, http):
         deaf = opened.enter_context(socket.socket())
         deaf.bind(("127.0.0.1", 0))
         deaf.listen(0)
-        for _ in range(4):  # fills the queue of connections that nobody accepts
+        for _ in range(4):  # fills the backlog of a listener that accepts none
             waiting = opened.enter_context(socket.socket())
             waiting.setblocking(False)
             waiting.connect_ex(deaf.getsockname())

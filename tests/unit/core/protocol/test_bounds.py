@@ -98,7 +98,7 @@ def test_ids_are_scoped_and_unscoped_again_with_empty_ones_left_alone() -> None:
 
 
 def hint_of(size: int) -> str:
-    """A hint of so many bytes."""
+    """A hint of this many bytes."""
     empty = json.dumps({"session": "s", "unknown": ""})
     return json.dumps({"session": "s", "unknown": "x" * (size - len(empty))})
 
