@@ -53,6 +53,13 @@ def test_blocks_stay_as_long_as_half_of_the_free_ones_last_at_the_pace_of_late()
     assert residence.since_s == later_s
 
 
+def test_less_than_one_block_taken_of_late_is_not_nothing() -> None:
+    residence = Residence(seconds=0.0)
+    residence.take(0.5, now_s=0.0)
+
+    assert residence.from_now_s(200, 0.0) == pytest.approx(QUIET_SHARE * 200 * WINDOW_S / 0.5)
+
+
 def test_blocks_stay_at_least_as_long_as_in_the_past() -> None:
     residence = Residence(seconds=60.0)
     residence.take(1_000.0, now_s=0.0)

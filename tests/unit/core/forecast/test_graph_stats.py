@@ -137,6 +137,8 @@ def test_what_follows_a_tenth_of_the_calls_of_a_node_is_an_edge(followed: int, i
     for _ in range(followed):
         lore.learn_follower(("g", "a"), ("g", "b"), 0.0)
 
+    learned(lore, "g", {"b": 7.0}, times=20)  # of the calls of "a", not of "b"
+
     assert ways_of(lore, "g").service_s["a"] == pytest.approx(1.0 + 7.0 * is_edge)
 
 
@@ -159,7 +161,7 @@ def test_a_graph_learns_a_bounded_number_of_edges_and_goes_on_counting_them(monk
     monkeypatch.setattr("tokencake.forecast.graph_stats._MAX_EDGES", 2)
     lore = lore_of()
     learned(lore, "g", dict.fromkeys("abcd", 1.0), times=20)
-    for behind in "bcdb":
+    for behind in "bcddddb":
         lore.learn_follower(("g", "a"), ("g", behind), 0.0)
     for behind in "bc":
         lore.learn_follower(("g", "a"), ("g", behind), 0.0)

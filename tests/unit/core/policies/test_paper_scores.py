@@ -63,6 +63,8 @@ def test_ages_count_up_to_their_bounds(
 
 
 def test_ages_count_more_the_more_is_left_and_the_deeper_the_call_is(call: Callable[..., LiveCall]) -> None:
+    unknown = call("d", importance=0.0, remaining=1)
+    assert request_score(unknown, 0.0, 10.0) - request_score(unknown, 0.0, 0.0) == pytest.approx(50 * 1.75 + 80 * 1.5)
     at_rest = call("a", importance=0.0, remaining=2, max_depth=4)
     deep = call("b", importance=0.0, depth=1, max_depth=4)
     beyond = call("c", importance=0.0, depth=8, remaining=8, max_depth=4)

@@ -227,6 +227,26 @@ def test_decisions_are_told_by_call_app_and_tenant_and_in_pages(listener: Listen
     assert rest["next"] is None
 
 
+def test_decisions_of_one_moment_are_told_once_each_in_pages_of_one(listener: Listener, call: MakeCall) -> None:
+    calls = [call(f"a{number}", now=1.0) for number in range(8)]
+    listener.step(2.0, started=calls)
+    found: list[str] = []
+    before: float | None = None
+    for _ in calls:
+        page = listener.words.view(1.7e9, 50.0, call=None, app=None, limit=1, before=before)
+        found += [decision["app"] for decision in page["decisions"]]
+        before = page["next"]
+
+    assert found == [f"a{number}" for number in range(7, -1, -1)]
+    assert before is None
+
+
+def test_a_call_of_unknown_need_waits_all_the_same(listener: Listener, call: MakeCall) -> None:
+    listener.words.note_waiting([call("a").request_id], [], {}, {}, 7, 1.0)
+
+    assert listener.told() == [("a", "is first in line; needs up to 0 blocks, 7 are free")]
+
+
 def test_a_tenant_learns_nothing_of_anothers_application(listener: Listener, call: MakeCall) -> None:
     mine, theirs, own = call("t::a", now=1.0), call("u::b", now=0.0), call("t::c", now=0.5)
     ranks = {

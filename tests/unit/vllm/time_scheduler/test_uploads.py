@@ -17,8 +17,9 @@ from tokencake.time_scheduler.dropped import Dropped
 from tokencake.time_scheduler.host_tier import HostTier
 from tokencake.time_scheduler.prefixes import Chains
 from tokencake_vllm.time_scheduler.free_queue import FreeQueue
-from tokencake_vllm.time_scheduler.uploads import PER_STEP, QUEUE_SCAN, RETRY_STEPS, Uploads, demand
+from tokencake_vllm.time_scheduler.uploads import PER_STEP, QUEUE_SCAN, RETRY_STEPS, Uploads
 from tokencake_vllm.transfer.host_cache import HostCache
+from tokencake_vllm.vllm_adapter.block_view import BlockView
 
 
 class Engine:
@@ -38,8 +39,15 @@ class Engine:
         self.counted: Counter[tuple[str, ...]] = Counter()
         self.worthless: set[str] = set()
         queue = FreeQueue(self.scheduler, self.cache, self.chains, Dropped(9, lambda *_: None))
+        view = BlockView(self.device.manager, BLOCK_TOKENS)
         self.uploads = Uploads(
-            self.scheduler, self.cache, self.chains, queue, lambda chain: chain.id not in self.worthless, self.count
+            self.scheduler,
+            view,
+            self.cache,
+            self.chains,
+            queue,
+            lambda chain: chain.id not in self.worthless,
+            self.count,
         )
 
     def count(self, *key: str, by: float = 1) -> None:
@@ -57,7 +65,7 @@ class Engine:
         return chain
 
     def wait(self, *tokens: int) -> None:
-        self.scheduler.waiting = [SimpleNamespace(num_tokens=count) for count in tokens]
+        self.scheduler.waiting = [SimpleNamespace(num_tokens=count, block_hashes=[]) for count in tokens]
 
     def start(self, step: int = 1) -> list[int]:
         """Blocks of each job that was started."""
@@ -68,26 +76,6 @@ class Engine:
     def finish(self, *, ok: bool = True) -> None:
         for job in self.jobs:
             self.cache.transfers.report(job.id, 1, 1.0, ok=ok)
-
-
-@pytest.mark.parametrize(
-    ("tokens", "expected"),
-    [([], (0, 0, 0)), ([1], (1, 1, 1)), ([16, 17], (2, 3, 3)), ([160, 161, 160], (3, 31, 20)), ([16 * 21], (1, 21, 0))],
-)
-def test_demand_is_what_those_at_the_head_need_and_what_of_it_fits(
-    tokens: list[int], expected: tuple[int, int, int]
-) -> None:
-    engine = Engine(20)
-    engine.wait(*tokens)
-
-    assert demand(engine.scheduler) == expected
-
-
-def test_a_bounded_number_of_waiting_calls_counts() -> None:
-    engine = Engine(100)
-    engine.wait(*[16] * (QUEUE_SCAN + 5))
-
-    assert demand(engine.scheduler) == (QUEUE_SCAN + 5, QUEUE_SCAN, QUEUE_SCAN)
 
 
 @pytest.mark.parametrize(("count", "jobs"), [(1, [1]), (4, [4]), (5, [3]), (6, [3]), (9, [5])])
@@ -255,6 +243,27 @@ def test_room_is_what_is_free_beyond_what_waits_and_what_grows(waiting: int, run
     engine.scheduler.running = [None] * running
 
     assert engine.start() == jobs
+
+
+def test_a_bounded_number_of_waiting_calls_counts() -> None:
+    engine = Engine(QUEUE_SCAN + 4)
+    engine.stalled("c", 4)
+    engine.wait(*[16] * (QUEUE_SCAN + 1))
+    assert engine.start() == [4]
+    engine = Engine(QUEUE_SCAN + 3)
+    engine.stalled("c", 4)
+    engine.wait(*[16] * (QUEUE_SCAN + 1))
+    assert engine.start() == []
+
+
+def test_what_running_calls_hold_of_a_waiting_one_is_not_needed_again() -> None:
+    engine = Engine(14)
+    engine.stalled("c", 4)
+    engine.device.take(keys("held", 4))
+    engine.wait(16 * 10)
+    assert engine.start() == []
+    engine.scheduler.waiting[0].block_hashes = keys("held", 4)
+    assert engine.start(9) == [4]
 
 
 def test_two_uploads_share_the_room() -> None:
