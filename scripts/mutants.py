@@ -1,0 +1,227 @@
+"""Mutation test of the pure code: which small changes does no test notice?
+
+A mutant is the tree with one operator or number changed. It is killed where a test fails, among those that run the
+changed statement. One that survives shows a test that is missing, or a change that makes no difference. The sample is
+random, the same for the same seed; the work is done in a copy of the tree.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import random
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.util import cache_from_source
+from pathlib import Path
+from typing import Any, Final
+
+import coverage
+import hypothesis
+import pytest
+from cosmic_ray.ast import ast_nodes, get_ast
+from cosmic_ray.mutating import mutate_code
+from cosmic_ray.operators.operator import Operator
+from cosmic_ray.plugins import get_operator
+
+ROOT: Final = Path(__file__).resolve().parent.parent
+CORE: Final = ("**/*.py",)
+PLUGIN: Final = (
+    *("vllm_adapter/block_accounting.py", "vllm_adapter/block_pool.py", "vllm_adapter/block_view.py"),
+    *("vllm_adapter/requests.py", "space_scheduler/admission_gate.py", "space_scheduler/ranked_queue.py"),
+    *("space_scheduler/swap.py", "time_scheduler/free_queue.py", "time_scheduler/policy_inputs.py"),
+    *("time_scheduler/uploads.py", "time_scheduler/wakeup.py", "transfer/host_cache.py", "transfer/in_flight.py"),
+    "step_clock.py",
+)
+"""What decides; not what moves memory or answers requests."""
+BUILT_IN: Final = (
+    *(f"ReplaceBinaryOperator_{pair}" for pair in ("Add_Sub", "Sub_Add", "Mul_Div", "Div_Mul")),
+    *(f"ReplaceComparisonOperator_{pair}" for pair in ("Lt_LtE", "LtE_Lt", "Gt_GtE", "GtE_Gt", "Lt_GtE", "GtE_Lt")),
+    *(f"ReplaceComparisonOperator_{pair}" for pair in ("LtE_Gt", "Gt_LtE", "Eq_NotEq", "NotEq_Eq", "Is_IsNot")),
+    *("ReplaceComparisonOperator_IsNot_Is", "ReplaceUnaryOperator_Delete_USub", "ReplaceUnaryOperator_Delete_Not"),
+    *("ReplaceAndWithOr", "ReplaceOrWithAnd", "AddNot", "NumberReplacer"),
+)
+SWAPS: Final = {"+=": "-=", "-=": "+=", "min": "max", "max": "min"}
+PYTEST_PLUGINS: Final = ("pytest_asyncio.plugin", "pytest_timeout", "_hypothesis_pytestplugin")
+VLLM: Final = ("vllm.v1.core.sched.async_scheduler", "vllm.v1.structured_output", "transformers")
+BUDGET_S: Final = 30
+"""Seconds of tests for one mutant, the fastest tests first."""
+
+
+class Swap(Operator):  # type: ignore[misc]  # Cosmic Ray has no types
+    """What Cosmic Ray lacks: `+=` for `-=`, and `min` for `max`."""
+
+    def mutation_positions(self, node: Any) -> Iterator[Any]:
+        """Where a token of `SWAPS` stands."""
+        if node.type in ("name", "operator") and node.value in SWAPS:
+            yield node.start_pos, node.end_pos
+
+    def mutate(self, node: Any, index: int) -> Any:  # noqa: ARG002  # Cosmic Ray's signature
+        """The other one."""
+        return type(node)(SWAPS[node.value], node.start_pos, node.prefix)
+
+    examples = classmethod(lambda cls: ())  # noqa: ARG005  # asked for by Cosmic Ray
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One change of one file."""
+
+    path: str
+    operator: Any
+    occurrence: int
+    lines: range
+    """From the begin of the changed statement to the change."""
+
+
+def mutants_of(path: str) -> Iterator[Mutant]:
+    """All changes of a file."""
+    nodes = list(ast_nodes(get_ast(Path(path).read_text(encoding="utf-8"))))
+    for operator in (*(get_operator(f"core/{name}")() for name in BUILT_IN), Swap()):
+        found = [(node, position) for node in nodes for position in operator.mutation_positions(node)]
+        for occurrence, (node, ((line, _), _)) in enumerate(found):
+            statement = node
+            while statement.parent is not None and statement.parent.type not in ("suite", "file_input"):
+                statement = statement.parent
+            if is_meant(node, statement.get_code(include_prefix=False)):
+                yield Mutant(path, operator, occurrence, range(statement.start_pos[0], line + 1))
+
+
+def is_meant(node: Any, statement: str) -> bool:
+    """Numbers count where they are whole and in a function: constants and settings are tuned, not tested."""
+    is_tuned = node.type == "number" and not (node.value.isdigit() and node.search_ancestor("funcdef", "lambdef"))
+    is_star = node.parent is not None and node.parent.type in ("parameters", "param")  # `*`, which is no product there
+    return not is_tuned and not is_star and not statement.startswith("if TYPE_CHECKING")
+
+
+class Recorder:
+    """A pytest plug-in: the lines that each test runs, and its time."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._measured = coverage.Coverage(data_file=None, config_file=False, include=["engine/*"])
+        self._measured.start()
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        """A test begins."""
+        self._measured.switch_context(nodeid)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """A test, or its set-up, has ended."""
+        if report.when == "call" and report.passed:
+            self.seconds[report.nodeid] = report.duration
+
+    def tests_by_line(self) -> dict[str, dict[int, list[str]]]:
+        """By file and line; "" stands for an import."""
+        self._measured.stop()
+        data = self._measured.get_data()
+        return {os.path.relpath(name): data.contexts_by_lineno(name) for name in data.measured_files()}
+
+
+class Only:
+    """A pytest plug-in: run these tests, in this order."""
+
+    def __init__(self, tests: list[str]) -> None:
+        self._places = {test: place for place, test in enumerate(tests)}
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        """Leave the others out."""
+        items[:] = sorted((i for i in items if i.nodeid in self._places), key=lambda i: self._places[i.nodeid])
+
+
+def passes(paths: list[str], plugin: object, cpu_s: int, *options: str) -> bool:
+    """Whether the tests pass within that CPU time, in a fork that need not import what is heavy."""
+    if child := os.fork():
+        return os.waitpid(child, 0)[1] == 0
+    code = 1
+    try:
+        for stream in (1, 2):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+        resource.setrlimit(resource.RLIMIT_CPU, (cpu_s, cpu_s))
+        always = ("-q", "-pno:cacheprovider", "--hypothesis-profile=mutants", "--timeout=120")
+        plugins = [*map(importlib.import_module, PYTEST_PLUGINS), plugin]
+        code = int(pytest.main([*always, *options, *paths], plugins=plugins))
+        if isinstance(plugin, Recorder):
+            Path("recorded.json").write_text(json.dumps([plugin.seconds, plugin.tests_by_line()]), encoding="utf-8")
+    finally:
+        os._exit(code)
+
+
+def is_killed(mutant: Mutant, seconds: dict[str, float], tests_by_line: dict[str, Any]) -> bool:
+    """Whether a test notices the mutant, which stands in its file now."""
+    by_line = tests_by_line.get(mutant.path, {})
+    tests = {test for line in mutant.lines for test in by_line.get(str(line), ())}
+    if "" in tests:  # what runs at import may matter to all that use the file
+        tests = {test for found in by_line.values() for test in found}
+    ordered = sorted(tests & set(seconds), key=seconds.__getitem__)
+    while sum(seconds[test] for test in ordered) > BUDGET_S:
+        ordered.pop()
+    paths = sorted({test.partition("::")[0] for test in ordered})
+    return bool(ordered) and not passes(paths, Only(ordered), 5 * BUDGET_S, "-x")
+
+
+def run(package: str, globs: tuple[str, ...], tests: str, sample: int, given: argparse.Namespace) -> None:
+    """Print what becomes of each mutant of a random sample of the files of `package`."""
+    paths = sorted(str(path) for glob in globs for path in list(Path(package).glob(glob)) or [Path(package, glob)])
+    mutants = [mutant for path in paths if given.only in path for mutant in mutants_of(path)]
+    chosen = random.Random(given.seed).sample(mutants, min(sample, len(mutants)))  # noqa: S311  # no secret
+    sys.dont_write_bytecode = False
+    passes([tests], Recorder(), 3_600)
+    sys.dont_write_bytecode = True  # a changed file would be taken for the one before it
+    seconds, tests_by_line = json.loads(Path("recorded.json").read_text(encoding="utf-8"))
+    if not seconds:
+        sys.exit(f"{tests} does not run: see `make test ARGS={tests}`")
+    print(f"{package}: {len(chosen)} of {len(mutants)} mutants, {len(seconds)} tests, seed {given.seed}", flush=True)
+    killed = 0
+    for mutant in sorted(chosen, key=lambda mutant: (mutant.path, mutant.lines.stop)):
+        file = Path(mutant.path)
+        code = file.read_text(encoding="utf-8")
+        changed = mutate_code(code, mutant.operator, mutant.occurrence)
+        Path(cache_from_source(mutant.path)).unlink(missing_ok=True)
+        file.write_text(changed, encoding="utf-8")
+        is_noticed = is_killed(mutant, seconds, tests_by_line)
+        file.write_text(code, encoding="utf-8")
+        killed += is_noticed
+        before, after = mutant.lines.stop - 1, changed.splitlines()[mutant.lines.stop - 2].strip()
+        print(f"{'killed  ' if is_noticed else 'SURVIVED'} {file}:{before}: {code.splitlines()[before - 1].strip()}")
+        print(f"    {after}", flush=True)
+    print(f"{package}: killed {killed} of {len(chosen)}, {killed / max(1, len(chosen)):.1%}", flush=True)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--core", type=int, default=200, help="mutants of the core")
+    parser.add_argument("--plugin", type=int, default=100, help="mutants of the plug-in's pure parts")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--only", default="", help="a part of the paths to take mutants from")
+    given = parser.parse_args()
+    os.environ |= {"HF_HUB_OFFLINE": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+    phases = [hypothesis.Phase.explicit, hypothesis.Phase.generate]
+    hypothesis.settings.register_profile("mutants", deadline=None, derandomize=True, phases=phases)
+    for name in (*PYTEST_PLUGINS, *(VLLM if given.plugin else ())):  # once, for all forks
+        importlib.import_module(name)
+    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(listed, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\0")
+    with tempfile.TemporaryDirectory() as copy:
+        for name in (name for name in names if (ROOT / name).is_file()):
+            (Path(copy) / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, Path(copy) / name)
+        os.chdir(copy)
+        sys.path = [copy, *(path for path in sys.path if not path.startswith(str(ROOT)) or "site-packages" in path)]
+        if given.core:
+            run("engine/tokencake", CORE, "tests/unit/core", given.core, given)
+        if given.plugin:
+            run("engine/tokencake_vllm", PLUGIN, "tests/unit/vllm", given.plugin, given)
+
+
+if __name__ == "__main__":
+    main()
