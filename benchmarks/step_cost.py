@@ -118,7 +118,7 @@ def main() -> int:
     for name, subject in subjects.items():
         scheduler = subject.scheduler
         print(f"{name:6} {len(scheduler.running)} running, {len(scheduler.waiting)} waiting", end="")
-        print(f", {len(scheduler.offload.stalls.chains.by_id)} chains" if subject.is_ours else "")
+        print(f", {len(scheduler.offload.stalls.prefixes.by_id)} chains" if subject.is_ours else "")
     print(f"{'':10}{'schedule':>12}{'update':>12}{'step':>12}   microseconds, median")
     medians = {}
     for name, pairs in times.items():

@@ -11,7 +11,7 @@ from benchmarks.gpu import processes
 from benchmarks.gpu.engine import Answer, Engine, Setup, gpu_options, prompt
 from benchmarks.gpu.report import Report
 from tokencake import protocol
-from tokencake.forecast.costs import Rates
+from tokencake.forecast.costs import CostModel
 
 ANSWER_TOKENS: Final = 8
 TOOL_TOKENS: Final = 20
@@ -102,7 +102,7 @@ def _stock(report: Report, setup: Setup, lengths: list[int]) -> dict[Any, Answer
 
 def _ours(report: Report, setup: Setup, lengths: list[int]) -> dict[Any, Answer]:
     """The answers. After a first call its KV is moved out, wiped and uploaded, after a second one loaded on demand."""
-    Rates.recompute_s = _never_worth_it  # type: ignore[method-assign, assignment]  # this is about bytes: copy all
+    CostModel.recompute_s = _never_worth_it  # type: ignore[method-assign, assignment]  # this is about bytes: copy all
     engine = Engine(report, setup)
     answers: dict[Any, Answer] = {}
     for length in lengths:
@@ -119,7 +119,7 @@ def _ours(report: Report, setup: Setup, lengths: list[int]) -> dict[Any, Answer]
     return answers
 
 
-def _never_worth_it(_rates: Rates, _blocks: int) -> float:
+def _never_worth_it(_rates: CostModel, _blocks: int) -> float:
     return float("inf")
 
 

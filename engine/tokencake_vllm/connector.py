@@ -21,7 +21,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.logger import init_logger
 
-from tokencake.forecast.costs import Rates
+from tokencake.forecast.costs import CostModel
 from tokencake.settings import section
 from tokencake.time_scheduler.host_tier import HostTier
 from tokencake.time_scheduler.settings import TimeSettings
@@ -109,7 +109,7 @@ class TokenCakeConnector(KVConnectorBase_V1, SupportsHMA):
         self.cache = HostCache(
             tier=HostTier(host_slots(self._vllm_config, self._kv_cache_config, self.settings)),
             pool=kv_cache_manager.block_pool,
-            rates=Rates(block_bytes, self._block_tokens),
+            costs=CostModel(block_bytes, self._block_tokens),
             world_size=self._vllm_config.parallel_config.world_size,
             job_blocks=max(1, int(self.settings.job_mib * 2**20 / block_bytes)),
             clock=lambda: time.monotonic(),  # noqa: PLW0108  # the simulator lends this module another clock

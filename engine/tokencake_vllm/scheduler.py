@@ -257,7 +257,7 @@ class TokenCakeMixin(_Base):
         self, call: str | None, app: str | None, limit: int, tenant: str | None = None, before: float | None = None
     ) -> dict[str, Any]:
         """A page of decisions, for `GET /v1/tokencake/decisions`."""
-        return self.admission.words.view(
+        return self.admission.explainer.view(
             self.epoch_offset_s(), self.clock(), call=call, app=app, tenant=tenant, limit=limit, before=before
         )
 

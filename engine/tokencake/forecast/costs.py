@@ -30,7 +30,7 @@ class Rate:
 
 
 @dataclass(slots=True)
-class Residence:
+class CacheResidency:
     """How long blocks that nobody holds stay in the device's prefix cache."""
 
     seconds: float = inf
@@ -59,7 +59,7 @@ class Residence:
 
 
 @dataclass(slots=True)
-class Rates:
+class CostModel:
     """What things cost on this engine, in seconds."""
 
     block_bytes: int
@@ -73,7 +73,7 @@ class Rates:
     admission: Rate = field(default_factory=lambda: Rate(0.0))
     """Per call that gets its first slot while others wait."""
 
-    residence: Residence = field(default_factory=Residence)
+    residency: CacheResidency = field(default_factory=CacheResidency)
 
     def __post_init__(self) -> None:
         self.to_host = Rate(self.block_bytes / FIRST_GUESS_BYTES_PER_S)

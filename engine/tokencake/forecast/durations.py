@@ -49,36 +49,36 @@ def _edge(index: float) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class Stall:
+class DurationDistribution:
     """The distribution of the rest of one stall, in seconds from now."""
 
     weights: tuple[float, ...]
     """Probability of each bin of the *whole* duration."""
-    waited_s: float = 0.0
+    elapsed_s: float = 0.0
 
-    def after(self, waited_s: float) -> Stall:
-        """The same stall when it has already lasted `waited_s`."""
-        return Stall(self.weights, waited_s)
+    def given_elapsed(self, elapsed_s: float) -> DurationDistribution:
+        """The same stall when it has already lasted `elapsed_s`."""
+        return DurationDistribution(self.weights, elapsed_s)
 
-    def quantile(self, share: float) -> float:
+    def quantile(self, q: float) -> float:
         """With this probability the stall is over in so many seconds."""
         alive = self._alive()
-        left = share * sum(alive)
+        left = q * sum(alive)
         if left <= 0.0:
             return 0.0
         for index, weight in enumerate(alive):
             if weight > 0.0 and left <= weight:
-                low, high = max(_edge(index), self.waited_s), _edge(index + 1)
-                return max(0.0, low + (high - low) * left / weight - self.waited_s)
+                low, high = max(_edge(index), self.elapsed_s), _edge(index + 1)
+                return max(0.0, low + (high - low) * left / weight - self.elapsed_s)
             left -= weight
-        return max(0.0, _edge(BINS) - self.waited_s)
+        return max(0.0, _edge(BINS) - self.elapsed_s)
 
-    def share_within(self, seconds: float) -> float:
+    def cdf(self, seconds: float) -> float:
         """The probability that the stall is over in so many seconds."""
-        alive, until_s = self._alive(), self.waited_s + seconds
+        alive, until_s = self._alive(), self.elapsed_s + seconds
         within = 0.0
         for index, weight in enumerate(alive):
-            low, high = max(_edge(index), self.waited_s), _edge(index + 1)
+            low, high = max(_edge(index), self.elapsed_s), _edge(index + 1)
             if weight > 0.0 and until_s > low:
                 within += weight * min(1.0, (until_s - low) / (high - low))
         return within / sum(alive)
@@ -87,19 +87,19 @@ class Stall:
     def mean_s(self) -> float:
         """Expected rest."""
         alive = self._alive()
-        middles = ((max(_edge(i), self.waited_s) + _edge(i + 1)) / 2 for i in range(BINS))
-        return max(0.0, sum(w * m for w, m in zip(alive, middles, strict=True)) / sum(alive) - self.waited_s)
+        middles = ((max(_edge(i), self.elapsed_s) + _edge(i + 1)) / 2 for i in range(BINS))
+        return max(0.0, sum(w * m for w, m in zip(alive, middles, strict=True)) / sum(alive) - self.elapsed_s)
 
     def _alive(self) -> list[float]:
         """What is left of the distribution. What has outlived much of what was seen may last as long again."""
         alive = [0.0] * BINS
         for index, weight in enumerate(self.weights):
             low, high = _edge(index), _edge(index + 1)
-            if high > self.waited_s:
-                alive[index] = weight * (high - max(low, self.waited_s)) / (high - low)
+            if high > self.elapsed_s:
+                alive[index] = weight * (high - max(low, self.elapsed_s)) / (high - low)
         outlived = UNSEEN_SHARE * (1.0 - sum(alive))
         if outlived > UNSEEN_SHARE / 2:
-            longer = _spread(2 * self.waited_s, ESTIMATE_SIGMA, from_s=self.waited_s)
+            longer = _spread(2 * self.elapsed_s, ESTIMATE_SIGMA, from_s=self.elapsed_s)
             alive = [seen + outlived * unseen for seen, unseen in zip(alive, longer, strict=True)]
         return alive
 
@@ -116,7 +116,7 @@ def _spread(median_s: float, sigma: float, from_s: float = 0.0) -> tuple[float, 
     return tuple(weight / total for weight in kept) if total else tuple(weights)
 
 
-BACK_NOW: Final = Stall((1.0,) + (0.0,) * (BINS - 1))
+BACK_NOW: Final = DurationDistribution((1.0,) + (0.0,) * (BINS - 1))
 """Nothing is left to wait for."""
 
 
@@ -152,21 +152,21 @@ class Forecast:
         history.add(seconds)
         self._histories.put(key, history, role.tenant)
 
-    def stall(self, role: Role, tool: str | None, estimate_s: float | None = None) -> Stall:
+    def stall(self, role: Role, tool: str | None, estimate_s: float | None = None) -> DurationDistribution:
         """The whole duration of a stall that begins now, as far as it can be known."""
         history = self._histories.get((role, tool or ""))
         if history is None or not history.total:
             if estimate_s is None:
-                return Stall(_spread(UNKNOWN_S, UNKNOWN_SIGMA))
-            return Stall(_spread(estimate_s, ESTIMATE_SIGMA))
+                return DurationDistribution(_spread(UNKNOWN_S, UNKNOWN_SIGMA))
+            return DurationDistribution(_spread(estimate_s, ESTIMATE_SIGMA))
         seen = [history.weights.get(index, 0.0) / history.total for index in range(BINS)]
         if history.total >= ENOUGH or estimate_s is None:
             if history.total >= ENOUGH:
-                return Stall(tuple(seen))
+                return DurationDistribution(tuple(seen))
             prior = _spread(_edge(self._center(history)), UNKNOWN_SIGMA / 2)
         else:
             prior = _spread(estimate_s, ESTIMATE_SIGMA)
-        return Stall(tuple((s + p) * _SPLIT_EVENLY for s, p in zip(seen, prior, strict=True)))
+        return DurationDistribution(tuple((s + p) * _SPLIT_EVENLY for s, p in zip(seen, prior, strict=True)))
 
     def knows(self, role: Role, tool: str | None) -> bool:
         """Whether such a stall was ever seen."""

@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from tokencake.forecast.fair_lru import FairLRU
-from tokencake.forecast.roles import Place
-from tokencake.forecast.topology import Shape, remaining_s, shape_of
+from tokencake.forecast.roles import NodeKey
+from tokencake.forecast.topology import GraphTopology, remaining_s, topology_of
 from tokencake.protocol import Graph
 
-_MAX_PLACES: Final = 8_192
-_MAX_SHAPES: Final = 64
+_MAX_NODES: Final = 8_192
+_MAX_GRAPHS: Final = 64
 _MAX_EDGES: Final = 256
 """Edges learned of one graph; a graph with more of them has no order."""
 _RATE: Final = 0.2
@@ -51,43 +51,43 @@ class _Node:
 
 
 @dataclass(frozen=True, slots=True)
-class Ways:
+class PathCosts:
     """One graph, measured."""
 
-    shape: Shape
+    topology: GraphTopology
     remaining_s: dict[str, float]
     """Calls and what is between them."""
     service_s: dict[str, float]
     """Calls alone."""
     is_described: bool
 
-    def loop(self, node: str) -> tuple[str, ...]:
+    def cycle(self, node: str) -> tuple[str, ...]:
         """The nodes that go round with it, itself included; none where it comes once."""
-        loop = self.shape.loops[self.shape.loop_of[node]]
-        return loop if node in self.shape.after[node] else ()
+        cycle = self.topology.sccs[self.topology.scc_of[node]]
+        return cycle if node in self.topology.descendants[node] else ()
 
 
 @dataclass(slots=True)
 class _Measured:
-    ways: Ways | None
+    path_costs: PathCosts | None
     graph: Graph | None
     at: int
 
 
 @dataclass(slots=True)
-class LoreMemory:
+class GraphStatsMemory:
     """What all tenants' lore takes, bounded and shared fairly; what was not seen for longest is forgotten."""
 
-    nodes: FairLRU[Place, _Node] = field(default_factory=lambda: FairLRU(_MAX_PLACES))
-    calls: FairLRU[str, Counter[str]] = field(default_factory=lambda: FairLRU(_MAX_PLACES))
+    nodes: FairLRU[NodeKey, _Node] = field(default_factory=lambda: FairLRU(_MAX_NODES))
+    calls: FairLRU[str, Counter[str]] = field(default_factory=lambda: FairLRU(_MAX_NODES))
     """Of each graph: calls that ended, by node."""
     counts: Counter[str] = field(default_factory=Counter)
     """All calls of each of these graphs."""
     edges: dict[str, Counter[tuple[str, str]]] = field(default_factory=dict)
-    measured: FairLRU[str, _Measured] = field(default_factory=lambda: FairLRU(_MAX_SHAPES))
+    measured: FairLRU[str, _Measured] = field(default_factory=lambda: FairLRU(_MAX_GRAPHS))
 
 
-class Lore:
+class GraphStats:
     """Everything learned of the graphs of one tenant, whose names no other tenant's have.
 
     Args:
@@ -97,28 +97,28 @@ class Lore:
     """
 
     def __init__(
-        self, graph_named: Callable[[str], Graph | None], memory: LoreMemory | None = None, tenant: str = ""
+        self, graph_named: Callable[[str], Graph | None], memory: GraphStatsMemory | None = None, tenant: str = ""
     ) -> None:
         self.call_s = _FIRST_CALL_S
         """Mean seconds of a call from its first slot to its end."""
         self._graph_named = graph_named
-        self._memory = memory or LoreMemory()
+        self._memory = memory or GraphStatsMemory()
         self._tenant = tenant
 
     # --- learning -----------------------------------------------------------------------------------
 
-    def learn_call(self, place: Place, took_s: float, visits: int) -> None:
+    def learn_call(self, node_key: NodeKey, took_s: float, visits: int) -> None:
         """A call of this place took so long, and was its application's so many-th."""
         self.call_s += _RATE * (took_s - self.call_s)
         memory = self._memory
-        node = memory.nodes.get(place) or _Node(took_s)
+        node = memory.nodes.get(node_key) or _Node(took_s)
         node.call_s += _RATE * (took_s - node.call_s)
         node.calls += 1
         node.apps += visits == 1
         if node.apps > _RECENT:
             node.calls, node.apps = node.calls / 2, node.apps / 2
-        memory.nodes.put(place, node, self._tenant)
-        graph, name = place
+        memory.nodes.put(node_key, node, self._tenant)
+        graph, name = node_key
         calls = memory.calls.get(graph) or Counter[str]()
         calls[name] += 1
         memory.counts[graph] += 1
@@ -126,7 +126,7 @@ class Lore:
             memory.edges.pop(forgotten, None)
             del memory.counts[forgotten]
 
-    def learn_follower(self, before: Place, behind: Place, gap_s: float | None) -> None:
+    def learn_successor(self, before: NodeKey, behind: NodeKey, gap_s: float | None) -> None:
         """A call came, so many seconds after the one that it had waited for had ended; None where that is a guess."""
         node = self._memory.nodes.get(before)
         if node is not None and gap_s is not None:
@@ -140,17 +140,17 @@ class Lore:
 
     # --- what is known ------------------------------------------------------------------------------
 
-    def gap_s(self, place: Place) -> float:
+    def gap_s(self, node_key: NodeKey) -> float:
         """Seconds between the end of a call of this place and what follows it."""
-        node = self._memory.nodes.get(place)
+        node = self._memory.nodes.get(node_key)
         return 0.0 if node is None else node.gap_s
 
-    def service_s(self, place: Place) -> float:
+    def service_s(self, node_key: NodeKey) -> float:
         """Seconds of one call of this place."""
-        node = self._memory.nodes.get(place)
+        node = self._memory.nodes.get(node_key)
         return self.call_s if node is None else node.call_s
 
-    def ways(self, graph: str) -> Ways | None:
+    def path_costs(self, graph: str) -> PathCosts | None:
         """The graph as last measured; None while it is neither described nor learned."""
         described = self._graph_named(graph)
         memory = self._memory
@@ -158,25 +158,25 @@ class Lore:
         count = memory.counts[graph]
         known = memory.measured.get(graph)
         if known is None or known.graph is not described or count >= min(2 * known.at + 1, known.at + _STALE):
-            ways = None
+            path_costs = None
             if described is not None:
-                before = known.ways if known is not None and known.graph is described else None
-                shape = shape_of(described.nodes, described.edges) if before is None else before.shape
-                ways = self._measure(graph, shape, is_described=True)
+                before = known.path_costs if known is not None and known.graph is described else None
+                topology = topology_of(described.nodes, described.edges) if before is None else before.topology
+                path_costs = self._measure(graph, topology, is_described=True)
             elif calls is not None and count >= _ENOUGH:
                 often = [
                     edge
                     for edge, times in memory.edges.get(graph, Counter()).items()
                     if times >= _RARE * calls[edge[0]]
                 ]
-                ways = self._measure(graph, shape_of(calls, often), is_described=False)
-            known = _Measured(ways, described, count)
+                path_costs = self._measure(graph, topology_of(calls, often), is_described=False)
+            known = _Measured(path_costs, described, count)
             memory.measured.put(graph, known, self._tenant)
-        return known.ways
+        return known.path_costs
 
-    def _measure(self, graph: str, shape: Shape, *, is_described: bool) -> Ways:
+    def _measure(self, graph: str, topology: GraphTopology, *, is_described: bool) -> PathCosts:
         nodes, calls = self._memory.nodes, self._memory.calls.get(graph) or Counter[str]()
-        is_known = self._memory.counts[graph] >= _ENOUGH and any(name in calls for name in shape.loop_of)
+        is_known = self._memory.counts[graph] >= _ENOUGH and any(name in calls for name in topology.scc_of)
 
         def service_s(name: str) -> float:
             node = nodes.get((graph, name))
@@ -188,4 +188,4 @@ class Lore:
             node = nodes.get((graph, name))
             return service_s(name) + (0.0 if node is None else node.gap_s * node.visits)
 
-        return Ways(shape, remaining_s(shape, cost_s), remaining_s(shape, service_s), is_described)
+        return PathCosts(topology, remaining_s(topology, cost_s), remaining_s(topology, service_s), is_described)

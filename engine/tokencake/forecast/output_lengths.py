@@ -18,7 +18,7 @@ _ENOUGH: Final = 4
 """Answers before a role's own history counts."""
 
 
-class AnswerLengths:
+class OutputLengthHistory:
     """Recent lengths, in tokens, of the answers in each role; bounded, and shared fairly between tenants."""
 
     def __init__(self) -> None:
@@ -30,10 +30,10 @@ class AnswerLengths:
         recent.append(tokens)
         self._recent.put(role, recent, role.tenant)
 
-    def quantile(self, role: Role, share: float) -> int | None:
-        """The length that `share` of the answers in this role did not exceed; None while too few are known."""
+    def quantile(self, role: Role, q: float) -> int | None:
+        """The length that `q` of the answers in this role did not exceed; None while too few are known."""
         recent = self._recent.get(role)
         if recent is None or len(recent) < _ENOUGH:
             return None
         ordered = sorted(recent)
-        return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+        return ordered[min(len(ordered) - 1, int(q * len(ordered)))]

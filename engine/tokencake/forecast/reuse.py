@@ -22,18 +22,18 @@ FADE: Final = 0.9
 """Weight of the past at each new observation: about the last ten count."""
 PRIOR_WEIGHT: Final = 1.0
 """What the hint says counts like so many observations."""
-SAID: Final = 1.0
+PRIOR_DECLARED: Final = 1.0
 """Chance where the hint says that the call will be extended."""
-UNSAID: Final = 0.5
-CLAIMED: Final = 0.0
+PRIOR_UNDECLARED: Final = 0.5
+PRIOR_CLAIMED: Final = 0.0
 """Chance where a claim says that it will not."""
-MAX_CLAIMED: Final = 0.1
+MAX_BELIEVED: Final = 0.1
 """A claim is believed where the next call has come less often than so."""
 MAX_KEYS: Final = 4_096
 
 
 @dataclass(slots=True)
-class Returns:
+class ReuseProbability:
     """How often calls were extended, by role. In bounded memory."""
 
     _seen: FairLRU[tuple[Role, Claim | None], tuple[float, float]] = field(default_factory=lambda: FairLRU(MAX_KEYS))
@@ -53,12 +53,18 @@ class Returns:
         seen, returned = self._seen.get(key) or (0.0, 0.0)
         self._seen.put(key, (seen * FADE + 1.0, returned * FADE + came), role.tenant)
 
-    def chance(self, hint: Hint | None, claim: Claim | None = None) -> float:
+    def probability(self, hint: Hint | None, claim: Claim | None = None) -> float:
         """With this probability the call will be extended; under a `claim` that it will not."""
-        prior = CLAIMED if claim is not None else SAID if hint is not None and hint.reuse == "extends" else UNSAID
+        prior = (
+            PRIOR_CLAIMED
+            if claim is not None
+            else PRIOR_DECLARED
+            if hint is not None and hint.reuse == "extends"
+            else PRIOR_UNDECLARED
+        )
         seen, returned = (self._seen.get((role_of(hint), claim)) if hint is not None else None) or (0.0, 0.0)
         return (returned + prior * PRIOR_WEIGHT) / (seen + PRIOR_WEIGHT)
 
     def is_believed(self, hint: Hint | None, claim: Claim) -> bool:
         """Whether such claims have been true."""
-        return self.chance(hint, claim) < MAX_CLAIMED
+        return self.probability(hint, claim) < MAX_BELIEVED

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from tokencake.protocol import Hint
 
 
-Place: TypeAlias = tuple[str, str]
+NodeKey: TypeAlias = tuple[str, str]
 """Graph and node: where graph statistics are kept."""
 
 
@@ -36,7 +36,7 @@ class Role(NamedTuple):
         """The node within one graph, told apart from nodes of the same name that belong to other agents."""
         return f"{self.agent}/{self.node}" if self.node and self.node != self.agent else self.agent
 
-    def place(self, tenant: str, root: str | None = None) -> Place:
+    def node_key(self, tenant: str, root: str | None = None) -> NodeKey:
         """The node in its graph; where the hint names no graph, in that of the applications that begin with `root`.
 
         A made-up graph is told apart from every named one by its first character: a client's cannot be empty.

@@ -11,60 +11,60 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class GraphTopology:
     """What follows from the edges alone."""
 
-    followers: Mapping[str, tuple[str, ...]]
-    loops: tuple[tuple[str, ...], ...]
+    successors: Mapping[str, tuple[str, ...]]
+    sccs: tuple[tuple[str, ...], ...]
     """Every node is in one; most are alone in theirs. What a loop leads to stands before it."""
-    loop_of: Mapping[str, int]
-    """The place in `loops` of each node."""
-    after: Mapping[str, frozenset[str]]
+    scc_of: Mapping[str, int]
+    """The place in `sccs` of each node."""
+    descendants: Mapping[str, frozenset[str]]
     """Nodes that can be reached from each node; the node itself only where it is on a cycle."""
 
 
-def shape_of(nodes: Iterable[str], edges: Iterable[tuple[str, str]]) -> Shape:
-    """Strongly connected components, ends first. Takes time linear in nodes and edges, but for `after`."""
+def topology_of(nodes: Iterable[str], edges: Iterable[tuple[str, str]]) -> GraphTopology:
+    """Strongly connected components, ends first. Takes time linear in nodes and edges, but for `descendants`."""
     found: dict[str, list[str]] = {name: [] for name in nodes}
     for before, behind in edges:
         found.setdefault(before, []).append(behind)
         found.setdefault(behind, [])
-    followers = {name: tuple(dict.fromkeys(behind)) for name, behind in found.items()}
-    loops = _components(followers)
-    loop_of = {name: place for place, members in enumerate(loops) for name in members}
-    after: dict[str, frozenset[str]] = {}
+    successors = {name: tuple(dict.fromkeys(behind)) for name, behind in found.items()}
+    sccs = _components(successors)
+    scc_of = {name: place for place, members in enumerate(sccs) for name in members}
+    descendants: dict[str, frozenset[str]] = {}
     reached: list[frozenset[str]] = []
-    for place, members in enumerate(loops):
-        out = {behind for name in members for behind in followers[name]}
-        is_cycle = len(members) > 1 or members[0] in followers[members[0]]
-        everything = frozenset(out.union(*(reached[loop_of[name]] for name in out if loop_of[name] != place)))
+    for place, members in enumerate(sccs):
+        out = {behind for name in members for behind in successors[name]}
+        is_cycle = len(members) > 1 or members[0] in successors[members[0]]
+        everything = frozenset(out.union(*(reached[scc_of[name]] for name in out if scc_of[name] != place)))
         everything = everything | frozenset(members) if is_cycle else everything
         reached.append(everything)
-        after.update(dict.fromkeys(members, everything))
-    return Shape(followers, loops, loop_of, after)
+        descendants.update(dict.fromkeys(members, everything))
+    return GraphTopology(successors, sccs, scc_of, descendants)
 
 
-def remaining_s(shape: Shape, cost_of: Callable[[str], float]) -> dict[str, float]:
+def remaining_s(topology: GraphTopology, cost_of: Callable[[str], float]) -> dict[str, float]:
     """Seconds from the begin of each node to the end of the graph, the node's whole loop included."""
     found: dict[str, float] = {}
-    for place, members in enumerate(shape.loops):
-        exits = (behind for name in members for behind in shape.followers[name] if shape.loop_of[behind] != place)
+    for place, members in enumerate(topology.sccs):
+        exits = (behind for name in members for behind in topology.successors[name] if topology.scc_of[behind] != place)
         rest_s = max((found[behind] for behind in exits), default=0.0)
         found.update(dict.fromkeys(members, rest_s + sum(map(cost_of, members))))
     return found
 
 
-def _components(followers: Mapping[str, tuple[str, ...]]) -> tuple[tuple[str, ...], ...]:
+def _components(successors: Mapping[str, tuple[str, ...]]) -> tuple[tuple[str, ...], ...]:
     """Strongly connected components, each before those that lead to it (Tarjan's, with a stack of its own)."""
     index: dict[str, int] = {}
     low: dict[str, int] = {}
     path: list[str] = []
     on_path: set[str] = set()
     components: list[tuple[str, ...]] = []
-    for root in followers:
+    for root in successors:
         if root in index:
             continue
-        work = [(root, iter(followers[root]))]
+        work = [(root, iter(successors[root]))]
         index[root] = low[root] = len(index)
         path.append(root)
         on_path.add(root)
@@ -84,7 +84,7 @@ def _components(followers: Mapping[str, tuple[str, ...]]) -> tuple[tuple[str, ..
                 index[behind] = low[behind] = len(index)
                 path.append(behind)
                 on_path.add(behind)
-                work.append((behind, iter(followers[behind])))
+                work.append((behind, iter(successors[behind])))
             elif behind in on_path:
                 low[name] = min(low[name], index[behind])
     return tuple(components)

@@ -5,17 +5,23 @@ Memory follows order: see `space_scheduler.seniority` for the order and `space_s
 
 from __future__ import annotations
 
-from tokencake.space_scheduler.applications import Applications, LiveCall
-from tokencake.space_scheduler.growth import Promise, delays, peak_blocks
-from tokencake.space_scheduler.policy import Memory, Rank, Refusal
-from tokencake.space_scheduler.seniority import Peers, coming_s, level_of, peers_of, seniority_s
+from tokencake.space_scheduler.applications import AppTracker, LiveRequest
+from tokencake.space_scheduler.growth import GrowthReservation, peak_blocks, would_delay
+from tokencake.space_scheduler.policy import AdmissionState, Rank, Refusal
+from tokencake.space_scheduler.seniority import (
+    RankContext,
+    expected_service_s,
+    rank_context,
+    seniority_s,
+    service_level,
+)
 from tokencake.space_scheduler.settings import SpaceSettings
 
 
 class DefaultSpacePolicy:
     """Order by the seniority of the application; whoever fits may run, what is promised included."""
 
-    rank_words = (
+    rank_reasons = (
         "its tenant has had less of the device",
         "its application is more senior",
         "it has the longer way to go",
@@ -25,63 +31,63 @@ class DefaultSpacePolicy:
     def __init__(self, settings: SpaceSettings) -> None:
         self.swaps = settings.swap and settings.swap_oldest > 0
         self._settings = settings
-        self._peers = Peers({}, {}, {})
+        self._context = RankContext({}, {}, {})
         self._total_blocks = 1
 
-    def begin(self, applications: Applications, memory: Memory, now: float) -> None:
+    def begin(self, applications: AppTracker, state: AdmissionState, now: float) -> None:
         """See `SpacePolicy`."""
         del now  # seniority is a fixed moment: who waits longer need not be lifted, since nobody is put before it
-        self._total_blocks = memory.total_blocks
-        self._peers = peers_of(
+        self._total_blocks = state.total_blocks
+        self._context = rank_context(
             applications.calls.values(),
             applications.tenants.active(),
             self._settings,
-            memory.total_blocks * memory.block_tokens,
+            state.total_blocks * state.block_tokens,
         )
 
-    def rank(self, call: LiveCall, *, need_blocks: int, is_sibling: bool) -> Rank:
+    def rank(self, call: LiveRequest, *, need_blocks: int, shares_prefix: bool) -> Rank:
         """See `SpacePolicy`."""
         share = need_blocks / self._total_blocks
         return (
-            self._peers.levels.get(call.app.tenant.id, 0),
-            seniority_s(call, self._settings, self._peers, share=share, is_sibling=is_sibling),
+            self._context.tenant_levels.get(call.app.tenant.id, 0),
+            seniority_s(call, self._settings, self._context, share=share, shares_prefix=shares_prefix),
             -call.remaining_s,
             call.number,
         )
 
-    def refusal(self, call: LiveCall, need_blocks: int, memory: Memory) -> Refusal | None:
+    def refusal(self, call: LiveRequest, need_blocks: int, state: AdmissionState) -> Refusal | None:
         """See `SpacePolicy`."""
         if not self._settings.guarded:
             return None  # vLLM waits for the first that does not fit, and lets nobody pass
-        if memory.is_closed:
+        if state.bypass_expired:
             return "closed"
-        if need_blocks + sum(promise.pending_blocks for promise in memory.promises) > memory.free_blocks:
+        if need_blocks + sum(reservation.pending_blocks for reservation in state.reservations) > state.free_blocks:
             return "full"
         # Where nobody was passed over, it may grow beyond what is free: those that it goes before give way.
-        return self._refusal_to_pass(call, need_blocks, memory) if memory.passed else None
+        return self._backfill_refusal(call, need_blocks, state) if state.bypassed else None
 
-    def _refusal_to_pass(self, call: LiveCall, need_blocks: int, memory: Memory) -> Refusal | None:
-        if memory.has_passed_critical and not call.app.is_critical:
+    def _backfill_refusal(self, call: LiveRequest, need_blocks: int, state: AdmissionState) -> Refusal | None:
+        if state.has_bypassed_critical and not call.app.is_critical:
             return "critical"
-        if memory.has_passed_plain and call.hint is None:
+        if state.has_bypassed_unhinted and call.hint is None:
             return "order"
-        if self._would_begin(call, need_blocks):
+        if self._would_start_long_app(call, need_blocks):
             return "begun"
-        coming = Promise(call.expected_tokens, need_blocks, 0)
-        if peak_blocks((*memory.promises, coming), memory.block_tokens) > memory.free_blocks:
+        coming = GrowthReservation(call.expected_tokens, need_blocks, 0)
+        if peak_blocks((*state.reservations, coming), state.block_tokens) > state.free_blocks:
             return "promised"
-        guarded = memory.passed[: self._settings.guarded]
-        is_late = delays(coming, guarded, memory.promises, memory.free_blocks, memory.block_tokens)
+        guarded = state.bypassed[: self._settings.guarded]
+        is_late = would_delay(coming, guarded, state.reservations, state.free_blocks, state.block_tokens)
         return "delays" if is_late else None
 
-    def _would_begin(self, call: LiveCall, need_blocks: int) -> bool:
+    def _would_start_long_app(self, call: LiveRequest, need_blocks: int) -> bool:
         """Whether it is the first of a long application: once begun, that would compete with those that have.
 
         What is short is through before anybody can mind.
         """
         if call.hint is None or call.app.served_s:
             return False
-        return level_of(call.app, coming_s(call, need_blocks / self._total_blocks), self._settings) > 0
+        return service_level(call.app, expected_service_s(call, need_blocks / self._total_blocks), self._settings) > 0
 
     def reserve(self) -> dict[str, int]:
         """See `SpacePolicy`. Order does here what a reserve does there."""

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import Final
 
-from tokencake.forecast.costs import Rates
-from tokencake.forecast.durations import Stall
-from tokencake.time_scheduler.policy import MIN_CHANCE, Decision, FinishedRequest
+from tokencake.forecast.costs import CostModel
+from tokencake.forecast.durations import DurationDistribution
+from tokencake.time_scheduler.policy import MIN_REUSE_PROBABILITY, FinishedRequest, OffloadDecision
 from tokencake.time_scheduler.settings import TimeSettings
 
 MIN_USE: Final = 0.8
@@ -20,35 +20,37 @@ MIN_USE: Final = 0.8
 class DefaultTimePolicy:
     """Why: lowest cost. Reads: hint, forecast, queue. Costs: one dictionary operation per block and request."""
 
-    does_wait_for_demand = False
+    waits_for_demand = False
     restores_preempted = True
 
-    def on_finish(self, request: FinishedRequest, rates: Rates, settings: TimeSettings) -> Decision:
+    def on_finish(self, request: FinishedRequest, costs: CostModel, settings: TimeSettings) -> OffloadDecision:
         """In seconds: the gap until the blocks are used again, against copying them out and in."""
         if request.claim is not None:
-            return Decision("drop", request.claim)
-        gap_s = request.rest.quantile(0.9) + request.queue_s
-        round_trip_s = rates.store_s(request.missing) + rates.load_s(request.missing)
+            return OffloadDecision("drop", request.claim)
+        gap_s = request.remaining.quantile(0.9) + request.queue_s
+        round_trip_s = costs.store_s(request.missing) + costs.load_s(request.missing)
         if gap_s <= max(settings.short_stall_s, round_trip_s):
             # Beside it another request of this size must still find room, or the pins would only be in the way.
             is_in_budget = request.pinned_blocks + request.blocks <= settings.keep_share * request.device_blocks
             has_room = is_in_budget and request.free_blocks >= request.blocks and not request.waiting_calls
             if has_room:
-                return Decision("keep", "short")
+                return OffloadDecision("keep", "short")
             # Where others wait for the room, what is not on the host is lost.
-            if not request.missing or (gap_s <= request.residence_s and not request.waiting_calls):
-                return Decision("leave", "short")
+            if not request.missing or (gap_s <= request.residency_s and not request.waiting_calls):
+                return OffloadDecision("leave", "short")
         if not request.missing:
-            return Decision("offload", "on host already")
-        if rates.recompute_s(request.missing) <= round_trip_s:
-            return Decision("leave", "recompute is cheaper")
-        return Decision("offload", "reusable")
+            return OffloadDecision("offload", "on host already")
+        if costs.recompute_s(request.missing) <= round_trip_s:
+            return OffloadDecision("leave", "recompute is cheaper")
+        return OffloadDecision("offload", "reusable")
 
-    def upload_in_s(self, rest: Stall, blocks: int, rates: Rates, settings: TimeSettings) -> float:
+    def upload_in_s(
+        self, remaining: DurationDistribution, blocks: int, costs: CostModel, settings: TimeSettings
+    ) -> float:
         """The early quantile of the return, less the copy and a margin."""
-        lead_s = max(settings.upload_lead_s, 1.25 * rates.load_s(blocks))
-        return max(0.0, rest.quantile(settings.upload_quantile) - lead_s)
+        lead_s = max(settings.upload_lead_s, 1.25 * costs.load_s(blocks))
+        return max(0.0, remaining.quantile(settings.upload_quantile) - lead_s)
 
-    def may_upload(self, rest: Stall, chance: float, residence_s: float) -> bool:
+    def may_upload(self, remaining: DurationDistribution, probability: float, residency_s: float) -> bool:
         """Only what will probably be there still when the agent is back."""
-        return chance >= MIN_CHANCE and chance * rest.share_within(residence_s) >= MIN_USE
+        return probability >= MIN_REUSE_PROBABILITY and probability * remaining.cdf(residency_s) >= MIN_USE

@@ -14,30 +14,30 @@ from tokencake.time_scheduler.host_tier import Distance, HostBlock
 from tokencake.time_scheduler.policy import EvictionInputs
 from tokencake.time_scheduler.prefixes import Phase
 
-MIN_CHANCE: Final = 0.01
+LEAST_PROBABILITY: Final = 0.01
 """What was never extended is as good as a hundred times as far off."""
-RUNNING_REST_S: Final = 1.0
+RUNNING_REMAINING_S: Final = 1.0
 _MIN_PACE_S: Final = 0.001
 
 
-def distance_s(phase: Phase, place: int, rest_s: float, queued: int, pace_s: float) -> float:
+def distance_s(phase: Phase, place: int, remaining_s: float, queued: int, admission_interval_s: float) -> float:
     """Seconds until a chain's blocks will be read.
 
     Args:
         phase: of the chain.
         place: in the queue, of a waiting call.
-        rest_s: until the agent is back.
+        remaining_s: until the agent is back.
         queued: calls that wait.
-        pace_s: between two admissions.
+        admission_interval_s: between two admissions.
     """
-    pace_s = max(pace_s, _MIN_PACE_S)
+    admission_interval_s = max(admission_interval_s, _MIN_PACE_S)
     match phase:
         case "waiting":
-            return place * pace_s
+            return place * admission_interval_s
         case "stalled":
-            return queued * pace_s + rest_s
+            return queued * admission_interval_s + remaining_s
         case "running":
-            return (queued + 1) * pace_s + 10 * rest_s
+            return (queued + 1) * admission_interval_s + 10 * remaining_s
 
 
 class NextUse:
@@ -45,23 +45,25 @@ class NextUse:
 
     def distances(self, inputs: EvictionInputs) -> tuple[Distance, float]:
         """Seconds until each prefix is read again, over the probability that it is."""
-        tier, places = inputs.tier, inputs.queue_positions()
+        tier, positions = inputs.tier, inputs.queue_positions()
         ends: dict[bytes, float] = {}
         own_s = inf
-        queued = len(places)
-        for chain in inputs.chains:
-            known = tier.known(chain.keys)
-            if not known and chain is not inputs.own:
+        queued = len(positions)
+        for prefix in inputs.prefixes:
+            known = tier.known(prefix.block_hashes)
+            if not known and prefix is not inputs.own:
                 continue
-            rest_s = chain.rest_s(inputs.now_s) if chain.phase == "stalled" else RUNNING_REST_S
-            seconds = distance_s(chain.phase, places.get(chain.id, queued), rest_s, queued, inputs.pace_s)
-            if chain.phase != "waiting":
+            remaining_s = prefix.remaining_s(inputs.now_s) if prefix.phase == "stalled" else RUNNING_REMAINING_S
+            seconds = distance_s(
+                prefix.phase, positions.get(prefix.id, queued), remaining_s, queued, inputs.admission_interval_s
+            )
+            if prefix.phase != "waiting":
                 # A prefix that is extended in one of two cases counts as twice as far; a waiting call reads its own.
-                seconds /= max(MIN_CHANCE, inputs.returns.chance(chain.hint))
-            if chain is inputs.own:
+                seconds /= max(LEAST_PROBABILITY, inputs.reuse.probability(prefix.hint))
+            if prefix is inputs.own:
                 own_s = seconds
             if known:
-                end = chain.keys[known - 1]
+                end = prefix.block_hashes[known - 1]
                 ends[end] = min(seconds, ends.get(end, inf))
         return lambda block: ends.get(block.key, inf), own_s
 

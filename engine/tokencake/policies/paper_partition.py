@@ -39,15 +39,15 @@ def reserves(scores: Mapping[str, float], held_blocks: Mapping[str, int], reserv
         held_blocks: by type; only these count as the memory of which a type holds its share.
         reserved_blocks: of all types together.
     """
-    ordered = sorted(scores, key=lambda kind: (-scores[kind], kind))
+    ordered = sorted(scores, key=lambda agent_type: (-scores[agent_type], agent_type))
     critical = ordered[: max(1, int(len(ordered) * CRITICAL_SHARE))]
-    total_score = sum(scores[kind] for kind in critical) or 1.0
+    total_score = sum(scores[agent_type] for agent_type in critical) or 1.0
     total_held = sum(held_blocks.values()) or 1
     weights = {}
-    for kind in critical:
-        by_score = scores[kind] / total_score
-        by_memory = held_blocks.get(kind, 0) / total_held
-        weights[kind] = max(by_score, (by_memory + by_score) / 2, _LEAST_WEIGHT)
+    for agent_type in critical:
+        by_score = scores[agent_type] / total_score
+        by_memory = held_blocks.get(agent_type, 0) / total_held
+        weights[agent_type] = max(by_score, (by_memory + by_score) / 2, _LEAST_WEIGHT)
     return _largest_remainder(weights, reserved_blocks)
 
 
@@ -74,26 +74,26 @@ class Pools:
     total_blocks: int
     free_blocks: int
 
-    def idle_reserve(self, kind: str) -> int:
-        """What is reserved for `kind` and not held by it."""
-        return max(0, self.reserved.get(kind, 0) - self.held.get(kind, 0))
+    def idle_reserve(self, agent_type: str) -> int:
+        """What is reserved for `agent_type` and not held by it."""
+        return max(0, self.reserved.get(agent_type, 0) - self.held.get(agent_type, 0))
 
     @property
     def shared_free_blocks(self) -> int:
         """Free blocks that are nobody's reserve; a reserve that shrank below its use is charged to them."""
-        return max(0, self.free_blocks - sum(self.idle_reserve(kind) for kind in self.reserved))
+        return max(0, self.free_blocks - sum(self.idle_reserve(agent_type) for agent_type in self.reserved))
 
-    def can_take(self, kind: str, blocks: int, waiting_kinds: frozenset[str]) -> bool:
-        """Whether a call of type `kind` may take `blocks`: shared first, then its own reserve, then idle ones.
+    def can_take(self, agent_type: str, blocks: int, waiting_types: frozenset[str]) -> bool:
+        """Whether a call of type `agent_type` may take `blocks`: shared first, then its own reserve, then idle ones.
 
         A critical type borrows the idle reserve of types none of whose calls wait, any other only while no critical
         type waits at all. Calls without a hint take what is shared.
         """
-        left = blocks - self.shared_free_blocks - (self.idle_reserve(kind) if kind else 0)
-        if left <= 0 or not kind:
+        left = blocks - self.shared_free_blocks - (self.idle_reserve(agent_type) if agent_type else 0)
+        if left <= 0 or not agent_type:
             return left <= 0
-        lenders = [other for other in self.reserved if other != kind and other not in waiting_kinds]
-        is_critical = kind in self.reserved
-        if not is_critical and any(other in waiting_kinds for other in self.reserved):
+        lenders = [other for other in self.reserved if other != agent_type and other not in waiting_types]
+        is_critical = agent_type in self.reserved
+        if not is_critical and any(other in waiting_types for other in self.reserved):
             return False
         return left <= sum(self.idle_reserve(other) for other in lenders)

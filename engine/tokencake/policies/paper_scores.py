@@ -12,10 +12,10 @@ from math import log1p
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tokencake.space_scheduler.applications import LiveCall
+    from tokencake.space_scheduler.applications import LiveRequest
 
 
-def request_score(call: LiveCall, first_app_s: float, now: float) -> float:
+def request_score(call: LiveRequest, first_app_s: float, now: float) -> float:
     """Structure, synchronisation and ageing of one call; highest goes first.
 
     Args:
@@ -94,13 +94,13 @@ class AgentType:
         )
         return max(1.0, 2 * self.importance / count + urgency + 0.5 * recompute + graph)
 
-    def note(self, call: LiveCall, now: float) -> None:
+    def note(self, call: LiveRequest, now: float) -> None:
         """Count a live call of this type in."""
         hint = call.hint
         if hint is None:
             return
         self.calls += 1
-        self.call_s = call.app.tenant.lore.call_s
+        self.call_s = call.app.tenant.graph_stats.call_s
         self.importance += (hint.depth or 0) if hint.importance is None else hint.importance
         self.depth += hint.depth or 0
         self.out_degree += hint.out_degree or 0

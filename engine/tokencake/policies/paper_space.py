@@ -8,15 +8,15 @@ from collections import Counter
 from tokencake.forecast.roles import role_of
 from tokencake.policies.paper_partition import REFRESH_STEPS, START_RATIO, Pools, next_ratio, reserves
 from tokencake.policies.paper_scores import AgentType, request_score
-from tokencake.space_scheduler.applications import Applications, LiveCall
-from tokencake.space_scheduler.policy import Memory, Rank, Refusal
+from tokencake.space_scheduler.applications import AppTracker, LiveRequest
+from tokencake.space_scheduler.policy import AdmissionState, Rank, Refusal
 from tokencake.space_scheduler.settings import SpaceSettings
 
 
 class PaperSpacePolicy:
     """Scores and Algorithm 2, with logical accounting on real blocks."""
 
-    rank_words = ("it came before a call without a hint", "its score is higher", "it came first")
+    rank_reasons = ("it came before a call without a hint", "its score is higher", "it came first")
 
     swaps = False
 
@@ -31,67 +31,69 @@ class PaperSpacePolicy:
         self._now = 0.0
         self._held: Counter[str] = Counter()
         self._plain: list[int] = []
-        self._waiting_kinds: frozenset[str] = frozenset()
+        self._waiting_types: frozenset[str] = frozenset()
 
-    def begin(self, applications: Applications, memory: Memory, now: float) -> None:
+    def begin(self, applications: AppTracker, state: AdmissionState, now: float) -> None:
         """See `SpacePolicy`."""
         calls = applications.calls.values()
         self._now = now
         if self._first_app_s is None:
             self._first_app_s = min((call.app.first_seen_s for call in calls), default=None)
-        self._waiting_kinds = frozenset(kind_of(call) for call in calls if not call.is_running) - {""}
+        self._waiting_types = frozenset(agent_type_of(call) for call in calls if not call.is_running) - {""}
         self._held = Counter[str]()
-        for name, blocks in memory.private_blocks.items():
-            self._held[kind_of(applications.calls[name])] += blocks
+        for name, blocks in state.exclusive_blocks.items():
+            self._held[agent_type_of(applications.calls[name])] += blocks
         # What several calls share is charged to nobody: it counts once, as not free.
         self._plain = sorted(call.number for call in calls if call.hint is None and not call.is_running)
-        is_due = self._refreshed_step is None or memory.step - self._refreshed_step >= REFRESH_STEPS
-        if is_due and (kinds := self._kinds(applications, now)):
+        is_due = self._refreshed_step is None or state.step - self._refreshed_step >= REFRESH_STEPS
+        if is_due and (agent_types := self._agent_types(applications, now)):
             if self._refreshed_step is not None:
-                self.ratio = next_ratio(self.ratio, 1 - memory.free_blocks / memory.total_blocks)
-            self._refreshed_step = memory.step
-            scores = {kind: summary.score() for kind, summary in kinds.items()}
-            annotated = {kind: held for kind, held in self._held.items() if kind}
-            self.reserved = reserves(scores, annotated, int(self.ratio * memory.total_blocks))
+                self.ratio = next_ratio(self.ratio, 1 - state.free_blocks / state.total_blocks)
+            self._refreshed_step = state.step
+            scores = {agent_type: summary.score() for agent_type, summary in agent_types.items()}
+            annotated = {agent_type: held for agent_type, held in self._held.items() if agent_type}
+            self.reserved = reserves(scores, annotated, int(self.ratio * state.total_blocks))
 
-    def _kinds(self, applications: Applications, now: float) -> dict[str, AgentType]:
-        kinds: dict[str, AgentType] = {}
+    def _agent_types(self, applications: AppTracker, now: float) -> dict[str, AgentType]:
+        agent_types: dict[str, AgentType] = {}
         for call in applications.calls.values():
-            if kind := kind_of(call):
-                kinds.setdefault(kind, AgentType()).note(call, now)
-        for kind, summary in kinds.items():
-            summary.refusals = self._refusals[kind]
+            if agent_type := agent_type_of(call):
+                agent_types.setdefault(agent_type, AgentType()).note(call, now)
+        for agent_type, summary in agent_types.items():
+            summary.refusals = self._refusals[agent_type]
         self._refusals.clear()
-        return kinds
+        return agent_types
 
-    def rank(self, call: LiveCall, *, need_blocks: int, is_sibling: bool) -> Rank:
+    def rank(self, call: LiveRequest, *, need_blocks: int, shares_prefix: bool) -> Rank:
         """See `SpacePolicy`."""
-        del need_blocks, is_sibling
+        del need_blocks, shares_prefix
         if call.is_running:
             return (-1.0, -request_score(call, self._first_app_s or 0.0, self._now), call.number)
         # A call without a hint is a barrier: hinted ones are ordered among those that came before it.
         barrier = bisect_left(self._plain, call.number)
         return (barrier, -request_score(call, self._first_app_s or 0.0, self._now), call.number)
 
-    def refusal(self, call: LiveCall, need_blocks: int, memory: Memory) -> Refusal | None:
+    def refusal(self, call: LiveRequest, need_blocks: int, state: AdmissionState) -> Refusal | None:
         """See `SpacePolicy`."""
-        kind = kind_of(call)
+        agent_type = agent_type_of(call)
         held = Counter(self._held)
-        for taker, blocks in memory.taken:
-            held[kind_of(taker)] += blocks
-        pools = Pools(self.reserved, held, memory.total_blocks, memory.free_blocks)
-        if need_blocks > memory.free_blocks or pools.can_take(kind, need_blocks, self._waiting_kinds - {kind}):
+        for taker, blocks in state.taken:
+            held[agent_type_of(taker)] += blocks
+        pools = Pools(self.reserved, held, state.total_blocks, state.free_blocks)
+        if need_blocks > state.free_blocks or pools.can_take(
+            agent_type, need_blocks, self._waiting_types - {agent_type}
+        ):
             return None
-        self._refusals[kind] += 1
+        self._refusals[agent_type] += 1
         return "reserved"
 
     def reserve(self) -> dict[str, int]:
         """See `SpacePolicy`."""
-        used = sum(min(blocks, self._held[kind]) for kind, blocks in self.reserved.items())
+        used = sum(min(blocks, self._held[agent_type]) for agent_type, blocks in self.reserved.items())
         return {"size": sum(self.reserved.values()), "used": used}
 
 
-def kind_of(call: LiveCall) -> str:
+def agent_type_of(call: LiveRequest) -> str:
     """The agent type of its tenant that the call's blocks are charged to; "" without a hint."""
     role = role_of(call.hint)
     return "" if call.hint is None else role.tenant + (role.agent or role.node or call.hint.session)

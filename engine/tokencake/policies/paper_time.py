@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Final
 
-from tokencake.forecast.costs import Rates
-from tokencake.forecast.durations import Stall
-from tokencake.time_scheduler.policy import Decision, FinishedRequest, PaperInputs, PaperReason
+from tokencake.forecast.costs import CostModel
+from tokencake.forecast.durations import DurationDistribution
+from tokencake.time_scheduler.policy import FinishedRequest, OffloadDecision, PaperInputs, PaperReason
 from tokencake.time_scheduler.settings import TimeSettings
 
 LOW_PRESSURE: Final = 0.60
@@ -25,18 +25,18 @@ class PaperTimePolicy:
     Costs: one walk over the head of the queue per decision.
     """
 
-    does_wait_for_demand = True
+    waits_for_demand = True
     restores_preempted = False
 
-    def on_finish(self, request: FinishedRequest, rates: Rates, settings: TimeSettings) -> Decision:  # noqa: ARG002  # the interface
+    def on_finish(self, request: FinishedRequest, costs: CostModel, settings: TimeSettings) -> OffloadDecision:  # noqa: ARG002  # the interface
         """Reject reasons in the published order."""
         if request.claim is not None or not request.blocks:
-            return Decision("leave", "not eligible")
+            return OffloadDecision("leave", "not eligible")
         if not request.missing:
-            return Decision("offload", "on host already")
+            return OffloadDecision("offload", "on host already")
         inputs = request.paper_inputs()
-        stall_s = request.rest.mean_s
-        transfer_s = rates.store_s(request.missing) + rates.load_s(request.blocks)
+        stall_s = request.remaining.mean_s
+        transfer_s = costs.store_s(request.missing) + costs.load_s(request.blocks)
         window_s = stall_s - transfer_s
         use = 1.0 - request.free_blocks / max(1, request.device_blocks)
         has_window = window_s >= max(4 * transfer_s, EMERGENCY_S)
@@ -44,7 +44,11 @@ class PaperTimePolicy:
         why = self._rejection(request, inputs, stall_s, transfer_s, use, is_emergency=is_emergency)
         if why is None and not is_emergency and self.score(request, inputs, stall_s, transfer_s, use) < MIN_SCORE:
             why = "score"
-        return Decision("offload", "emergency" if is_emergency else "pays") if why is None else Decision("leave", why)
+        return (
+            OffloadDecision("offload", "emergency" if is_emergency else "pays")
+            if why is None
+            else OffloadDecision("leave", why)
+        )
 
     @staticmethod
     def _rejection(
@@ -93,10 +97,16 @@ class PaperTimePolicy:
             - churn
         )
 
-    def upload_in_s(self, rest: Stall, blocks: int, rates: Rates, settings: TimeSettings) -> float:  # noqa: ARG002  # as above
+    def upload_in_s(
+        self,
+        remaining: DurationDistribution,
+        blocks: int,
+        costs: CostModel,
+        settings: TimeSettings,  # noqa: ARG002  # as above
+    ) -> float:
         """The predicted return less `max(0.1 s, 1.25 T)`."""
-        return max(0.0, rest.mean_s - max(PAPER_LEAD_S, PAPER_LEAD_TIMES * rates.load_s(blocks)))
+        return max(0.0, remaining.mean_s - max(PAPER_LEAD_S, PAPER_LEAD_TIMES * costs.load_s(blocks)))
 
-    def may_upload(self, rest: Stall, chance: float, residence_s: float) -> bool:  # noqa: ARG002  # as above
+    def may_upload(self, remaining: DurationDistribution, probability: float, residency_s: float) -> bool:  # noqa: ARG002  # as above
         """Always."""
         return True

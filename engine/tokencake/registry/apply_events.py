@@ -12,13 +12,13 @@ from tokencake.registry.records import ToolCall, Wait
 
 if TYPE_CHECKING:
     from tokencake.protocol import EventOutcome
-    from tokencake.registry.records import Call, Session
+    from tokencake.registry.records import CallRecord, Session
 
 ToolEvent: TypeAlias = protocol.ToolStart | protocol.ToolProgress | protocol.ToolEnd
 WaitEvent: TypeAlias = protocol.StallStart | protocol.StallEnd
 
 
-def note_tool(call: Call, event: ToolEvent, now: float, limit: int) -> EventOutcome:
+def note_tool(call: CallRecord, event: ToolEvent, now: float, limit: int) -> EventOutcome:
     """A tool call of `call`, which may have at most `limit`, began, went on or ended."""
     match event:
         case protocol.ToolStart():
@@ -29,7 +29,7 @@ def note_tool(call: Call, event: ToolEvent, now: float, limit: int) -> EventOutc
             return _end(call, event, now, limit)
 
 
-def _start(call: Call, event: protocol.ToolStart, now: float, limit: int) -> EventOutcome:
+def _start(call: CallRecord, event: protocol.ToolStart, now: float, limit: int) -> EventOutcome:
     tool = call.tools.get(event.tool_call)
     if tool is not None and tool.is_start_seen:
         return "duplicate"
@@ -45,7 +45,7 @@ def _start(call: Call, event: protocol.ToolStart, now: float, limit: int) -> Eve
     return "late" if is_late else "applied"
 
 
-def _progress(call: Call, event: protocol.ToolProgress) -> EventOutcome:
+def _progress(call: CallRecord, event: protocol.ToolProgress) -> EventOutcome:
     tool = call.tools.get(event.tool_call)
     if tool is None:
         return "unknown"
@@ -59,7 +59,7 @@ def _progress(call: Call, event: protocol.ToolProgress) -> EventOutcome:
     return "applied"
 
 
-def _end(call: Call, event: protocol.ToolEnd, now: float, limit: int) -> EventOutcome:
+def _end(call: CallRecord, event: protocol.ToolEnd, now: float, limit: int) -> EventOutcome:
     tool = call.tools.get(event.tool_call) or _new_tool(call, event, limit)
     if tool is None:
         return "invalid"
@@ -74,7 +74,7 @@ def _end(call: Call, event: protocol.ToolEnd, now: float, limit: int) -> EventOu
     return "applied"
 
 
-def _new_tool(call: Call, event: protocol.ToolStart | protocol.ToolEnd, limit: int) -> ToolCall | None:
+def _new_tool(call: CallRecord, event: protocol.ToolStart | protocol.ToolEnd, limit: int) -> ToolCall | None:
     """The record of a tool call heard of for the first time; None where the call has too many."""
     if len(call.tools) >= limit:
         return None

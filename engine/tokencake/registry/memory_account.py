@@ -14,7 +14,7 @@ from typing import Final, Literal, TypeAlias
 
 from tokencake.bounded import BoundedDict
 from tokencake.protocol import Graph, Hint, Stage
-from tokencake.registry.records import Call
+from tokencake.registry.records import CallRecord
 from tokencake.registry.timeline import Timeline
 
 RecordKind: TypeAlias = Literal["session", "app", "graph"]
@@ -77,7 +77,7 @@ class Account:
 
     records: OrderedDict[tuple[RecordKind, str], int] = field(default_factory=OrderedDict)
     total_bytes: int = 0
-    calls: Timeline[Call] = field(default_factory=Timeline)
+    calls: Timeline[CallRecord] = field(default_factory=Timeline)
     unknown_graphs: BoundedDict[str, None] = field(default_factory=lambda: BoundedDict(MAX_GRAPHS_ASKED))
     """Graph hashes that hints named and no event has described."""
 
@@ -108,7 +108,7 @@ class Accounts:
         account = self._by_tenant.get(tenant)
         return [] if account is None else list(account.records)
 
-    def calls_of(self, tenant: str) -> Timeline[Call]:
+    def calls_of(self, tenant: str) -> Timeline[CallRecord]:
         """The calls of `tenant` in order of arrival."""
         account = self._by_tenant.get(tenant)
         return Timeline() if account is None else account.calls

@@ -17,7 +17,7 @@ from tokencake.protocol import Hint
 from tokencake.protocol.parsing import count, number, optional
 from tokencake.registry.memory_account import APP_BYTES, SESSION_BYTES, Account, Accounts, text_bytes, tool_bytes
 from tokencake.registry.metric_names import CountKey
-from tokencake.registry.records import App, Call, Session, lifetime_of
+from tokencake.registry.records import App, CallRecord, Session, lifetime_of
 from tokencake.registry.timeline import TICK_S, Timeline, after
 
 _STEPS: Final = 8
@@ -47,7 +47,7 @@ class RecordStore:
     def __init__(self, limits: Limits | None = None, *, has_tenants: bool = False) -> None:
         self.limits = limits or Limits()
         self.sessions: OrderedDict[str, Session] = OrderedDict()
-        self.calls: OrderedDict[str, Call] = OrderedDict()
+        self.calls: OrderedDict[str, CallRecord] = OrderedDict()
         self.apps: OrderedDict[str, App] = OrderedDict()
         self.graphs: dict[str, protocol.Graph] = {}
         self.counts: Counter[CountKey] = Counter()
@@ -55,7 +55,7 @@ class RecordStore:
         self._has_tenants = has_tenants
         self._accounts = Accounts()
         self._stalled_calls: set[str] = set()
-        self._timeline: Timeline[Call] = Timeline()
+        self._timeline: Timeline[CallRecord] = Timeline()
         self._last_order_s = 0.0
 
     def _touch_session(self, hint: Hint, now: float) -> Session:
@@ -82,7 +82,7 @@ class RecordStore:
                 app.own_sessions.add(session.id)
         return session
 
-    def _charge(self, call: Call, size: int) -> None:
+    def _charge(self, call: CallRecord, size: int) -> None:
         """`call` takes `size` bytes more, as a part of its session."""
         call.kept_bytes += size
         self._accounts.add(call.hint.tenant, "session", call.hint.session, size)
@@ -166,13 +166,13 @@ class RecordStore:
         self._accounts.remove(self.apps.pop(name).tenant, "app", name)
         self.counts["forgotten", "app"] += 1
 
-    def _note_stall(self, call: Call) -> None:
+    def _note_stall(self, call: CallRecord) -> None:
         if any(tool.is_open for tool in call.tools.values()):
             self._stalled_calls.add(call.id)
         else:
             self._stalled_calls.discard(call.id)
 
-    def _keep_call(self, call: Call) -> None:
+    def _keep_call(self, call: CallRecord) -> None:
         """Keep a new call, of a session that is known."""
         call.order_s = self._last_order_s = after(call.arrived_s, self._last_order_s)
         self.calls[call.id] = call
@@ -191,7 +191,7 @@ class RecordStore:
 
     def newest_calls(
         self, tenant: str | None = None, session: str | None = None, before_s: float | None = None
-    ) -> Iterable[tuple[float, Call | None]]:
+    ) -> Iterable[tuple[float, CallRecord | None]]:
         """Calls of one session, of one tenant or (None) of all, each with its `order_s`; None stands for a gap."""
         if session is None:
             calls = self._timeline if tenant is None else self._accounts.calls_of(tenant)
@@ -209,7 +209,7 @@ class RecordStore:
         )
 
 
-def kept_tool_bytes(call: Call, tool_call: str) -> int:
+def kept_tool_bytes(call: CallRecord, tool_call: str) -> int:
     """What a tool call of `call` takes; 0 where it is not known."""
     tool = call.tools.get(tool_call)
     return 0 if tool is None else tool_bytes(tool_call, tool.tool, tool.stages) + text_bytes(tool.stage)

@@ -33,7 +33,7 @@ class ToolCall:
 
 
 @dataclass(slots=True)
-class Call:
+class CallRecord:
     """One LLM call: what its hint said, what the scheduler did with it, the tool calls it asked for."""
 
     id: str
@@ -78,7 +78,7 @@ class Session:
     arrived_s: float = 0.0
     """When its latest call arrived."""
     live_requests: int = 0
-    calls: dict[str, Call] = field(default_factory=dict)
+    calls: dict[str, CallRecord] = field(default_factory=dict)
     waits: dict[str, Wait] = field(default_factory=dict)
     ended: ToolStatus | None = None
 

@@ -17,7 +17,7 @@ from tokencake.registry.apply_events import ToolEvent, WaitEvent, note_tool, not
 from tokencake.registry.memory_account import Account, call_bytes, graph_bytes, waits_bytes
 from tokencake.registry.metric_names import HistogramName
 from tokencake.registry.record_store import Limits, RecordStore, kept_tool_bytes
-from tokencake.registry.records import App, Call, Session
+from tokencake.registry.records import App, CallRecord, Session
 
 MAX_OBSERVATIONS: Final = 10_000
 """Durations kept between two drains of the metrics; later ones are not observed until the next drain."""
@@ -29,7 +29,7 @@ class Registry(RecordStore):
     def __init__(self, limits: Limits | None = None, *, has_tenants: bool = False) -> None:
         super().__init__(limits, has_tenants=has_tenants)
         self._observed: defaultdict[HistogramName, list[float]] = defaultdict(list)
-        self._requests: dict[str, Call] = {}
+        self._requests: dict[str, CallRecord] = {}
 
     # --- the scheduler's side ---------------------------------------------------------------------
 
@@ -57,7 +57,7 @@ class Registry(RecordStore):
         if call is None or not call.live_requests:
             tools = call.tools if call else {}
             self._forget_call(call_id)
-            call = Call(call_id, hint, now, prompt_tokens, tools=tools)
+            call = CallRecord(call_id, hint, now, prompt_tokens, tools=tools)
             self._keep_call(call)
             self._charge(call, call_bytes(hint) + sum(kept_tool_bytes(call, name) for name in tools))
             self._note_stall(call)
@@ -119,9 +119,9 @@ class Registry(RecordStore):
     def _apply(self, event: Event, now: float) -> EventOutcome:
         match event:
             case protocol.ToolStart() | protocol.ToolProgress() | protocol.ToolEnd():
-                outcome = self._hear_tool(event, now)
+                outcome = self._on_tool(event, now)
             case protocol.StallStart() | protocol.StallEnd():
-                outcome = self._hear_wait(event, now)
+                outcome = self._on_wait(event, now)
             case protocol.SessionEnd():
                 outcome = _end(self.sessions.get(event.session), event.status)
                 self._end_sessions(event, now)
@@ -134,7 +134,7 @@ class Registry(RecordStore):
                 assert_never(event)
         return outcome
 
-    def _hear_tool(self, event: ToolEvent, now: float) -> EventOutcome:
+    def _on_tool(self, event: ToolEvent, now: float) -> EventOutcome:
         call = self.calls.get(event.call)
         if call is None:
             return "unknown"
@@ -150,7 +150,7 @@ class Registry(RecordStore):
                 self.observe("tool_s", duration_s)
         return outcome
 
-    def _hear_wait(self, event: WaitEvent, now: float) -> EventOutcome:
+    def _on_wait(self, event: WaitEvent, now: float) -> EventOutcome:
         session = self.sessions.get(event.session)
         if session is None:
             return "unknown"

@@ -9,7 +9,7 @@ from tokencake import protocol
 from tokencake.registry.timeline import page_of
 
 if TYPE_CHECKING:
-    from tokencake.registry.records import Call, Session
+    from tokencake.registry.records import CallRecord, Session
     from tokencake.registry.registry import Registry
 
 Clock: TypeAlias = Callable[[float | None], float | None]
@@ -93,7 +93,7 @@ def session_view(session: Session, when: Clock, *, is_stalled: bool) -> dict[str
     }
 
 
-def call_view(call: Call, when: Clock) -> dict[str, Any]:
+def call_view(call: CallRecord, when: Clock) -> dict[str, Any]:
     """A call and its tool calls as JSON."""
     hint = call.hint
     return {

@@ -14,12 +14,12 @@ from math import inf
 from typing import Final
 
 from tokencake.forecast.fair_lru import FairLRU
-from tokencake.forecast.graph_stats import Ways
-from tokencake.forecast.output_lengths import AnswerLengths
-from tokencake.forecast.roles import Place, Role, role_of
+from tokencake.forecast.graph_stats import PathCosts
+from tokencake.forecast.output_lengths import OutputLengthHistory
+from tokencake.forecast.roles import NodeKey, Role, role_of
 from tokencake.protocol import Graph, Hint
-from tokencake.space_scheduler.branches import Branch, Stalled, slacks_s
-from tokencake.space_scheduler.tenant_book import Tenant, TenantBook
+from tokencake.space_scheduler.branches import Branch, StalledBranches, slacks_s
+from tokencake.space_scheduler.tenant_table import Tenant, TenantTable
 
 _MAX_KEPT: Final = 8_192
 """Applications without a live call that are remembered, so that their next call finds its place."""
@@ -44,20 +44,20 @@ class Application:
     served_s: float = 0.0
     is_critical: bool = False
     """Whether a call of it was on a critical path: somebody waits for its end."""
-    live: dict[str, LiveCall] = field(default_factory=dict)
+    live: dict[str, LiveRequest] = field(default_factory=dict)
     root: str = ""
     """The agent of its first call."""
-    visits: Counter[Place] = field(default_factory=Counter)
+    visits: Counter[NodeKey] = field(default_factory=Counter)
     """How often a call of this graph and node came."""
     answers: Counter[str] = field(default_factory=Counter)
     """Live requests of each live call: several with `n` > 1."""
-    stalled: Stalled = field(default_factory=Stalled)
+    stalled: StalledBranches = field(default_factory=StalledBranches)
     measured_version: int = -1
-    """`Applications.version` when its slack was measured."""
+    """`AppTracker.version` when its slack was measured."""
 
 
 @dataclass(slots=True)
-class LiveCall:
+class LiveRequest:
     """One request that waits or runs."""
 
     request_id: str
@@ -76,19 +76,19 @@ class LiveCall:
     """Length of the answer to be reckoned with."""
     is_running: bool = False
     started_s: float | None = None
-    refused_s: float | None = None
+    first_skipped_s: float | None = None
     """When it was first passed over as the first in line, since it last ran."""
-    charged_s: float = 0.0
+    accounted_s: float = 0.0
     """Up to when its service has been counted."""
     preemptions: int = 0
     swaps: int = 0
     """How often it was swapped out for an older application's call."""
     swapped_for: Application | None = None
     """That application, until it runs again."""
-    is_in_vain: bool = False
+    swap_failed: bool = False
     """Whether others gave way to it and it did not start although there was room: nobody does again."""
     slack_s: float | None = None
-    """As of the last time that `Applications.slack_s` measured its application."""
+    """As of the last time that `AppTracker.slack_s` measured its application."""
 
     @property
     def remaining_s(self) -> float:
@@ -96,15 +96,15 @@ class LiveCall:
         return 0.0 if self.branch is None else self.branch.remaining_s
 
 
-class Applications:
+class AppTracker:
     """Everything above, kept from what the scheduler does and what hints and graphs tell."""
 
     def __init__(self, graph_named: Callable[[str], Graph | None], *, answer_quantile: float) -> None:
-        self.calls: dict[str, LiveCall] = {}
-        self.lengths = AnswerLengths()
+        self.calls: dict[str, LiveRequest] = {}
+        self.lengths = OutputLengthHistory()
         self.version = 0
         """Changes when a call comes or goes, or when one is started or stopped."""
-        self.tenants = TenantBook(graph_named)
+        self.tenants = TenantTable(graph_named)
         self._quantile = answer_quantile
         self._apps: FairLRU[str, Application] = FairLRU(inf)
         self._arrivals = 0
@@ -125,14 +125,14 @@ class Applications:
         max_tokens: int,
         now: float,
         tenant: str = "",
-    ) -> LiveCall:
+    ) -> LiveRequest:
         """A request of `tenant` entered the engine."""
         app = self._application(request_id, hint, tenant, now)
         self._arrivals += 1
         name = request_id if hint is None or hint.call is None else hint.call
         app.answers[name] += 1
         branch, service_s = (None, 0.0) if hint is None else self._branch(app, name, hint, now)
-        call = LiveCall(
+        call = LiveRequest(
             request_id,
             app,
             hint,
@@ -154,7 +154,7 @@ class Applications:
     def start(self, request_id: str, now: float) -> None:
         """The request got a slot."""
         if (call := self.calls.get(request_id)) is not None and not call.is_running:
-            call.is_running, call.charged_s, call.refused_s, call.swapped_for = True, now, None, None
+            call.is_running, call.accounted_s, call.first_skipped_s, call.swapped_for = True, now, None, None
             call.started_s = now if call.started_s is None else call.started_s
             self.version += 1
 
@@ -165,11 +165,11 @@ class Applications:
             call.preemptions += 1
             self.version += 1
 
-    def charge(self, request_id: str, share: float, now: float) -> None:
+    def account_service(self, request_id: str, share: float, now: float) -> None:
         """The request has held this share of the blocks since it was last charged."""
         if (call := self.calls.get(request_id)) is not None and call.is_running:
-            device_s = share * (now - call.charged_s)
-            call.charged_s = now
+            device_s = share * (now - call.accounted_s)
+            call.accounted_s = now
             call.app.served_s += device_s
             call.app.tenant.served_s += device_s
 
@@ -190,12 +190,12 @@ class Applications:
 
     # --- what is learned --------------------------------------------------------------------------
 
-    def _learn(self, call: LiveCall, took_s: float, output_tokens: int) -> None:
+    def _learn(self, call: LiveRequest, took_s: float, output_tokens: int) -> None:
         tenant = call.app.tenant
         self.lengths.learn(role_of(call.hint, tenant.id), output_tokens)
         tenant.learn_call(took_s, output_tokens)
-        place = Role().place(tenant.id) if call.branch is None else call.branch.place
-        tenant.lore.learn_call(place, took_s, call.app.visits[place])
+        node_key = Role().node_key(tenant.id) if call.branch is None else call.branch.node_key
+        tenant.graph_stats.learn_call(node_key, took_s, call.app.visits[node_key])
 
     def _expected_tokens(self, role: Role, hint: Hint | None, max_tokens: int) -> int:
         learned = self.lengths.quantile(role, self._quantile)
@@ -210,50 +210,54 @@ class Applications:
         """The branch of the call `name` that comes, and the seconds of calls on its way."""
         if not app.visits:
             app.root = hint.agent or ""
-        place = role_of(hint).place(app.tenant.id, app.root)
-        node, lore = place[1], app.tenant.lore
-        ways = lore.ways(place[0])
+        node_key = role_of(hint).node_key(app.tenant.id, app.root)
+        node, graph_stats = node_key[1], app.tenant.graph_stats
+        path_costs = graph_stats.path_costs(node_key[0])
         if app.answers[name] == 1:
-            app.visits[place] += 1
-            cause, is_sure = app.stalled.arrive(hint.session, place, hint.join, hint.parent_call, ways)
+            app.visits[node_key] += 1
+            cause, is_sure = app.stalled.arrive(hint.session, node_key, hint.join, hint.parent_call, path_costs)
             if cause is not None:
-                lore.learn_follower(cause.place, place, now - cause.at_s if is_sure else None)
-        branch = Branch(name, hint.session, place, hint.join, hint.parent_call, now, 0.0)
-        if ways is None or node not in ways.remaining_s or (hint.remaining is not None and not ways.is_described):
-            told_s = (hint.remaining or 0) * lore.call_s
+                graph_stats.learn_successor(cause.node_key, node_key, now - cause.at_s if is_sure else None)
+        branch = Branch(name, hint.session, node_key, hint.join, hint.parent_call, now, 0.0)
+        if (
+            path_costs is None
+            or node not in path_costs.remaining_s
+            or (hint.remaining is not None and not path_costs.is_described)
+        ):
+            told_s = (hint.remaining or 0) * graph_stats.call_s
             return replace(branch, remaining_s=told_s), told_s
         # Of the rounds of a loop that are expected, those that the application has had are over.
-        rounds = {other: app.visits[place[0], other] - (other == node) for other in ways.loop(node)}
-        service_s, gaps_s = ways.service_s[node], ways.remaining_s[node] - ways.service_s[node]
+        rounds = {other: app.visits[node_key[0], other] - (other == node) for other in path_costs.cycle(node)}
+        service_s, gaps_s = path_costs.service_s[node], path_costs.remaining_s[node] - path_costs.service_s[node]
         for other, count in rounds.items():
-            service_s -= count * lore.service_s((place[0], other))
-            gaps_s -= count * lore.gap_s((place[0], other))
-        service_s, gaps_s = max(service_s, lore.service_s(place)), max(gaps_s, 0.0)
-        rest_s = self._after_parent(app, branch, ways)
+            service_s -= count * graph_stats.service_s((node_key[0], other))
+            gaps_s -= count * graph_stats.gap_s((node_key[0], other))
+        service_s, gaps_s = max(service_s, graph_stats.service_s(node_key)), max(gaps_s, 0.0)
+        rest_s = self._after_parent(app, branch, path_costs)
         return replace(branch, remaining_s=service_s + gaps_s + rest_s), service_s + rest_s
 
-    def _after_parent(self, app: Application, branch: Branch, ways: Ways) -> float:
+    def _after_parent(self, app: Application, branch: Branch, path_costs: PathCosts) -> float:
         """What is left for the agent that waits for a sub-agent, where the graph does not lead back to it."""
         parent = app.stalled.of_call(branch.parent)
         if parent is None:
             return 0.0
-        (graph, node), (parent_graph, parent_node) = branch.place, parent.place
-        leads_back = graph == parent_graph and parent_node in ways.shape.after[node]
+        (graph, node), (parent_graph, parent_node) = branch.node_key, parent.node_key
+        leads_back = graph == parent_graph and parent_node in path_costs.topology.descendants[node]
         return 0.0 if leads_back else parent.remaining_s
 
-    def _stall(self, call: LiveCall, now: float) -> None:
+    def _stall(self, call: LiveRequest, now: float) -> None:
         """The call is over: its branch waits in a tool, or for others, unless it says that nothing will follow."""
         branch, hint = call.branch, call.hint
         if branch is None or hint is None or call.app.answers[branch.call]:
             return
-        lore = call.app.tenant.lore
-        gap_s = lore.gap_s(branch.place)
+        graph_stats = call.app.tenant.graph_stats
+        gap_s = graph_stats.gap_s(branch.node_key)
         is_over = hint.reuse == "final" and hint.join is None
-        left_s = max(gap_s, branch.remaining_s - lore.service_s(branch.place))
+        left_s = max(gap_s, branch.remaining_s - graph_stats.service_s(branch.node_key))
         until_s = now if is_over else now + max(_LEAST_LIFE_S, _LONG_GAP * gap_s)
         call.app.stalled.leave(replace(branch, at_s=now, remaining_s=left_s, until_s=until_s))
 
-    def slack_s(self, call: LiveCall, now: float) -> float | None:
+    def slack_s(self, call: LiveRequest, now: float) -> float | None:
         """What its branch has to spare at its next join; None where it has no siblings.
 
         An application is measured when it is asked for, and again when calls have come, gone or changed their state.
@@ -264,7 +268,7 @@ class Applications:
             self._measure_slack(app, now)
         return call.slack_s
 
-    def is_critical(self, call: LiveCall, now: float) -> bool:
+    def is_critical(self, call: LiveRequest, now: float) -> bool:
         """Whether others of its application wait for it: measured where it has siblings, else as its client says."""
         slack_s = self.slack_s(call, now)
         return slack_s == 0.0 if slack_s is not None else call.hint is not None and call.hint.critical is True
@@ -274,7 +278,9 @@ class Applications:
         parents = {branch.parent for _, branch in live}
         stalled = [branch for branch in app.stalled.living(now) if branch.call not in parents]
         branches = [branch for _, branch in live]
-        for (call, _), slack_s in zip(live, slacks_s([*branches, *stalled], app.tenant.lore.ways, now), strict=False):
+        for (call, _), slack_s in zip(
+            live, slacks_s([*branches, *stalled], app.tenant.graph_stats.path_costs, now), strict=False
+        ):
             call.slack_s = slack_s
 
     # --- who belongs together ---------------------------------------------------------------------

@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 from tokencake.bounded import BoundedDict
 
 if TYPE_CHECKING:
-    from tokencake.forecast.graph_stats import Ways
-    from tokencake.forecast.roles import Place
+    from tokencake.forecast.graph_stats import PathCosts
+    from tokencake.forecast.roles import NodeKey
 
 MAX_STALLED: Final = 64
 """Stalled branches remembered of one application."""
 
-MAX_PLACES: Final = 64
+MAX_NODES: Final = 64
 """An application that is at more places at once has no slack: to compare them all would take too long."""
 
-_Key: TypeAlias = "tuple[str | None, str | None, Place]"
+_Key: TypeAlias = "tuple[str | None, str | None, NodeKey]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class Branch:
 
     call: str
     session: str
-    place: Place
+    node_key: NodeKey
     join: str | None
     parent: str | None
     """The call in whose tool this branch works."""
@@ -48,7 +48,7 @@ class Branch:
         return max(0.0, self.remaining_s - (now - self.at_s))
 
 
-class Stalled:
+class StalledBranches:
     """The branches of one application between two calls."""
 
     def __init__(self) -> None:
@@ -68,7 +68,7 @@ class Stalled:
         return [branch for branch in self._branches.values() if now < branch.until_s]
 
     def arrive(
-        self, session: str, place: Place, join: str | None, parent: str | None, ways: Ways | None
+        self, session: str, node_key: NodeKey, join: str | None, parent: str | None, path_costs: PathCosts | None
     ) -> tuple[Branch | None, bool]:
         """A call came: the branches that it continues or joins are over.
 
@@ -80,7 +80,7 @@ class Stalled:
         for branch in self._branches.values():  # an agent comes before those that work in its tool
             is_own = branch.session == session or branch.parent in over
             is_beside = branch.parent == parent and branch.call != parent
-            if is_own or (is_beside and _joins(branch, place, join, ways, is_known)):
+            if is_own or (is_beside and _joins(branch, node_key, join, path_costs, is_known)):
                 over[branch.call] = branch
         for name in over:
             del self._branches[name]
@@ -89,46 +89,62 @@ class Stalled:
         return self.of_call(parent) or self._last, False
 
 
-def _joins(branch: Branch, place: Place, join: str | None, ways: Ways | None, is_known: bool) -> bool:
-    """Whether a call of `place` comes behind the join that `branch` feeds."""
-    if ways is None or branch.place[0] != place[0] or place[1] not in ways.shape.after.get(branch.place[1], ()):
+def _joins(branch: Branch, node_key: NodeKey, join: str | None, path_costs: PathCosts | None, is_known: bool) -> bool:
+    """Whether a call of `node_key` comes behind the join that `branch` feeds."""
+    if (
+        path_costs is None
+        or branch.node_key[0] != node_key[0]
+        or node_key[1] not in path_costs.topology.descendants.get(branch.node_key[1], ())
+    ):
         return False
     return branch.join != join if branch.join is not None else not is_known
 
 
-def slacks_s(branches: Sequence[Branch], ways_of: Callable[[str], Ways | None], now: float) -> list[float | None]:
+def slacks_s(
+    branches: Sequence[Branch], path_costs_of: Callable[[str], PathCosts | None], now: float
+) -> list[float | None]:
     """Seconds that each branch of one application can be late without its join being so; None for one without siblings.
 
     Args:
         branches: all that are alive.
-        ways_of: the measured graph of a name.
+        path_costs_of: the measured graph of a name.
         now: on the engine's clock.
     """
     farthest: dict[_Key, float] = {}
     counts: dict[_Key, int] = {}
     for branch in branches:
-        key = branch.parent, branch.join, branch.place
+        key = branch.parent, branch.join, branch.node_key
         farthest[key] = max(farthest.get(key, 0.0), branch.left_s(now))
         counts[key] = counts.get(key, 0) + 1
     latest: dict[_Key, float | None] = dict.fromkeys(counts)
-    for key, count in counts.items() if len(counts) <= MAX_PLACES else ():
-        others = [left_s for other, left_s in farthest.items() if other != key and _is_together(key, other, ways_of)]
+    for key, count in counts.items() if len(counts) <= MAX_NODES else ():
+        others = [
+            left_s for other, left_s in farthest.items() if other != key and _is_together(key, other, path_costs_of)
+        ]
         latest[key] = max([*others, farthest[key]]) if others or count > 1 else None
     found: list[float | None] = []
     for branch in branches:
-        until_s = latest[branch.parent, branch.join, branch.place]
+        until_s = latest[branch.parent, branch.join, branch.node_key]
         found.append(None if until_s is None else max(0.0, until_s - branch.left_s(now)))
     return found
 
 
-def _is_together(one: _Key, other: _Key, ways_of: Callable[[str], Ways | None]) -> bool:
+def _is_together(one: _Key, other: _Key, path_costs_of: Callable[[str], PathCosts | None]) -> bool:
     (parent, join, (graph, node)), (other_parent, other_join, (other_graph, other_node)) = one, other
     if parent != other_parent:
         return False
     if join is not None and other_join is not None:
         return join == other_join
-    ways = ways_of(graph) if graph == other_graph else None
-    if ways is None or node not in ways.shape.after or other_node not in ways.shape.after:
+    path_costs = path_costs_of(graph) if graph == other_graph else None
+    if (
+        path_costs is None
+        or node not in path_costs.topology.descendants
+        or other_node not in path_costs.topology.descendants
+    ):
         return False
-    after, other_after = ways.shape.after[node], ways.shape.after[other_node]
-    return node not in other_after and other_node not in after and not after.isdisjoint(other_after)
+    descendants, other_descendants = path_costs.topology.descendants[node], path_costs.topology.descendants[other_node]
+    return (
+        node not in other_descendants
+        and other_node not in descendants
+        and not descendants.isdisjoint(other_descendants)
+    )

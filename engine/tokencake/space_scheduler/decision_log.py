@@ -18,7 +18,7 @@ Kind: TypeAlias = Literal["started", "waits", "refused", "preempted"]
 
 
 @dataclass(frozen=True, slots=True)
-class Decision:
+class ExplainedDecision:
     """One decision about one call."""
 
     at_s: float
@@ -39,7 +39,7 @@ class Decision:
     free_blocks: int | None = None
     """Of the whole device."""
 
-    def words(self, *, shows_others: bool) -> str:
+    def sentence(self, *, shows_others: bool) -> str:
         """The decision as a sentence; `shows_others`: with what is not the call's own."""
         need = f"needs up to {self.need_blocks} blocks"
         free = f", {self.free_blocks} are free" if shows_others else ""
@@ -78,16 +78,16 @@ class DecisionLog:
     """
 
     def __init__(self, size: int) -> None:
-        self._kept: FairLRU[float, Decision] = FairLRU(size)
+        self._kept: FairLRU[float, ExplainedDecision] = FairLRU(size)
         """By a time of its own for each, which grows."""
         self._last_order_s = 0.0
         self._last: dict[str, tuple[str, str]] = {}
 
-    def add(self, decision: Decision, topic: str) -> bool:
-        """Keep `decision`, unless the last one about this call had the same kind and `topic`."""
-        if self._last.get(decision.request_id) == (decision.kind, topic):
+    def add(self, decision: ExplainedDecision, dedup_key: str) -> bool:
+        """Keep `decision`, unless the last one about this call had the same kind and `dedup_key`."""
+        if self._last.get(decision.request_id) == (decision.kind, dedup_key):
             return False
-        self._last[decision.request_id] = decision.kind, topic
+        self._last[decision.request_id] = decision.kind, dedup_key
         self._last_order_s = after(decision.at_s, self._last_order_s)
         self._kept.put(self._last_order_s, decision, decision.tenant)
         return True
@@ -134,7 +134,7 @@ class DecisionLog:
                     "agent": entry.agent,
                     "kind": entry.kind,
                     "behind": entry.shown_behind(shows_others=tenant is None),
-                    "words": entry.words(shows_others=tenant is None),
+                    "words": entry.sentence(shows_others=tenant is None),
                 }
                 for _, entry in newest_last
             ],
@@ -142,7 +142,9 @@ class DecisionLog:
             "next": None if page.next_s is None else round(page.next_s + epoch_offset_s, 6),
         }
 
-    def _newest_first(self, tenant: str | None, before_s: float | None) -> Iterable[tuple[float, Decision | None]]:
+    def _newest_first(
+        self, tenant: str | None, before_s: float | None
+    ) -> Iterable[tuple[float, ExplainedDecision | None]]:
         times_s = list(self._kept if tenant is None else self._kept.keys_of(tenant))
         end = len(times_s) if before_s is None else bisect_left(times_s, before_s - TICK_S / 4)
         return ((times_s[place], self._kept.get(times_s[place])) for place in range(end - 1, -1, -1))

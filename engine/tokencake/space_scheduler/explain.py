@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from tokencake.space_scheduler.decision_log import Decision, DecisionLog
+from tokencake.space_scheduler.decision_log import DecisionLog, ExplainedDecision
 from tokencake.space_scheduler.policy import REFUSALS
 
 if TYPE_CHECKING:
     from tokencake.registry.registry import Registry
-    from tokencake.space_scheduler.applications import Application, Applications, LiveCall
+    from tokencake.space_scheduler.applications import Application, AppTracker, LiveRequest
     from tokencake.space_scheduler.decision_log import Kind
     from tokencake.space_scheduler.policy import Rank, Refusal, SpacePolicy
     from tokencake.space_scheduler.settings import SpaceSettings
@@ -19,11 +19,11 @@ _EXPLAINED: Final = 16
 """Waiting calls, from the first in line on, whose wait is explained at one ranking."""
 
 
-class SpaceWords:
+class DecisionExplainer:
     """Listens to the scheduler; decides nothing."""
 
     def __init__(
-        self, settings: SpaceSettings, policy: SpacePolicy, applications: Applications, registry: Registry
+        self, settings: SpaceSettings, policy: SpacePolicy, applications: AppTracker, registry: Registry
     ) -> None:
         self._policy = policy
         self._applications = applications
@@ -50,7 +50,7 @@ class SpaceWords:
                 self._longest_wait_s = max(self._longest_wait_s, waited_s)
                 tenant.longest_wait_s = max(tenant.longest_wait_s, waited_s)
                 self._add(now, call, "started", "", waited_s=waited_s)
-        ahead: LiveCall | None = None
+        ahead: LiveRequest | None = None
         for name in waiting[:_EXPLAINED]:
             call = self._calls.get(name)
             if call is None:
@@ -60,13 +60,13 @@ class SpaceWords:
                 self._add(now, call, "waits", "first", need_blocks=need, free_blocks=free_blocks)
             elif name in ranks and ahead.request_id in ranks:
                 why = self._why(ranks[ahead.request_id], ranks[name])
-                topic = f"{ahead.app.id} {why}"
-                self._add(now, call, "waits", topic, why, behind=_name(ahead.app), need_blocks=need)
+                dedup_key = f"{ahead.app.id} {why}"
+                self._add(now, call, "waits", dedup_key, why, behind=_name(ahead.app), need_blocks=need)
             ahead = call
         self._count_inversions(waiting, started, now)
 
     def _why(self, ahead: Rank, behind: Rank) -> str:
-        pairs = zip(ahead, behind, self._policy.rank_words, strict=True)
+        pairs = zip(ahead, behind, self._policy.rank_reasons, strict=True)
         return next((words for mine, other, words in pairs if mine != other), "it came first")
 
     def _count_inversions(self, waiting: Sequence[str], started: Sequence[str], now: float) -> None:
@@ -84,7 +84,7 @@ class SpaceWords:
         behind = None if call.swapped_for is None else _name(call.swapped_for)
         self._add(now, call, "preempted", str(call.preemptions), behind=behind)
 
-    def note_refused(self, call: LiveCall, reason: Refusal, need_blocks: int, free_blocks: int, now: float) -> None:
+    def note_skipped(self, call: LiveRequest, reason: Refusal, need_blocks: int, free_blocks: int, now: float) -> None:
         """The gate passed over `call`."""
         self._add(now, call, "refused", reason, REFUSALS[reason], need_blocks=need_blocks, free_blocks=free_blocks)
 
@@ -119,9 +119,9 @@ class SpaceWords:
     def _add(
         self,
         now: float,
-        call: LiveCall,
+        call: LiveRequest,
         kind: Kind,
-        topic: str,
+        dedup_key: str,
         reason: str = "",
         *,
         behind: tuple[str, str] | None = None,
@@ -130,7 +130,7 @@ class SpaceWords:
         free_blocks: int | None = None,
     ) -> None:
         name = (call.hint.call if call.hint is not None else None) or call.request_id
-        decision = Decision(
+        decision = ExplainedDecision(
             now,
             call.request_id,
             name,
@@ -144,7 +144,7 @@ class SpaceWords:
             need_blocks,
             free_blocks,
         )
-        self._log.add(decision, topic)
+        self._log.add(decision, dedup_key)
 
     def _is_critical(self, request_id: str, now: float) -> bool:
         call = self._calls.get(request_id)

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final, Literal, Protocol, TypeAlias
 
-from tokencake.space_scheduler.applications import Applications, LiveCall
-from tokencake.space_scheduler.growth import Promise
+from tokencake.space_scheduler.applications import AppTracker, LiveRequest
+from tokencake.space_scheduler.growth import GrowthReservation
 
 Rank: TypeAlias = tuple[float, ...]
 """Lowest goes first; the last part is the number of the arrival, so no two are the same."""
@@ -33,25 +33,25 @@ REFUSALS: Final[dict[Refusal, str]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Memory:
+class AdmissionState:
     """The blocks of the device at one moment; blocks shared by several calls count once."""
 
     total_blocks: int
     free_blocks: int
     block_tokens: int = 16
-    promises: tuple[Promise, ...] = ()
+    reservations: tuple[GrowthReservation, ...] = ()
     """Of all admitted calls."""
-    passed: tuple[int, ...] = ()
+    bypassed: tuple[int, ...] = ()
     """What each call needs that was passed over in this step, the first in line first."""
-    has_passed_critical: bool = False
+    has_bypassed_critical: bool = False
     """Whether one of them belongs to an application with a critical path."""
-    has_passed_plain: bool = False
+    has_bypassed_unhinted: bool = False
     """Whether one of them came without a hint."""
-    is_closed: bool = False
+    bypass_expired: bool = False
     """Whether the first of them has been passed for so long that nobody may pass it any more."""
-    private_blocks: Mapping[str, int] = field(default_factory=dict)
+    exclusive_blocks: Mapping[str, int] = field(default_factory=dict)
     """By request: blocks that nobody else holds, as of the last ranking."""
-    taken: tuple[tuple[LiveCall, int], ...] = ()
+    taken: tuple[tuple[LiveRequest, int], ...] = ()
     """Calls admitted since, and what they need."""
     step: int = 0
     """Steps of the engine so far."""
@@ -61,20 +61,20 @@ class SpacePolicy(Protocol):
     """Decides from values; keeps what it needs from one ranking to the next."""
 
     @property
-    def rank_words(self) -> tuple[str, ...]:
+    def rank_reasons(self) -> tuple[str, ...]:
         """For each part of a rank: why the call with the lower one goes first."""
 
     @property
     def swaps(self) -> bool:
         """Whether running requests may be swapped out to the host for a more senior application."""
 
-    def begin(self, applications: Applications, memory: Memory, now: float) -> None:
+    def begin(self, applications: AppTracker, state: AdmissionState, now: float) -> None:
         """A new ranking begins: everything that `rank` and `refusal` may read of the live calls is as of now."""
 
-    def rank(self, call: LiveCall, *, need_blocks: int, is_sibling: bool) -> Rank:
+    def rank(self, call: LiveRequest, *, need_blocks: int, shares_prefix: bool) -> Rank:
         """Its place among the calls that wait, and among those that run; valid until the next `begin`."""
 
-    def refusal(self, call: LiveCall, need_blocks: int, memory: Memory) -> Refusal | None:
+    def refusal(self, call: LiveRequest, need_blocks: int, state: AdmissionState) -> Refusal | None:
         """Why a waiting call may not take `need_blocks` now, or None. Whoever is refused is passed over this step."""
 
     def reserve(self) -> dict[str, int]:

@@ -23,83 +23,87 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from tokencake.space_scheduler.applications import Application, LiveCall
+    from tokencake.space_scheduler.applications import Application, LiveRequest
     from tokencake.space_scheduler.settings import SpaceSettings
-    from tokencake.space_scheduler.tenant_book import Tenant
+    from tokencake.space_scheduler.tenant_table import Tenant
 
 DEFAULT_IMPORTANCE = 5.0
 """Of a call whose user has said nothing; the middle of the range."""
 
 
 @dataclass(frozen=True, slots=True)
-class Peers:
+class RankContext:
     """What a call is compared with: the same for all calls of one step."""
 
-    levels: dict[str, int]
+    tenant_levels: dict[str, int]
     """Of each active tenant: by how many quanta it has had more than the least served one."""
-    claims_s: dict[str, float]
+    mean_boosts_s: dict[str, float]
     """Mean claim of each tenant's live calls."""
-    plain_levels: dict[str, int]
+    unhinted_levels: dict[str, int]
     """Of each tenant's calls without a hint."""
 
 
-def peers_of(calls: Iterable[LiveCall], tenants: list[Tenant], settings: SpaceSettings, total_tokens: int) -> Peers:
-    """`Peers` of the live `calls`, whose tenants are `tenants`, on a device that holds `total_tokens`."""
+def rank_context(
+    calls: Iterable[LiveRequest], tenants: list[Tenant], settings: SpaceSettings, total_tokens: int
+) -> RankContext:
+    """`RankContext` of the live `calls`, whose tenants are `tenants`, on a device that holds `total_tokens`."""
     least = min((tenant.served_s for tenant in tenants), default=0.0)
-    levels = {tenant.id: int((tenant.served_s - least) / settings.tenant_quantum_s) for tenant in tenants}
-    claims_s, plain_s = defaultdict[str, float](float), defaultdict[str, float](float)
-    plain = Counter[str]()
+    tenant_levels = {tenant.id: int((tenant.served_s - least) / settings.tenant_quantum_s) for tenant in tenants}
+    mean_boosts_s, unhinted_s = defaultdict[str, float](float), defaultdict[str, float](float)
+    unhinted = Counter[str]()
     for call in calls:
         tenant = call.app.tenant
         if call.hint is None:
-            plain[tenant.id] += 1
-            plain_s[tenant.id] += call.prompt_tokens / total_tokens * call.expected_tokens * tenant.token_s
-        claims_s[tenant.id] += claim_s(call, settings)
-    means = {tenant.id: claims_s[tenant.id] / max(1, tenant.live_calls) for tenant in tenants}
-    plain_levels = {name: int(plain_s[name] > settings.short_s * count) for name, count in plain.items()}
-    return Peers(levels, means, plain_levels)
+            unhinted[tenant.id] += 1
+            unhinted_s[tenant.id] += call.prompt_tokens / total_tokens * call.expected_tokens * tenant.token_s
+        mean_boosts_s[tenant.id] += priority_boost_s(call, settings)
+    means = {tenant.id: mean_boosts_s[tenant.id] / max(1, tenant.live_calls) for tenant in tenants}
+    unhinted_levels = {name: int(unhinted_s[name] > settings.short_s * count) for name, count in unhinted.items()}
+    return RankContext(tenant_levels, means, unhinted_levels)
 
 
-def claim_s(call: LiveCall, settings: SpaceSettings) -> float:
+def priority_boost_s(call: LiveRequest, settings: SpaceSettings) -> float:
     """How much sooner the client wants it than a call of its own that it says nothing of, in seconds."""
     hint = call.hint
     importance = DEFAULT_IMPORTANCE if hint is None or hint.importance is None else hint.importance
     return settings.importance_s * importance + (settings.critical_s if call.app.is_critical else 0.0)
 
 
-def level_of(app: Application, coming_s: float, settings: SpaceSettings) -> int:
-    """How much service the application has had; `coming_s` device-seconds are expected to come.
+def service_level(app: Application, expected_service_s: float, settings: SpaceSettings) -> int:
+    """How much service the application has had; `expected_service_s` device-seconds are expected to come.
 
     A claim that little comes is good until `short_s` have been had.
     """
-    if app.served_s + coming_s < settings.short_s:
+    if app.served_s + expected_service_s < settings.short_s:
         return 0
     return 1 + int(app.served_s / settings.long_s)
 
 
-def coming_s(call: LiveCall, share: float) -> float:
+def expected_service_s(call: LiveRequest, share: float) -> float:
     """Device-seconds that are known to come of its application; the call needs this `share` of the blocks."""
     return share * max(call.expected_tokens * call.app.tenant.token_s, call.service_s)
 
 
-def seniority_s(call: LiveCall, settings: SpaceSettings, peers: Peers, *, share: float, is_sibling: bool) -> float:
+def seniority_s(
+    call: LiveRequest, settings: SpaceSettings, context: RankContext, *, share: float, shares_prefix: bool
+) -> float:
     """The formula above.
 
     Args:
         call: who waits or runs.
         settings: the amounts.
-        peers: of this step.
+        context: of this step.
         share: of all KV blocks, how many the call needs.
-        is_sibling: whether running calls hold most of its prompt.
+        shares_prefix: whether running calls hold most of its prompt.
     """
     app = call.app
     if call.hint is None:
-        level, is_sibling = peers.plain_levels.get(app.tenant.id, 0), False
+        level, shares_prefix = context.unhinted_levels.get(app.tenant.id, 0), False
     else:
-        level = level_of(app, coming_s(call, share), settings)
+        level = service_level(app, expected_service_s(call, share), settings)
     return (
         app.first_seen_s
         + settings.head_start_s * level
-        - (settings.sibling_s if is_sibling else 0.0)
-        - (claim_s(call, settings) - peers.claims_s.get(app.tenant.id, 0.0))
+        - (settings.sibling_s if shares_prefix else 0.0)
+        - (priority_boost_s(call, settings) - context.mean_boosts_s.get(app.tenant.id, 0.0))
     )

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from tokencake.space_scheduler.applications import LiveCall
+    from tokencake.space_scheduler.applications import LiveRequest
     from tokencake.space_scheduler.policy import Rank
     from tokencake.space_scheduler.settings import SpaceSettings
 
@@ -20,11 +20,11 @@ _FADE_TOKENS: Final = 2**20
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
+class SwapCandidate:
     """A running call that could give way."""
 
-    call: LiveCall
-    private_blocks: int
+    call: LiveRequest
+    exclusive_blocks: int
     """They come free when it gives way."""
     shared_blocks: int
     """They come free when the other calls of its application give way too."""
@@ -33,7 +33,7 @@ class Candidate:
 
 
 @dataclass(slots=True)
-class Losses:
+class RecomputeBudget:
     """How much of what was swapped out had to be computed again, of all that was computed?"""
 
     computed_tokens: float = 0.0
@@ -51,7 +51,7 @@ class Losses:
         return self.lost_tokens <= share * self.computed_tokens
 
 
-def by_seniority(ranks: Iterable[tuple[LiveCall, Rank]]) -> list[str]:
+def by_seniority(ranks: Iterable[tuple[LiveRequest, Rank]]) -> list[str]:
     """Ids of the applications of these calls, the most senior first: by the best rank of their calls."""
     best: dict[str, Rank] = {}
     for call, rank in ranks:
@@ -61,12 +61,12 @@ def by_seniority(ranks: Iterable[tuple[LiveCall, Rank]]) -> list[str]:
 
 
 def victims(
-    head: LiveCall,
+    head: LiveRequest,
     short_blocks: int,
-    running: Iterable[Candidate],
+    running: Iterable[SwapCandidate],
     apps: Sequence[str],
     settings: SpaceSettings,
-) -> list[Candidate]:
+) -> list[SwapCandidate]:
     """Whom to swap out so that `head` fits; nobody where all of them would not be enough.
 
     Args:
@@ -79,27 +79,27 @@ def victims(
     if short_blocks <= 0 or head.app.id not in apps[: settings.swap_oldest]:
         return []
     young = set(apps[max(settings.swap_from, apps.index(head.app.id) + 1) :])
-    by_app = _able(running, young, head.app.first_seen_s, settings)
-    chosen: list[Candidate] = []
+    by_app = _eligible(running, young, head.app.first_seen_s, settings)
+    chosen: list[SwapCandidate] = []
     freed = 0
     # The youngest application goes first and as a whole: what its calls share comes free with the last of them.
     for name in reversed(apps):
         calls = by_app.get(name, [])
-        enough = [candidate for candidate in calls if candidate.private_blocks >= short_blocks - freed]
+        enough = [candidate for candidate in calls if candidate.exclusive_blocks >= short_blocks - freed]
         if enough:
-            return [*chosen, min(enough, key=lambda candidate: candidate.private_blocks)]
+            return [*chosen, min(enough, key=lambda candidate: candidate.exclusive_blocks)]
         chosen += calls
-        freed += sum(candidate.private_blocks for candidate in calls)
+        freed += sum(candidate.exclusive_blocks for candidate in calls)
         freed += max((candidate.shared_blocks for candidate in calls), default=0)
         if freed >= short_blocks:
             return chosen
     return []
 
 
-def _able(
-    running: Iterable[Candidate], young: set[str], since_s: float, settings: SpaceSettings
-) -> Mapping[str, list[Candidate]]:
-    by_app: dict[str, list[Candidate]] = {}
+def _eligible(
+    running: Iterable[SwapCandidate], young: set[str], since_s: float, settings: SpaceSettings
+) -> Mapping[str, list[SwapCandidate]]:
+    by_app: dict[str, list[SwapCandidate]] = {}
     for candidate in running:
         call = candidate.call
         is_able = call.app.id in young and call.app.first_seen_s > since_s and call.swaps < settings.swaps_per_call

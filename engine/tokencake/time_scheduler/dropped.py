@@ -28,15 +28,15 @@ class SharedBlocks:
         self._users: OrderedDict[bytes, str | None] = OrderedDict()
         """The one lifetime that has used a block; None for several."""
 
-    def use(self, keys: Sequence[bytes], lifetime: str) -> None:
-        """A call of `lifetime` has used the prefix `keys`."""
-        for key in reversed(keys):  # the head, which is shared most, is forgotten last
+    def use(self, block_hashes: Sequence[bytes], lifetime: str) -> None:
+        """A call of `lifetime` has used the prefix `block_hashes`."""
+        for key in reversed(block_hashes):  # the head, which is shared most, is forgotten last
             user = self._users.pop(key, lifetime)
             self._users[key] = user if user == lifetime else None
         while len(self._users) > self._capacity:
             self._users.popitem(last=False)
 
-    def is_private(self, key: bytes, lifetime: str) -> bool:
+    def is_exclusive(self, key: bytes, lifetime: str) -> bool:
         """Whether no other lifetime than this is known to have used the block."""
         return self._users.get(key, lifetime) == lifetime
 
@@ -67,18 +67,18 @@ class Dropped:
         """Blocks that have not been put first yet."""
         return len(self._waiting)
 
-    def add(self, role: Role, claim: Claim, lifetime: str, keys: Sequence[bytes]) -> None:
-        """`keys` are the blocks of a dropped prefix that nothing else wants, the first to go first."""
-        drop = _Drop(role, claim, lifetime, len(keys))
-        for key in keys:
+    def add(self, role: Role, claim: Claim, lifetime: str, block_hashes: Sequence[bytes]) -> None:
+        """`block_hashes` are the blocks of a dropped prefix that nothing else wants, the first to go first."""
+        drop = _Drop(role, claim, lifetime, len(block_hashes))
+        for key in block_hashes:
             self._first.pop(key, None)
             self._waiting.pop(key, None)
             self._waiting[key] = drop
         while len(self._waiting) + len(self._first) > self._capacity:
             (self._first or self._waiting).popitem(last=False)
 
-    def wake(self, keys: Sequence[bytes], lifetime: str) -> list[bytes]:
-        """A call of `lifetime` asks for `keys`: none of them is dropped any more.
+    def wake(self, block_hashes: Sequence[bytes], lifetime: str) -> list[bytes]:
+        """A call of `lifetime` asks for `block_hashes`: none of them is dropped any more.
 
         Returns:
             Those that had been put first.
@@ -86,7 +86,7 @@ class Dropped:
         if not self._waiting and not self._first:
             return []
         first = []
-        for key in keys:
+        for key in block_hashes:
             drop = self._waiting.pop(key, None)
             if drop is None and (drop := self._first.pop(key, None)) is not None:
                 first.append(key)

@@ -12,11 +12,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final, Literal, Protocol, TypeAlias
 
-from tokencake.forecast.costs import Rates
-from tokencake.forecast.durations import Stall
-from tokencake.forecast.reuse import Claim, Returns
+from tokencake.forecast.costs import CostModel
+from tokencake.forecast.durations import DurationDistribution
+from tokencake.forecast.reuse import Claim, ReuseProbability
 from tokencake.time_scheduler.host_tier import Distance, HostTier
-from tokencake.time_scheduler.prefixes import Chain, Chains
+from tokencake.time_scheduler.prefixes import CachedPrefix, PrefixIndex
 from tokencake.time_scheduler.settings import TimeSettings
 
 Action: TypeAlias = Literal["keep", "offload", "drop", "leave"]
@@ -45,7 +45,7 @@ Reason: TypeAlias = (
     ]
 )
 
-MIN_CHANCE: Final = 0.5
+MIN_REUSE_PROBABILITY: Final = 0.5
 """With a lower probability of reuse the next request is not expected."""
 CHURN_STEPS: Final = 4
 
@@ -72,7 +72,7 @@ class FinishedRequest:
 
     claim: Claim | None
     """Why nothing will extend it, where that is believed."""
-    rest: Stall
+    remaining: DurationDistribution
     queue_s: float
     """How long the next request will wait for its first slot once it has come."""
     blocks: int
@@ -82,14 +82,14 @@ class FinishedRequest:
     free_blocks: int
     pinned_blocks: int
     waiting_calls: int
-    residence_s: float
+    residency_s: float
     """How long unreferenced blocks stay on the device."""
     paper_inputs: Callable[[], PaperInputs]
     """Computed when called; valid until the scheduler's state changes."""
 
 
 @dataclass(frozen=True, slots=True)
-class Decision:
+class OffloadDecision:
     """`action` and, in a word or two, why."""
 
     action: Action
@@ -99,24 +99,26 @@ class Decision:
 class TimePolicy(Protocol):
     """Pure: the same arguments give the same answer, and nothing is kept."""
 
-    does_wait_for_demand: bool
+    waits_for_demand: bool
     """Whether a `leave` is worth asking again while requests wait for room."""
     restores_preempted: bool
     """Whether what a preempted request has computed is copied to the host."""
 
-    def on_finish(self, request: FinishedRequest, rates: Rates, settings: TimeSettings) -> Decision:
+    def on_finish(self, request: FinishedRequest, costs: CostModel, settings: TimeSettings) -> OffloadDecision:
         """What to do with the KV of a request that has finished."""
 
-    def upload_in_s(self, rest: Stall, blocks: int, rates: Rates, settings: TimeSettings) -> float:
+    def upload_in_s(
+        self, remaining: DurationDistribution, blocks: int, costs: CostModel, settings: TimeSettings
+    ) -> float:
         """In how many seconds the upload of `blocks` should start."""
 
-    def may_upload(self, rest: Stall, chance: float, residence_s: float) -> bool:
+    def may_upload(self, remaining: DurationDistribution, probability: float, residency_s: float) -> bool:
         """Whether an upload now will be of use.
 
         Args:
-            rest: of the stall.
-            chance: that the prefix is extended at all.
-            residence_s: how long unreferenced blocks stay on the device.
+            remaining: of the stall.
+            probability: that the prefix is extended at all.
+            residency_s: how long unreferenced blocks stay on the device.
         """
 
 
@@ -124,13 +126,13 @@ class TimePolicy(Protocol):
 class EvictionInputs:
     """What an eviction policy may read when a prefix is to be stored on a full host."""
 
-    own: Chain
+    own: CachedPrefix
     """The prefix to be stored."""
-    chains: Chains
+    prefixes: PrefixIndex
     tier: HostTier
-    returns: Returns
+    reuse: ReuseProbability
     now_s: float
-    pace_s: float
+    admission_interval_s: float
     """Between two admissions."""
     queue_positions: Callable[[], Mapping[str, int]]
     """Of each waiting request; a walk over the queue."""

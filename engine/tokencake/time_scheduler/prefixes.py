@@ -20,24 +20,24 @@ if TYPE_CHECKING:
 
 Phase: TypeAlias = Literal["waiting", "running", "stalled"]
 
-MAX_CHAINS: Final = 4_096
-KIN_SHARE: Final = 0.5
+MAX_PREFIXES: Final = 4_096
+MIN_OVERLAP: Final = 0.5
 """A call that shares at least so much of a stalled chain of its session is taken for the one that extends it."""
 
 
 @dataclass(slots=True, eq=False)
-class Chain:
+class CachedPrefix:
     """One prefix somebody will want, from its head on."""
 
     id: str
     """The request's id."""
-    keys: Sequence[bytes]
+    block_hashes: Sequence[bytes]
     hint: Hint | None
     phase: Phase
     since_s: float
     tenant: str = ""
     """Prefix of its tenant; empty where none is known."""
-    heirs_left: int | None = None
+    expected_children: int | None = None
     """Calls that will extend it and have not come; None until the first of them says how many there are."""
     give_up_s: float | None = None
     keep_until_s: float | None = None
@@ -53,106 +53,106 @@ class Chain:
     is_uploaded: bool = False
     """Its upload is complete or was given up: there is only one for each stall."""
 
-    def rest_s(self, now_s: float) -> float:
+    def remaining_s(self, now_s: float) -> float:
         """Until the agent is back, in the middle of the forecast. Once overdue, it lasts about as long again."""
         return abs(self.back_s - now_s)
 
 
 @dataclass(slots=True)
-class Chains:
+class PrefixIndex:
     """All chains of one engine, in bounded memory."""
 
-    by_id: OrderedDict[str, Chain] = field(default_factory=OrderedDict)
-    wanted: dict[bytes, int] = field(default_factory=dict)
+    by_id: OrderedDict[str, CachedPrefix] = field(default_factory=OrderedDict)
+    refcounts: dict[bytes, int] = field(default_factory=dict)
     """By how many chains each block is wanted."""
-    _stalled_at: dict[bytes, list[Chain]] = field(default_factory=dict)
+    _stalled_at: dict[bytes, list[CachedPrefix]] = field(default_factory=dict)
     """Stalled chains by their last block."""
     _by_session: dict[str, set[str]] = field(default_factory=dict)
-    _hired: dict[str, set[str]] = field(default_factory=dict)
+    _subagents: dict[str, set[str]] = field(default_factory=dict)
     """Chains of sub-agents by the call inside which they work."""
 
-    def __iter__(self) -> Iterator[Chain]:
+    def __iter__(self) -> Iterator[CachedPrefix]:
         return iter(self.by_id.values())
 
     def arrive(
-        self, request_id: str, keys: Sequence[bytes], hint: Hint | None, now_s: float, tenant: str = ""
-    ) -> Chain | None:
-        """A call came with a prompt of the full blocks `keys`; returns the stalled chain that it extends.
+        self, request_id: str, block_hashes: Sequence[bytes], hint: Hint | None, now_s: float, tenant: str = ""
+    ) -> CachedPrefix | None:
+        """A call came with a prompt of the full blocks `block_hashes`; returns the stalled chain that it extends.
 
         Of its own tenant: where cached prefixes are shared, another's may have the same blocks.
         """
         tenant = hint.tenant if hint is not None else tenant
-        parent = self._parent(keys, tenant) or self._kin(keys, hint)
+        predecessor = self._predecessor(block_hashes, tenant) or self._same_session_match(block_hashes, hint)
         self.remove(request_id)
-        self._add(Chain(request_id, keys, hint, "waiting", now_s, tenant))
-        if parent is not None:
-            if parent.heirs_left is None:
-                parent.heirs_left = (hint.fan_out if hint else None) or 1
-            parent.heirs_left -= 1
-            if parent.heirs_left <= 0:
-                self.remove(parent.id)
-        return parent
+        self._add(CachedPrefix(request_id, block_hashes, hint, "waiting", now_s, tenant))
+        if predecessor is not None:
+            if predecessor.expected_children is None:
+                predecessor.expected_children = (hint.fan_out if hint else None) or 1
+            predecessor.expected_children -= 1
+            if predecessor.expected_children <= 0:
+                self.remove(predecessor.id)
+        return predecessor
 
-    def give_way(self, chain: Chain, keys: Sequence[bytes]) -> None:
-        """A running call has lost its blocks and waits: it will want all that it had computed, the full blocks `keys`.
+    def on_preempt(self, prefix: CachedPrefix, block_hashes: Sequence[bytes]) -> None:
+        """A running request has lost its blocks and waits; it will need all that it had computed.
 
-        With what it had written, which its prompt did not name: else nobody would seem to want that.
+        `block_hashes` include generated tokens, which the prompt's hashes miss: their blocks would look unreferenced.
         """
-        for key in keys[len(chain.keys) :]:
-            self.wanted[key] = self.wanted.get(key, 0) + 1
-        if len(keys) > len(chain.keys):
-            chain.keys = keys
-        chain.phase = "waiting"
+        for key in block_hashes[len(prefix.block_hashes) :]:
+            self.refcounts[key] = self.refcounts.get(key, 0) + 1
+        if len(block_hashes) > len(prefix.block_hashes):
+            prefix.block_hashes = block_hashes
+        prefix.phase = "waiting"
 
-    def stall(self, request_id: str, keys: Sequence[bytes], now_s: float) -> Chain | None:
-        """The call is over and left the blocks `keys`; its chain waits for those who extend it."""
-        chain = self.remove(request_id)
-        if chain is None or not keys:
+    def stall(self, request_id: str, block_hashes: Sequence[bytes], now_s: float) -> CachedPrefix | None:
+        """The call is over and left the blocks `block_hashes`; its chain waits for those who extend it."""
+        prefix = self.remove(request_id)
+        if prefix is None or not block_hashes:
             return None
-        stalled = Chain(request_id, keys, chain.hint, "stalled", now_s, chain.tenant)
+        stalled = CachedPrefix(request_id, block_hashes, prefix.hint, "stalled", now_s, prefix.tenant)
         self._add(stalled)
         return stalled
 
-    def remove(self, request_id: str) -> Chain | None:
+    def remove(self, request_id: str) -> CachedPrefix | None:
         """Nobody wants this chain any more."""
-        chain = self.by_id.pop(request_id, None)
-        if chain is None:
+        prefix = self.by_id.pop(request_id, None)
+        if prefix is None:
             return None
-        for key in chain.keys:
-            left = self.wanted[key] - 1
+        for key in prefix.block_hashes:
+            left = self.refcounts[key] - 1
             if left:
-                self.wanted[key] = left
+                self.refcounts[key] = left
             else:
-                del self.wanted[key]
-        if chain.phase == "stalled":
-            ends = self._stalled_at[chain.keys[-1]]
-            ends.remove(chain)
+                del self.refcounts[key]
+        if prefix.phase == "stalled":
+            ends = self._stalled_at[prefix.block_hashes[-1]]
+            ends.remove(prefix)
             if not ends:
-                del self._stalled_at[chain.keys[-1]]
-        if chain.hint is not None:
-            names = self._by_session[chain.hint.session]
+                del self._stalled_at[prefix.block_hashes[-1]]
+        if prefix.hint is not None:
+            names = self._by_session[prefix.hint.session]
             names.discard(request_id)
             if not names:
-                del self._by_session[chain.hint.session]
-            if chain.hint.parent_call is not None:
-                hired = self._hired[chain.hint.parent_call]
-                hired.discard(request_id)
-                if not hired:
-                    del self._hired[chain.hint.parent_call]
-        return chain
+                del self._by_session[prefix.hint.session]
+            if prefix.hint.parent_call is not None:
+                subagents = self._subagents[prefix.hint.parent_call]
+                subagents.discard(request_id)
+                if not subagents:
+                    del self._subagents[prefix.hint.parent_call]
+        return prefix
 
-    def of_session(self, session: str) -> list[Chain]:
+    def of_session(self, session: str) -> list[CachedPrefix]:
         """Its chains."""
         return [self.by_id[name] for name in self._by_session.get(session, ())]
 
-    def hired_by(self, chain: Chain) -> list[Chain]:
+    def subagents_of(self, prefix: CachedPrefix) -> list[CachedPrefix]:
         """Those of the sub-agents that work inside a tool call of this chain's call."""
-        call = (chain.hint.call if chain.hint else None) or chain.id
-        return [self.by_id[name] for name in self._hired.get(call, ())]
+        call = (prefix.hint.call if prefix.hint else None) or prefix.id
+        return [self.by_id[name] for name in self._subagents.get(call, ())]
 
-    def siblings_of(self, chain: Chain) -> list[Chain]:
+    def join_peers(self, prefix: CachedPrefix) -> list[CachedPrefix]:
         """The other branches of its application that feed the same join."""
-        hint = chain.hint
+        hint = prefix.hint
         if hint is None or hint.join is None or hint.app is None:
             return []
         return [
@@ -163,53 +163,53 @@ class Chains:
             and other.hint.session != hint.session
         ]
 
-    def dead(self, chain: Chain) -> list[bytes]:
+    def unreferenced(self, prefix: CachedPrefix) -> list[bytes]:
         """The blocks of a removed chain that nobody else wants, from the tail."""
-        return [key for key in reversed(chain.keys) if key not in self.wanted]
+        return [key for key in reversed(prefix.block_hashes) if key not in self.refcounts]
 
-    def overflow(self) -> Iterable[Chain]:
+    def overflow(self) -> Iterable[CachedPrefix]:
         """Stalled chains beyond the bound, the oldest of the tenant with most; the caller removes them."""
-        surplus = len(self.by_id) - MAX_CHAINS
+        surplus = len(self.by_id) - MAX_PREFIXES
         if surplus <= 0:
             return []
-        stalled: dict[str, deque[Chain]] = {}
-        for chain in self:
-            if chain.phase == "stalled":
-                stalled.setdefault(chain.tenant, deque()).append(chain)
+        stalled: dict[str, deque[CachedPrefix]] = {}
+        for prefix in self:
+            if prefix.phase == "stalled":
+                stalled.setdefault(prefix.tenant, deque()).append(prefix)
         most = (max(stalled.values(), key=len, default=()) for _ in range(surplus))
-        return [chains.popleft() for chains in most if chains]
+        return [prefixes.popleft() for prefixes in most if prefixes]
 
-    def _add(self, chain: Chain) -> None:
-        self.by_id[chain.id] = chain
-        for key in chain.keys:
-            self.wanted[key] = self.wanted.get(key, 0) + 1
-        if chain.phase == "stalled":
-            self._stalled_at.setdefault(chain.keys[-1], []).append(chain)
-        if chain.hint is not None:
-            self._by_session.setdefault(chain.hint.session, set()).add(chain.id)
-            if chain.hint.parent_call is not None:
-                self._hired.setdefault(chain.hint.parent_call, set()).add(chain.id)
+    def _add(self, prefix: CachedPrefix) -> None:
+        self.by_id[prefix.id] = prefix
+        for key in prefix.block_hashes:
+            self.refcounts[key] = self.refcounts.get(key, 0) + 1
+        if prefix.phase == "stalled":
+            self._stalled_at.setdefault(prefix.block_hashes[-1], []).append(prefix)
+        if prefix.hint is not None:
+            self._by_session.setdefault(prefix.hint.session, set()).add(prefix.id)
+            if prefix.hint.parent_call is not None:
+                self._subagents.setdefault(prefix.hint.parent_call, set()).add(prefix.id)
 
-    def _parent(self, keys: Sequence[bytes], tenant: str) -> Chain | None:
+    def _predecessor(self, block_hashes: Sequence[bytes], tenant: str) -> CachedPrefix | None:
         if not self._stalled_at:
             return None
-        for key in reversed(keys):
-            for chain in self._stalled_at.get(key, ()):
-                if chain.tenant == tenant:
-                    return chain
+        for key in reversed(block_hashes):
+            for prefix in self._stalled_at.get(key, ()):
+                if prefix.tenant == tenant:
+                    return prefix
         return None
 
-    def _kin(self, keys: Sequence[bytes], hint: Hint | None) -> Chain | None:
-        """The stalled chain of the same session that `keys` shares most of.
+    def _same_session_match(self, block_hashes: Sequence[bytes], hint: Hint | None) -> CachedPrefix | None:
+        """The stalled chain of the same session that `block_hashes` shares most of.
 
         An answer often comes back in other tokens than it was given in: then the prompt is extended, the answer is not.
         """
-        best, best_share = None, KIN_SHARE
-        for chain in self.of_session(hint.session) if hint is not None else ():
-            if chain.phase == "stalled":
-                share = _common(chain.keys, keys) / len(chain.keys)
+        best, best_share = None, MIN_OVERLAP
+        for prefix in self.of_session(hint.session) if hint is not None else ():
+            if prefix.phase == "stalled":
+                share = _common(prefix.block_hashes, block_hashes) / len(prefix.block_hashes)
                 if share >= best_share:
-                    best, best_share = chain, share
+                    best, best_share = prefix, share
         return best
 
 

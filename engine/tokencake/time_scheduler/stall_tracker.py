@@ -10,19 +10,19 @@ from typing import TYPE_CHECKING, Final, assert_never
 
 from tokencake import protocol
 from tokencake.bounded import BoundedDict
-from tokencake.forecast.durations import Forecast, Stall
-from tokencake.forecast.reuse import Returns
+from tokencake.forecast.durations import DurationDistribution, Forecast
+from tokencake.forecast.reuse import ReuseProbability
 from tokencake.forecast.roles import role_of
 from tokencake.registry.records import lifetime_of
 from tokencake.time_scheduler.dropped import Dropped, SharedBlocks
-from tokencake.time_scheduler.expected_stall import AFTER_TOOLS, ANSWER, ended_s, expected_rest, give_up_after
-from tokencake.time_scheduler.prefixes import MAX_CHAINS, Chain, Chains
+from tokencake.time_scheduler.expected_stall import AFTER_TOOLS, ANSWER, ended_s, expected_remaining, give_up_after
+from tokencake.time_scheduler.prefixes import MAX_PREFIXES, CachedPrefix, PrefixIndex
 
 if TYPE_CHECKING:
     from tokencake.forecast.reuse import Claim
     from tokencake.protocol import Event, Hint
     from tokencake.registry.apply_events import ToolEvent
-    from tokencake.registry.records import Call, Session
+    from tokencake.registry.records import CallRecord, Session
     from tokencake.registry.registry import Registry
 
 
@@ -33,116 +33,125 @@ _SHARED_TIMES: Final = 4
 """So many times the blocks of the device are remembered, dropped ones and users."""
 
 
-class StallBook:
+class StallTracker:
     """The stalls of one engine with so many device `blocks`."""
 
     def __init__(self, registry: Registry, blocks: int = _BLOCKS) -> None:
-        self.chains = Chains()
+        self.prefixes = PrefixIndex()
         self.forecast = Forecast()
-        self.returns = Returns()
-        self.dropped = Dropped(_DROPPED_TIMES * blocks, self.returns.refute)
+        self.reuse = ReuseProbability()
+        self.dropped = Dropped(_DROPPED_TIMES * blocks, self.reuse.refute)
         self._shared = SharedBlocks(_SHARED_TIMES * blocks)
-        self._given_up: BoundedDict[str, Chain] = BoundedDict(MAX_CHAINS)
+        self._given_up: BoundedDict[str, CachedPrefix] = BoundedDict(MAX_PREFIXES)
         """The last chain of a session that was given up, with one block from its middle."""
         self._registry = registry
 
     # --- the life of a call -----------------------------------------------------------------------------
 
     def arrive(
-        self, request_id: str, keys: Sequence[bytes], hint: Hint | None, now: float, tenant: str = ""
-    ) -> Chain | None:
+        self, request_id: str, block_hashes: Sequence[bytes], hint: Hint | None, now: float, tenant: str = ""
+    ) -> CachedPrefix | None:
         """A call came; returns the stalled chain that it extends, and learns from its return."""
-        parent = self.chains.arrive(request_id, keys, hint, now, tenant)
+        predecessor = self.prefixes.arrive(request_id, block_hashes, hint, now, tenant)
         late = None if hint is None else self._given_up.pop(hint.session, None)
-        came = parent or (late if late is not None and late.keys[0] in keys else None)
+        came = predecessor or (late if late is not None and late.block_hashes[0] in block_hashes else None)
         if came is not None:
             self._learn_outcome(came, came=True)
             self._learn_return(came, now)
-        return parent
+        return predecessor
 
-    def wake(self, keys: Sequence[bytes], request_id: str, hint: Hint | None) -> list[bytes]:
-        """A call asks for `keys`: no longer dropped are these; returns those that had been put first."""
-        return self.dropped.wake(keys, request_id if hint is None else lifetime_of(hint))
+    def wake(self, block_hashes: Sequence[bytes], request_id: str, hint: Hint | None) -> list[bytes]:
+        """A call asks for `block_hashes`: no longer dropped are these; returns those that had been put first."""
+        return self.dropped.wake(block_hashes, request_id if hint is None else lifetime_of(hint))
 
-    def _learn_outcome(self, chain: Chain, *, came: bool) -> None:
-        if chain.claim != "final":
-            self.returns.learn(chain.hint, came=came)
-        if chain.claim is not None:
-            self.returns.learn(chain.hint, came=came, claim=chain.claim)
+    def _learn_outcome(self, prefix: CachedPrefix, *, came: bool) -> None:
+        if prefix.claim != "final":
+            self.reuse.learn(prefix.hint, came=came)
+        if prefix.claim is not None:
+            self.reuse.learn(prefix.hint, came=came, claim=prefix.claim)
 
-    def _learn_return(self, parent: Chain, now: float) -> None:
-        hint, call = parent.hint, self.call_of(parent)
+    def _learn_return(self, predecessor: CachedPrefix, now: float) -> None:
+        hint, call = predecessor.hint, self.call_of(predecessor)
         agent = role_of(hint).of_agent
         tools = list(call.tools.values()) if call else []
         if not tools and not (hint and hint.expects_tools):
-            self.forecast.learn(agent, None, now - parent.since_s)
+            self.forecast.learn(agent, None, now - predecessor.since_s)
         for tool in tools:
             if tool.is_open and tool.started_s is not None:  # its end was lost: the next call is one
                 self.forecast.learn(agent, tool.tool, now - tool.started_s)
         if hint is not None and tools:
-            over_s = ended_s(parent, tools, self.session_of(parent))
+            over_s = ended_s(predecessor, tools, self.session_of(predecessor))
             is_open = any(tool.is_open for tool in tools)
             self.forecast.learn(role_of(hint), AFTER_TOOLS, 0.0 if is_open or over_s is None else now - over_s)
 
     def start(self, request_id: str, now: float) -> None:
         """A call has a slot, for the first time or again."""
-        if (chain := self.chains.by_id.get(request_id)) is not None:
-            chain.phase, chain.since_s = "running", now
+        if (prefix := self.prefixes.by_id.get(request_id)) is not None:
+            prefix.phase, prefix.since_s = "running", now
 
-    def finish(self, request_id: str, keys: Sequence[bytes], now: float) -> tuple[Chain, Stall] | None:
-        """A call has ended well and left the blocks `keys`: its stall begins, and with it what is expected of it."""
-        running = self.chains.by_id.get(request_id)
+    def finish(
+        self, request_id: str, block_hashes: Sequence[bytes], now: float
+    ) -> tuple[CachedPrefix, DurationDistribution] | None:
+        """A request has finished and left the blocks `block_hashes`: its stall begins, with a forecast."""
+        running = self.prefixes.by_id.get(request_id)
         if running is not None and running.phase == "running" and running.hint is not None:
             self.forecast.learn(role_of(running.hint).of_agent, ANSWER, now - running.since_s)
-        chain = self.chains.stall(request_id, keys, now)
-        if chain is None:
+        prefix = self.prefixes.stall(request_id, block_hashes, now)
+        if prefix is None:
             return None
-        self._shared.use(keys, self._lifetime(chain))
-        chain.claim = self._claim(chain.hint)
-        rest = self.rest(chain, now)
-        chain.back_s, chain.give_up_s = now + rest.quantile(0.5), now + give_up_after(rest, ())
-        return chain, rest
+        self._shared.use(block_hashes, self._lifetime(prefix))
+        prefix.claim = self._claim(prefix.hint)
+        remaining = self.remaining(prefix, now)
+        prefix.back_s, prefix.give_up_s = now + remaining.quantile(0.5), now + give_up_after(remaining, ())
+        return prefix, remaining
 
-    def drop(self, chain: Chain) -> None:
+    def drop(self, prefix: CachedPrefix) -> None:
         """A claim says that nothing will extend it, and is believed: what only it had may go first."""
-        self.chains.remove(chain.id)
-        if chain.claim is None:
+        self.prefixes.remove(prefix.id)
+        if prefix.claim is None:
             return
-        if chain.heirs_left is None:
-            self._learn_outcome(chain, came=False)
-        lifetime = self._lifetime(chain)
-        private = [key for key in self.chains.dead(chain) if self._shared.is_private(key, lifetime)]
-        self.dropped.add(role_of(chain.hint), chain.claim, lifetime, private)
+        if prefix.expected_children is None:
+            self._learn_outcome(prefix, came=False)
+        lifetime = self._lifetime(prefix)
+        private = [key for key in self.prefixes.unreferenced(prefix) if self._shared.is_exclusive(key, lifetime)]
+        self.dropped.add(role_of(prefix.hint), prefix.claim, lifetime, private)
 
-    def give_up(self, chain: Chain) -> None:
+    def give_up(self, prefix: CachedPrefix) -> None:
         """No call came for so long that none is expected; one that comes after all is learned from."""
-        self.chains.remove(chain.id)
-        if chain.heirs_left is None and chain.hint is not None:
-            self._learn_outcome(chain, came=False)
-            chain.keys = chain.keys[len(chain.keys) // 2 :][:1]
-            self._given_up[chain.hint.session] = chain
+        self.prefixes.remove(prefix.id)
+        if prefix.expected_children is None and prefix.hint is not None:
+            self._learn_outcome(prefix, came=False)
+            prefix.block_hashes = prefix.block_hashes[len(prefix.block_hashes) // 2 :][:1]
+            self._given_up[prefix.hint.session] = prefix
 
     # --- what is expected -------------------------------------------------------------------------------
 
-    def rest(self, chain: Chain, now: float) -> Stall:
+    def remaining(self, prefix: CachedPrefix, now: float) -> DurationDistribution:
         """How long its stall will still last."""
-        return expected_rest(chain, self.call_of(chain), self.session_of(chain), self.chains, self.forecast, now)
+        return expected_remaining(
+            prefix, self.call_of(prefix), self.session_of(prefix), self.prefixes, self.forecast, now
+        )
 
-    def may_last(self, chain: Chain) -> bool:
+    def has_open_subagents(self, prefix: CachedPrefix) -> bool:
         """Whether it waits for a sub-agent that will call again: then nobody can say how long."""
-        return any(hired.hint is None or hired.hint.reuse != "final" for hired in self.chains.hired_by(chain))
+        return any(
+            subagents.hint is None or subagents.hint.reuse != "final"
+            for subagents in self.prefixes.subagents_of(prefix)
+        )
 
-    def refine(self, chain: Chain, now: float) -> Stall:
+    def reforecast(self, prefix: CachedPrefix, now: float) -> DurationDistribution:
         """The same, after something has told more about it."""
-        rest, call = self.rest(chain, now), self.call_of(chain)
-        chain.back_s = now + rest.quantile(0.5)
-        chain.give_up_s = now + give_up_after(rest, [tool.deadline_s for tool in call.tools.values()] if call else ())
-        return rest
+        remaining, call = self.remaining(prefix, now), self.call_of(prefix)
+        prefix.back_s = now + remaining.quantile(0.5)
+        prefix.give_up_s = now + give_up_after(
+            remaining, [tool.deadline_s for tool in call.tools.values()] if call else ()
+        )
+        return remaining
 
-    def believed_claim(self, chain: Chain) -> Claim | None:
+    def believed_claim(self, prefix: CachedPrefix) -> Claim | None:
         """Why nothing will extend it, where such claims have been true."""
-        claim = chain.claim
-        return claim if claim is not None and self.returns.is_believed(chain.hint, claim) else None
+        claim = prefix.claim
+        return claim if claim is not None and self.reuse.is_believed(prefix.hint, claim) else None
 
     def _claim(self, hint: Hint | None) -> Claim | None:
         if hint is None:
@@ -152,12 +161,12 @@ class StallBook:
         return "final" if hint.reuse == "final" else "over" if is_over else None
 
     @staticmethod
-    def _lifetime(chain: Chain) -> str:
-        return chain.id if chain.hint is None else lifetime_of(chain.hint)
+    def _lifetime(prefix: CachedPrefix) -> str:
+        return prefix.id if prefix.hint is None else lifetime_of(prefix.hint)
 
     # --- events -----------------------------------------------------------------------------------------
 
-    def on_event(self, event: Event) -> tuple[list[Chain], list[Chain]]:
+    def on_event(self, event: Event) -> tuple[list[CachedPrefix], list[CachedPrefix]]:
         """The registry has applied `event`: the prefixes whose stall it changes, and those to drop."""
         match event:
             case protocol.ToolStart() | protocol.ToolProgress() | protocol.ToolEnd():
@@ -165,16 +174,16 @@ class StallBook:
             case protocol.StallStart() | protocol.StallEnd():
                 return self._stalled(event.session), []
             case protocol.SessionEnd() | protocol.AppEnd():
-                ended = [chain for session in self._registry.ended_by(event) for chain in self._stalled(session.id)]
-                for chain in ended:
-                    chain.claim = chain.claim or "over"
-                return [], [chain for chain in ended if self.believed_claim(chain) is not None]
+                ended = [prefix for session in self._registry.ended_by(event) for prefix in self._stalled(session.id)]
+                for prefix in ended:
+                    prefix.claim = prefix.claim or "over"
+                return [], [prefix for prefix in ended if self.believed_claim(prefix) is not None]
             case protocol.Graph():  # says nothing of a stall
                 return [], []
             case _:
                 assert_never(event)
 
-    def _on_tool(self, event: ToolEvent) -> list[Chain]:
+    def _on_tool(self, event: ToolEvent) -> list[CachedPrefix]:
         call = self._registry.calls.get(event.call)
         if call is None:
             return []
@@ -186,18 +195,18 @@ class StallBook:
             self.forecast.learn(agent, tool.tool, tool.duration_s)
         return self.stalled_at(call.id)
 
-    def stalled_at(self, call_id: str) -> list[Chain]:
+    def stalled_at(self, call_id: str) -> list[CachedPrefix]:
         """The chains that this call left."""
         call = self._registry.calls.get(call_id)
         return [] if call is None else [c for c in self._stalled(call.hint.session) if self.call_of(c) is call]
 
-    def _stalled(self, session: str) -> list[Chain]:
-        return [chain for chain in self.chains.of_session(session) if chain.phase == "stalled"]
+    def _stalled(self, session: str) -> list[CachedPrefix]:
+        return [prefix for prefix in self.prefixes.of_session(session) if prefix.phase == "stalled"]
 
-    def call_of(self, chain: Chain) -> Call | None:
+    def call_of(self, prefix: CachedPrefix) -> CallRecord | None:
         """What the registry knows of its call."""
-        return None if chain.hint is None else self._registry.calls.get(chain.hint.call or chain.id)
+        return None if prefix.hint is None else self._registry.calls.get(prefix.hint.call or prefix.id)
 
-    def session_of(self, chain: Chain) -> Session | None:
+    def session_of(self, prefix: CachedPrefix) -> Session | None:
         """What the registry knows of its session."""
-        return None if chain.hint is None else self._registry.sessions.get(chain.hint.session)
+        return None if prefix.hint is None else self._registry.sessions.get(prefix.hint.session)

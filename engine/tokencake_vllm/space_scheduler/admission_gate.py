@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING
 
 from vllm.logger import init_logger
 
-from tokencake.space_scheduler.growth import Promise
-from tokencake.space_scheduler.policy import REFUSALS, Memory
+from tokencake.space_scheduler.growth import GrowthReservation
+from tokencake.space_scheduler.policy import REFUSALS, AdmissionState
 from tokencake_vllm.vllm_adapter.requests import ADMISSIBLE
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
     from tokencake.registry.registry import Registry
-    from tokencake.space_scheduler.applications import Applications, LiveCall
-    from tokencake.space_scheduler.explain import SpaceWords
+    from tokencake.space_scheduler.applications import AppTracker, LiveRequest
+    from tokencake.space_scheduler.explain import DecisionExplainer
     from tokencake.space_scheduler.policy import Refusal, SpacePolicy
     from tokencake.space_scheduler.settings import SpaceSettings
     from tokencake_vllm.component import ErrorContainment
@@ -32,9 +32,9 @@ class AdmissionGate:
         self,
         settings: SpaceSettings,
         policy: SpacePolicy,
-        applications: Applications,
+        applications: AppTracker,
         view: BlockView,
-        words: SpaceWords,
+        explainer: DecisionExplainer,
         registry: Registry,
         contain_errors: ErrorContainment,
     ) -> None:
@@ -45,7 +45,7 @@ class AdmissionGate:
         self._policy = policy
         self._applications = applications
         self._view = view
-        self._words = words
+        self._explainer = explainer
         self._registry = registry
         self._contain_errors = contain_errors
         self._has_logged_undeclared = False
@@ -53,42 +53,42 @@ class AdmissionGate:
 
     def reset(self) -> None:
         """The step is over."""
-        self._promises: list[Promise] | None = None
-        self._taken: list[tuple[LiveCall, int]] = []
-        self._tried: tuple[Request, LiveCall, int] | None = None
-        self._passed: list[int] = []
-        self._has_passed_critical = False
-        self._has_passed_plain = False
-        self._is_closed = False
+        self._reservations: list[GrowthReservation] | None = None
+        self._taken: list[tuple[LiveRequest, int]] = []
+        self._tried: tuple[Request, LiveRequest, int] | None = None
+        self._bypassed: list[int] = []
+        self._has_bypassed_critical = False
+        self._has_bypassed_unhinted = False
+        self._bypass_expired = False
 
-    def admits(self, request: Request, call: LiveCall, admitted: Callable[[], list[Request]], now: float) -> bool:
+    def admits(self, request: Request, call: LiveRequest, admitted: Callable[[], list[Request]], now: float) -> bool:
         """Whether `request` may try to get its blocks; `admitted` names those that have theirs."""
-        if len(self._passed) >= self._settings.scan:
+        if len(self._bypassed) >= self._settings.scan:
             return False
         self._settle_tried(admitted)
         need = self._view.needed_blocks(request)
-        reason = self._policy.refusal(call, need, self.memory())
+        reason = self._policy.refusal(call, need, self.state())
         if reason is None:
             self._tried = request, call, need
             return True
         with self._contain_errors:  # what goes wrong here does not let it in
-            self._passed.append(need)
-            self._has_passed_critical |= call.app.is_critical
-            self._has_passed_plain |= call.hint is None
-            if len(self._passed) == 1:  # the most senior of those that could not run
-                call.refused_s = now if call.refused_s is None else call.refused_s
-                self._is_closed = now - call.refused_s > self._settings.pass_s
+            self._bypassed.append(need)
+            self._has_bypassed_critical |= call.app.is_critical
+            self._has_bypassed_unhinted |= call.hint is None
+            if len(self._bypassed) == 1:  # the most senior of those that could not run
+                call.first_skipped_s = now if call.first_skipped_s is None else call.first_skipped_s
+                self._bypass_expired = now - call.first_skipped_s > self._settings.pass_s
             self._note(call, self._declared(reason), need, now)
         return False
 
-    def note_reserved(self, request: Request, call: LiveCall, now: float) -> None:
+    def note_reserved(self, request: Request, call: LiveRequest, now: float) -> None:
         """`request` was not asked for: what is free was given up for another call."""
         with self._contain_errors:
             self._note(call, "kept", self._view.needed_blocks(request), now)
 
-    def _note(self, call: LiveCall, reason: Refusal, need: int, now: float) -> None:
+    def _note(self, call: LiveRequest, reason: Refusal, need: int, now: float) -> None:
         self._registry.counts["space_refusals", reason] += 1
-        self._words.note_refused(call, reason, need, self._view.free_blocks, now)
+        self._explainer.note_skipped(call, reason, need, self._view.free_blocks, now)
 
     def _declared(self, reason: Refusal) -> Refusal:
         """`reason`, where it is one of `Refusal`: a policy of another author may give anything."""
@@ -106,35 +106,35 @@ class AdmissionGate:
 
     def _settle_tried(self, admitted: Callable[[], list[Request]]) -> None:
         """Whom the gate let through last: if vLLM gave it its blocks, they are promised."""
-        if self._promises is None:
-            self._promises = [self.promise(request) for request in admitted()]
+        if self._reservations is None:
+            self._reservations = [self.reservation(request) for request in admitted()]
         elif self._tried is not None and self._tried[0].status not in ADMISSIBLE:
             request, call, need = self._tried
-            self._promises.append(self.promise(request))
+            self._reservations.append(self.reservation(request))
             self._taken.append((call, need))
         self._tried = None
 
-    def memory(self) -> Memory:
+    def state(self) -> AdmissionState:
         """The blocks as of now."""
-        return Memory(
+        return AdmissionState(
             total_blocks=self._view.total_blocks,
             free_blocks=self._view.free_blocks,
             block_tokens=self._view.block_tokens,
-            promises=tuple(self._promises or ()),
-            has_passed_critical=self._has_passed_critical,
-            has_passed_plain=self._has_passed_plain,
-            is_closed=self._is_closed,
-            passed=tuple(self._passed),
-            private_blocks=self.exclusive_blocks,
+            reservations=tuple(self._reservations or ()),
+            has_bypassed_critical=self._has_bypassed_critical,
+            has_bypassed_unhinted=self._has_bypassed_unhinted,
+            bypass_expired=self._bypass_expired,
+            bypassed=tuple(self._bypassed),
+            exclusive_blocks=self.exclusive_blocks,
             taken=tuple(self._taken),
             step=self.step,
         )
 
-    def promise(self, request: Request) -> Promise:
+    def reservation(self, request: Request) -> GrowthReservation:
         """What an admitted request will yet take and give."""
         name = request.request_id
         pending = self._view.blocks_of(request.num_tokens) - self._view.allocated_blocks(name)
-        return Promise(self.left_tokens(request), max(0, pending), self._view.exclusive_blocks(name))
+        return GrowthReservation(self.left_tokens(request), max(0, pending), self._view.exclusive_blocks(name))
 
     def left_tokens(self, request: Request) -> int:
         """Tokens that its answer will yet have, as far as can be foreseen."""

@@ -12,8 +12,8 @@ from vllm.logger import init_logger
 from vllm.v1.core.sched.request_queue import SchedulingPolicy
 
 from tokencake.policies.registry import ADMISSION
-from tokencake.space_scheduler.applications import Applications
-from tokencake.space_scheduler.explain import SpaceWords
+from tokencake.space_scheduler.applications import AppTracker
+from tokencake.space_scheduler.explain import DecisionExplainer
 from tokencake.space_scheduler.growth import peak_blocks
 from tokencake_vllm.component import SchedulerComponent, TaggedRequest
 from tokencake_vllm.space_scheduler.admission_gate import AdmissionGate
@@ -65,14 +65,14 @@ class SpaceComponent(SchedulerComponent):
     ) -> None:
         self.is_on = settings.enabled and scheduler.policy == SchedulingPolicy.FCFS
         self.settings = settings
-        self.applications = Applications(registry.graphs.get, answer_quantile=settings.answer_quantile)
+        self.applications = AppTracker(registry.graphs.get, answer_quantile=settings.answer_quantile)
         self.policy = ADMISSION[settings.policy](settings)
         self.queue = RankedQueue()
         self._scheduler, self._registry, self._offload = scheduler, registry, offload
         self._view = BlockView(scheduler.kv_cache_manager, scheduler.block_size)
-        self.words = SpaceWords(settings, self.policy, self.applications, registry)
+        self.explainer = DecisionExplainer(settings, self.policy, self.applications, registry)
         self.gate = AdmissionGate(
-            settings, self.policy, self.applications, self._view, self.words, registry, contain_errors
+            settings, self.policy, self.applications, self._view, self.explainer, registry, contain_errors
         )
         self.swap = Swap(scheduler, settings, self.policy, self.applications, self._view, self.gate, offload)
         self._needs: dict[str, int] = {}
@@ -108,19 +108,19 @@ class SpaceComponent(SchedulerComponent):
     def before_preempt(self, request: Request, now: float) -> None:
         """Account for the memory that it has used so far."""
         if self.is_on:
-            self.applications.charge(request.request_id, self._held_share(request), now)
+            self.applications.account_service(request.request_id, self._held_share(request), now)
             self.applications.stop(request.request_id)
             running = [other.request_id for other in self._scheduler.running]
-            self.words.note_preempted(request.request_id, running, now)
+            self.explainer.note_preempted(request.request_id, running, now)
 
     def before_free(self, request: Request, now: float) -> None:
         """Account for it, and learn from it."""
         if self.is_on:
-            self.applications.charge(request.request_id, self._held_share(request), now)
+            self.applications.account_service(request.request_id, self._held_share(request), now)
             self.applications.end(
                 request.request_id, request.num_output_tokens, is_aborted=is_aborted(request), now=now
             )
-            self.words.forget(request.request_id)
+            self.explainer.forget(request.request_id)
 
     # --- the step -------------------------------------------------------------------------------------
 
@@ -145,14 +145,14 @@ class SpaceComponent(SchedulerComponent):
         self._ranked_at = self._steps, self.applications.version
         running = self._scheduler.running
         for request in running:
-            self.applications.charge(request.request_id, self._held_share(request), now)
+            self.applications.account_service(request.request_id, self._held_share(request), now)
         self.gate.exclusive_blocks = {
             request.request_id: self._view.exclusive_blocks(request.request_id)
             for request in running
             if request.request_id in self.applications.calls
         }
         self.gate.step = self._steps
-        self.policy.begin(self.applications, self.gate.memory(), now)
+        self.policy.begin(self.applications, self.gate.state(), now)
         self._is_plain = all(call.hint is None for call in self.applications.calls.values())
         if not self._is_plain:
             self.sort()
@@ -171,8 +171,8 @@ class SpaceComponent(SchedulerComponent):
             call = self.applications.calls.get(name)
             if call is None:  # it came while the plug-in failed: behind all others, in the order of arrival
                 return (float("inf"), request.arrival_time)
-            self._ages[name] = rank = self.policy.rank(call, need_blocks=need, is_sibling=False)
-            return self.policy.rank(call, need_blocks=need, is_sibling=True) if name in siblings else rank
+            self._ages[name] = rank = self.policy.rank(call, need_blocks=need, shares_prefix=False)
+            return self.policy.rank(call, need_blocks=need, shares_prefix=True) if name in siblings else rank
 
         self.queue.sort(rank_of)
         self._scheduler.running.sort(key=rank_of)
@@ -207,7 +207,7 @@ class SpaceComponent(SchedulerComponent):
             self.applications.start(name, now)
         if self._is_ranked or started:
             waiting = [request.request_id for request in self.queue if request.status in ADMISSIBLE]
-            self.words.note_waiting(waiting, started, self.queue.ranks, self._needs, self._view.free_blocks, now)
+            self.explainer.note_waiting(waiting, started, self.queue.ranks, self._needs, self._view.free_blocks, now)
 
     # --- the gate -------------------------------------------------------------------------------------
 
@@ -231,7 +231,7 @@ class SpaceComponent(SchedulerComponent):
     def add_metrics(self, drained: dict[str, Any], now: float) -> None:
         """Add the gauges of admission to what `Registry.drain` gave."""
         if self.is_on:
-            promises = [self.gate.promise(request) for request in self._scheduler.running]
-            drained["gauges"]["promised_blocks"] = peak_blocks(promises, self._view.block_tokens)
-            drained["gauges"]["longest_wait_s"] = self.words.longest_wait_s(now)
+            reservations = [self.gate.reservation(request) for request in self._scheduler.running]
+            drained["gauges"]["promised_blocks"] = peak_blocks(reservations, self._view.block_tokens)
+            drained["gauges"]["longest_wait_s"] = self.explainer.longest_wait_s(now)
             drained["labelled"]["space_reserve_blocks"] = self.policy.reserve()

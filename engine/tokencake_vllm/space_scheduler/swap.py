@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
-from tokencake.space_scheduler.growth import Promise, tokens_until_free
-from tokencake.space_scheduler.swap_victims import Candidate, Losses, by_seniority, victims
+from tokencake.space_scheduler.growth import GrowthReservation, tokens_until_free
+from tokencake.space_scheduler.swap_victims import RecomputeBudget, SwapCandidate, by_seniority, victims
 from tokencake_vllm.vllm_adapter.requests import (
     ADMISSIBLE,
     admitted_requests,
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.request import Request
 
-    from tokencake.space_scheduler.applications import Applications, LiveCall
+    from tokencake.space_scheduler.applications import AppTracker, LiveRequest
     from tokencake.space_scheduler.policy import Rank, SpacePolicy
     from tokencake.space_scheduler.settings import SpaceSettings
     from tokencake_vllm.component import Offload
@@ -47,7 +47,7 @@ class Swap:
         scheduler: Scheduler,
         settings: SpaceSettings,
         policy: SpacePolicy,
-        applications: Applications,
+        applications: AppTracker,
         view: BlockView,
         gate: AdmissionGate,
         offload: Offload,
@@ -59,7 +59,7 @@ class Swap:
         self._calls = applications.calls
         self._view = view
         self._gate = gate
-        self._losses = Losses()
+        self._recompute_budget = RecomputeBudget()
         self._beneficiary: str | None = None
         """The call that others have given way to and that has not started yet."""
         self._reserved_until_s = 0.0
@@ -80,12 +80,12 @@ class Swap:
         if head.app.id not in apps[: self._settings.swap_oldest]:
             return []
         admitted = admitted_requests(self._scheduler)
-        promises = [self._promise(other) for other in admitted]
-        if tokens_until_free(promises, need, free, self._view.block_tokens) <= self._settings.swap_patience_tokens:
+        reservations = [self._reservation(other) for other in admitted]
+        if tokens_until_free(reservations, need, free, self._view.block_tokens) <= self._settings.swap_patience_tokens:
             return []
         # Each call that runs may want one more block before the copies are over.
         margin = len(admitted) + self._scheduler.kv_cache_manager.watermark_blocks
-        short = need + margin + sum(promise.pending_blocks for promise in promises) - free
+        short = need + margin + sum(reservation.pending_blocks for reservation in reservations) - free
         chosen = victims(head, short, self._candidates(), apps, self._settings)
         names = {candidate.call.request_id for candidate in chosen}
         if not names or self._view.freed_by(names, request) < short:
@@ -97,17 +97,17 @@ class Swap:
         self._swapped_out |= names
         return [other for other in self._scheduler.running if other.request_id in names]
 
-    def _head(self, now: float) -> LiveCall | None:
+    def _head(self, now: float) -> LiveRequest | None:
         """The first in line, if somebody may be swapped out for it at all."""
         scheduler = self._scheduler
         if not self._policy.swaps or self._is_reserved(now) or not scheduler.waiting:
             return None
-        if not self._losses.are_within(_MAX_RECOMPUTED_SHARE) or not self._offload.can_restore:
+        if not self._recompute_budget.are_within(_MAX_RECOMPUTED_SHARE) or not self._offload.can_restore:
             return None
         request = scheduler.waiting.peek_request()
         head = self._calls.get(request.request_id)
         is_able = request.status in ADMISSIBLE and not is_paused(scheduler)
-        return head if is_able and head is not None and head.hint is not None and not head.is_in_vain else None
+        return head if is_able and head is not None and head.hint is not None and not head.swap_failed else None
 
     def may_start(self, request_id: str, now: float) -> bool:
         """Whether this waiting call may take blocks: not what others gave for somebody else."""
@@ -122,7 +122,7 @@ class Swap:
             has_room = self._view.blocks_of(request.num_tokens) <= self._view.free_blocks
             call = self._calls.get(request.request_id)
             if call is not None and has_room and not is_paused(self._scheduler):
-                call.is_in_vain = True
+                call.swap_failed = True
         return self._beneficiary is not None
 
     def note_step(self, output: SchedulerOutput) -> None:
@@ -134,7 +134,7 @@ class Swap:
             self._swapped_out.discard(name)
             if (request := self._scheduler.requests.get(name)) is not None:
                 lost += request.num_tokens - request.num_computed_tokens + output.num_scheduled_tokens.get(name, 0)
-        self._losses.add(output.total_num_scheduled_tokens, lost)
+        self._recompute_budget.add(output.total_num_scheduled_tokens, lost)
 
     def _soon_free_blocks(self) -> int:
         """Blocks that come free without anybody's end: the step under way or a copy to the host still has them."""
@@ -148,17 +148,17 @@ class Swap:
         is_overdue = call is None or request.num_output_tokens >= call.expected_tokens
         return request.max_tokens - request.num_output_tokens if is_overdue else self._gate.left_tokens(request)
 
-    def _promise(self, request: Request) -> Promise:
-        return replace(self._gate.promise(request), left_tokens=self._left_tokens(request))
+    def _reservation(self, request: Request) -> GrowthReservation:
+        return replace(self._gate.reservation(request), left_tokens=self._left_tokens(request))
 
-    def _candidates(self) -> list[Candidate]:
+    def _candidates(self) -> list[SwapCandidate]:
         running = [(self._calls[r.request_id], r) for r in self._scheduler.running if r.request_id in self._calls]
         able = [(call, request) for call, request in running if call.hint is not None and has_prompt_computed(request)]
         sizes = Counter(call.app.id for call, _ in able)
         return [self._candidate(call, request, sizes[call.app.id]) for call, request in able]
 
-    def _candidate(self, call: LiveCall, request: Request, size: int) -> Candidate:
+    def _candidate(self, call: LiveRequest, request: Request, size: int) -> SwapCandidate:
         private = self._view.exclusive_blocks(call.request_id)
         # What calls of other applications hold too does not come free with those of its own.
         shared = self._view.exclusive_blocks(call.request_id, holders=size) - private
-        return Candidate(call, private, shared, self._left_tokens(request))
+        return SwapCandidate(call, private, shared, self._left_tokens(request))

@@ -117,7 +117,7 @@ class TimeComponent(NoOffload):
         self.stalls = StallManager(scheduler, registry, cache, connector.settings)
         self._scheduler, self._cache, self._clock = scheduler, cache, clock
         self._contain_errors = contain_errors
-        self._forecast_file = ForecastFile(self.stalls.book.forecast, connector.settings.forecast_file)
+        self._forecast_file = ForecastFile(self.stalls.tracker.forecast, connector.settings.forecast_file)
         connector.on_finished = self._finish
         logger.info(
             "TokenCake: Time Scheduler `%s`, %d blocks of host memory", connector.settings.policy, self.host_blocks
@@ -221,7 +221,7 @@ class TimeComponent(NoOffload):
     def describe_sessions(self, sessions: Mapping[str, dict[str, Any]]) -> None:
         """Add to each session's view where its KV is."""
         for name, view in sessions.items():
-            view["kv"] = kv_report.of_session(self.stalls.chains, self._cache, name)
+            view["kv"] = kv_report.of_session(self.stalls.prefixes, self._cache, name)
 
     def wipe(self) -> int:
         """With `debug_checksums`: overwrite every free device block, to prove that what is hit later was copied."""

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.scheduler import Scheduler
 
     from tokencake.time_scheduler.dropped import Dropped
-    from tokencake.time_scheduler.prefixes import Chain, Chains
+    from tokencake.time_scheduler.prefixes import CachedPrefix, PrefixIndex
     from tokencake_vllm.transfer.host_cache import HostCache
 
 _FREE_SCAN: Final = 1_024
@@ -41,8 +41,8 @@ _LATER_S: Final = 1.0
 class FreeQueue:
     """The free queue of one block pool."""
 
-    def __init__(self, scheduler: Scheduler, cache: HostCache, chains: Chains, dropped: Dropped) -> None:
-        self._cache, self._chains, self._dropped = cache, chains, dropped
+    def __init__(self, scheduler: Scheduler, cache: HostCache, prefixes: PrefixIndex, dropped: Dropped) -> None:
+        self._cache, self._prefixes, self._dropped = cache, prefixes, dropped
         self._pool = scheduler.kv_cache_manager.block_pool
         # An empty block for each running call, and the prompts of a step.
         self._step_blocks = scheduler.max_num_running_reqs + scheduler.max_num_scheduled_tokens // scheduler.block_size
@@ -56,7 +56,7 @@ class FreeQueue:
         first: list[KVCacheBlock] = []
         while count + len(first) < self._step_blocks and (key := self._dropped.take()) is not None:
             block = find_block(self._pool, key)
-            if key in self._chains.wanted:
+            if key in self._prefixes.refcounts:
                 self._dropped.discard(key)
             elif block is None:
                 continue
@@ -86,26 +86,26 @@ class FreeQueue:
         found = (find_block(self._pool, key) for key in keys)
         move_to_tail(self._pool, [block for block in found if block is not None])
 
-    def reclaimable(self, chain: Chain, count: int, now: float) -> list[KVCacheBlock]:
-        """Up to `count` free blocks that hold nothing, or what is worth less than the blocks of `chain`."""
+    def reclaimable(self, prefix: CachedPrefix, count: int, now: float) -> list[KVCacheBlock]:
+        """Up to `count` free blocks that hold nothing, or what is worth less than the blocks of `prefix`."""
         found = list(itertools.islice(self._unreferenced(), count))
         if len(found) < count:
-            found += itertools.islice(self._of_later_prefixes(chain, now), count - len(found))
+            found += itertools.islice(self._of_later_prefixes(prefix, now), count - len(found))
         return found
 
     def _unreferenced(self) -> Iterator[KVCacheBlock]:
         for block in itertools.islice(free_list(self._pool), _FREE_SCAN):
             key = block_hash_of(block)
-            if key is None or key not in self._chains.wanted:
+            if key is None or key not in self._prefixes.refcounts:
                 yield block
 
-    def _of_later_prefixes(self, chain: Chain, now: float) -> Iterator[KVCacheBlock]:
+    def _of_later_prefixes(self, prefix: CachedPrefix, now: float) -> Iterator[KVCacheBlock]:
         """From the ends of chains that are needed far later: what is free, wanted by nobody else and on the host."""
-        from_s = _LATER_TIMES * chain.rest_s(now) + _LATER_S
-        later = [c for c in self._chains if c.phase == "stalled" and c.rest_s(now) > from_s]
-        for donor in sorted(later, key=lambda c: -c.rest_s(now))[:_MAX_SOURCES]:
-            for key in reversed(donor.keys[: len(self._cache.tier.ready(donor.keys))]):
-                if self._chains.wanted[key] > 1:
+        from_s = _LATER_TIMES * prefix.remaining_s(now) + _LATER_S
+        later = [c for c in self._prefixes if c.phase == "stalled" and c.remaining_s(now) > from_s]
+        for donor in sorted(later, key=lambda c: -c.remaining_s(now))[:_MAX_SOURCES]:
+            for key in reversed(donor.block_hashes[: len(self._cache.tier.ready(donor.block_hashes))]):
+                if self._prefixes.refcounts[key] > 1:
                     break
                 block = find_block(self._pool, key)
                 if block is not None and not block.ref_cnt:

@@ -15,21 +15,25 @@ if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_utils import KVCacheBlock
     from vllm.v1.core.sched.scheduler import Scheduler
 
-    from tokencake.forecast.reuse import Returns
+    from tokencake.forecast.reuse import ReuseProbability
     from tokencake.time_scheduler.host_tier import Distance
-    from tokencake.time_scheduler.prefixes import Chain, Chains
+    from tokencake.time_scheduler.prefixes import CachedPrefix, PrefixIndex
     from tokencake_vllm.transfer.host_cache import HostCache
 
 
 class HostStores:
     """Copies prefixes to the host, by the eviction policy with this name."""
 
-    def __init__(self, scheduler: Scheduler, cache: HostCache, prefixes: Chains, reuse: Returns, eviction: str) -> None:
+    def __init__(
+        self, scheduler: Scheduler, cache: HostCache, prefixes: PrefixIndex, reuse: ReuseProbability, eviction: str
+    ) -> None:
         self._scheduler, self._cache, self._prefixes, self._reuse = scheduler, cache, prefixes, reuse
         self._eviction = EVICTION[eviction]()
         self.recent = RecentStores()
 
-    def store(self, prefix: Chain, keys: Sequence[bytes], blocks: Sequence[KVCacheBlock], step: int, now: float) -> int:
+    def store(
+        self, prefix: CachedPrefix, keys: Sequence[bytes], blocks: Sequence[KVCacheBlock], step: int, now: float
+    ) -> int:
         """Copy what the host does not have of `keys`, computed in `blocks`; returns how many blocks."""
         cache = self._cache
         distance: Distance = unbounded
@@ -41,7 +45,7 @@ class HostStores:
                 cache.tier,
                 self._reuse,
                 now,
-                cache.rates.admission.seconds,
+                cache.costs.admission.seconds,
                 lambda: queue_positions(self._scheduler),
             )
             distance, own_s = self._eviction.distances(inputs)

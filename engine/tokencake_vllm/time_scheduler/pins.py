@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.scheduler import Scheduler
 
     from tokencake.registry.metric_names import CountByName
-    from tokencake.time_scheduler.prefixes import Chain, Chains
+    from tokencake.time_scheduler.prefixes import CachedPrefix, PrefixIndex
     from tokencake_vllm.time_scheduler.uploads import Uploads
     from tokencake_vllm.transfer.host_cache import HostCache
     from tokencake_vllm.vllm_adapter.block_view import BlockView
@@ -38,24 +38,24 @@ class Pins:
         scheduler: Scheduler,
         view: BlockView,
         cache: HostCache,
-        prefixes: Chains,
+        prefixes: PrefixIndex,
         uploads: Uploads,
-        store: Callable[[Chain, Sequence[bytes], Sequence[KVCacheBlock]], int],
+        store: Callable[[CachedPrefix, Sequence[bytes], Sequence[KVCacheBlock]], int],
         count: CountByName,
     ) -> None:
         self._scheduler, self._view, self._cache, self._prefixes = scheduler, view, cache, prefixes
         self._uploads, self._store, self._count = uploads, store, count
 
-    def offload(self, prefix: Chain) -> None:
+    def offload(self, prefix: CachedPrefix) -> None:
         """Copy the pinned blocks of a prefix to the host, then unpin them: its short stall has become a long one."""
         blocks = self._cache.pinned.get(prefix.id)
         if blocks and not self._uploads.has_uploaded(prefix.id):
-            self._store(prefix, prefix.keys[: len(blocks)], blocks)
+            self._store(prefix, prefix.block_hashes[: len(blocks)], blocks)
         self._cache.unpin(prefix.id)
-        self._cache.mark_offloaded(prefix.id, prefix.keys)
+        self._cache.mark_offloaded(prefix.id, prefix.block_hashes)
         prefix.outcome, prefix.keep_until_s = "offload", None
 
-    def make_room(self, predecessors: Mapping[str, Chain]) -> None:
+    def make_room(self, predecessors: Mapping[str, CachedPrefix]) -> None:
         """Unpin blocks, as far as the first request in the queue and the growth of running ones need them.
 
         Args:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.scheduler import Scheduler
 
     from tokencake.registry.metric_names import CountByName
-    from tokencake.time_scheduler.prefixes import Chain, Chains
+    from tokencake.time_scheduler.prefixes import CachedPrefix, PrefixIndex
     from tokencake_vllm.time_scheduler.free_queue import FreeQueue
     from tokencake_vllm.transfer.host_cache import HostCache
     from tokencake_vllm.vllm_adapter.block_view import BlockView
@@ -44,12 +44,12 @@ class Uploads:
         scheduler: Scheduler,
         view: BlockView,
         cache: HostCache,
-        chains: Chains,
+        prefixes: PrefixIndex,
         order: FreeQueue,
-        is_worth: Callable[[Chain], bool],
+        is_worth: Callable[[CachedPrefix], bool],
         count: CountByName,
     ) -> None:
-        self._scheduler, self._view, self._cache, self._chains = scheduler, view, cache, chains
+        self._scheduler, self._view, self._cache, self._prefixes = scheduler, view, cache, prefixes
         self._free_queue, self._is_worthwhile, self._count = order, is_worth, count
         self._pool = scheduler.kv_cache_manager.block_pool
         self._ready: dict[str, int] = {}
@@ -60,31 +60,31 @@ class Uploads:
     def __len__(self) -> int:
         return len(self._ready)
 
-    def add_due(self, chain_id: str) -> None:
+    def add_due(self, prefix_id: str) -> None:
         """Its time has come."""
-        self._ready.setdefault(chain_id, 0)
+        self._ready.setdefault(prefix_id, 0)
 
-    def cancel(self, chain_id: str) -> None:
+    def cancel(self, prefix_id: str) -> None:
         """Start nothing more for it."""
-        self._ready.pop(chain_id, None)
+        self._ready.pop(prefix_id, None)
 
-    def has_uploaded(self, chain_id: str) -> bool:
+    def has_uploaded(self, prefix_id: str) -> bool:
         """Whether blocks were uploaded for it, or are on their way."""
-        return chain_id in self._spans
+        return prefix_id in self._spans
 
-    def is_late(self, chain: Chain) -> bool:
+    def is_late(self, prefix: CachedPrefix) -> bool:
         """Whether its blocks are still on their way."""
-        span = self._spans.get(chain.id)
-        return span is not None and any(key in self._cache.loading for key in chain.keys[span[0] : span[1]])
+        span = self._spans.get(prefix.id)
+        return span is not None and any(key in self._cache.loading for key in prefix.block_hashes[span[0] : span[1]])
 
-    def resolve(self, chain_id: str, local_blocks: int | None) -> int:
+    def resolve(self, prefix_id: str, local_blocks: int | None) -> int:
         """The call came and hit `local_blocks` on the device, or (None) it will not come.
 
         Returns:
             How many of the blocks it hit the upload had brought.
         """
-        self.cancel(chain_id)
-        span = self._spans.pop(chain_id, None)
+        self.cancel(prefix_id)
+        span = self._spans.pop(prefix_id, None)
         if span is None:
             return 0
         gained = 0 if local_blocks is None else max(0, min(local_blocks, span[1]) - span[0])
@@ -103,59 +103,59 @@ class Uploads:
         due = [name for name, refused in self._ready.items() if not refused or step - refused >= RETRY_STEPS]
         room = self._spare_blocks() if due else 0
         for name in due[:PER_STEP]:
-            chain = self._chains.by_id.get(name)
-            if chain is None or chain.is_uploaded:
+            prefix = self._prefixes.by_id.get(name)
+            if prefix is None or prefix.is_uploaded:
                 self.cancel(name)
                 continue
-            here = self._cache.on_device(chain.keys)
-            left = len(self._cache.tier.ready(chain.keys[len(here) :]))
+            here = self._cache.on_device(prefix.block_hashes)
+            left = len(self._cache.tier.ready(prefix.block_hashes[len(here) :]))
             if not left or len(here) < self._spans.get(name, (0, 0))[1]:
                 # There is nothing to bring, or what was brought has been displaced: once is enough.
-                chain.is_uploaded = name in self._spans
+                prefix.is_uploaded = name in self._spans
                 self.cancel(name)
                 move_to_tail(self._pool, here)
                 continue
-            if name not in self._spans and not self._is_worthwhile(chain):
+            if name not in self._spans and not self._is_worthwhile(prefix):
                 self.cancel(name)
                 continue
             # Gradually, half of what is missing at a time (paper 4.3); every piece is a hit of its own.
             piece = (left + 1) // 2 if left > self._cache.job_blocks else left
-            found = self._free_queue.reclaimable(chain, min(piece, room), now) if room > 0 else []
+            found = self._free_queue.reclaimable(prefix, min(piece, room), now) if room > 0 else []
             if len(found) < min(piece, self._cache.job_blocks):
                 self._refuse(name, step)
                 break
             room -= len(found)
             self.cancel(name)
-            self._upload(chain, here, found)
+            self._upload(prefix, here, found)
 
     def _refuse(self, name: str, step: int) -> None:
         if not self._ready[name]:
             self._count("kv_uploads", "no_room")
         self._ready[name] = step
 
-    def _upload(self, chain: Chain, here: list[KVCacheBlock], found: list[KVCacheBlock]) -> None:
+    def _upload(self, prefix: CachedPrefix, here: list[KVCacheBlock], found: list[KVCacheBlock]) -> None:
         cache = self._cache
-        is_first = chain.id not in self._spans
+        is_first = prefix.id not in self._spans
         move_to_head(self._pool, found)
-        cache.unpin(chain.id)
-        cache.pin(chain.id, here)
+        cache.unpin(prefix.id)
+        cache.pin(prefix.id, here)
 
         def landed(ok: bool) -> None:  # a callback has no keywords
-            cache.unpin(chain.id)
-            if chain.id in self._chains.by_id and ok:
-                self.add_due(chain.id)  # perhaps there is more of it
+            cache.unpin(prefix.id)
+            if prefix.id in self._prefixes.by_id and ok:
+                self.add_due(prefix.id)  # perhaps there is more of it
             elif not ok:
-                self._spans.pop(chain.id, None)
+                self._spans.pop(prefix.id, None)
                 self._count("kv_uploads", "failed")
 
-        started = cache.upload(chain.id, chain.keys, len(here), len(found), landed)
+        started = cache.upload(prefix.id, prefix.block_hashes, len(here), len(found), landed)
         if not started:
-            cache.unpin(chain.id)
+            cache.unpin(prefix.id)
             return
         if is_first:
             self._count("kv_uploads", "started")
-        first = self._spans.get(chain.id, (len(here), 0))[0]
-        self._spans[chain.id] = (first, len(here) + started)
+        first = self._spans.get(prefix.id, (len(here), 0))[0]
+        self._spans[prefix.id] = (first, len(here) + started)
 
     # --- room ---------------------------------------------------------------------------------------
 

@@ -24,10 +24,10 @@ class WakeupTimer:
         self._timer: threading.Timer | None = None
         self._timer_s = inf
 
-    def set(self, chain_id: str, when_s: float) -> None:
+    def set(self, prefix_id: str, when_s: float) -> None:
         """Look at the chain at `when_s`; earlier wishes stay."""
         if when_s < inf:
-            heapq.heappush(self._due, (when_s, next(self._ticket), chain_id))
+            heapq.heappush(self._due, (when_s, next(self._ticket), prefix_id))
 
     def is_due(self, now_s: float) -> bool:
         """Whether something is."""

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from vllm.v1.core.block_pool import BlockPool
     from vllm.v1.core.kv_cache_utils import KVCacheBlock
 
-    from tokencake.forecast.costs import Rates
+    from tokencake.forecast.costs import CostModel
 
 logger = init_logger("vllm.tokencake")
 
@@ -38,16 +38,16 @@ class HostCache:
         self,
         tier: HostTier,
         pool: BlockPool,
-        rates: Rates,
+        costs: CostModel,
         world_size: int,
         job_blocks: int,
         clock: Callable[[], float],
     ) -> None:
-        self.tier, self.pool, self.rates, self.job_blocks = tier, pool, rates, job_blocks
+        self.tier, self.pool, self.costs, self.job_blocks = tier, pool, costs, job_blocks
         self.count: Count = _uncounted
         self.pinned: dict[str, list[KVCacheBlock]] = {}
         """Device blocks pinned for a chain, by its id."""
-        self.transfers = InFlightTransfers(tier, pool, rates, world_size, self._count)
+        self.transfers = InFlightTransfers(tier, pool, costs, world_size, self._count)
         self._clock = clock
         self._matched: dict[str, tuple[int, list[HostBlock]]] = {}
         self._waiting: set[str] = set()
@@ -133,12 +133,12 @@ class HostCache:
         self.count(("kv_offloads", "stored"), len(taken))
         return len(taken)
 
-    def mark_offloaded(self, chain_id: str, keys: Sequence[bytes]) -> None:
+    def mark_offloaded(self, prefix_id: str, keys: Sequence[bytes]) -> None:
         """From now on the blocks of a stalled chain that the host has need not stay on the device."""
-        self._offloaded_since[chain_id] = (self.tier.known(keys), self._clock())
+        self._offloaded_since[prefix_id] = (self.tier.known(keys), self._clock())
 
-    def _unmark_offloaded(self, chain_id: str) -> None:
-        blocks, since_s = self._offloaded_since.pop(chain_id, (0, 0.0))
+    def _unmark_offloaded(self, prefix_id: str) -> None:
+        blocks, since_s = self._offloaded_since.pop(prefix_id, (0, 0.0))
         if blocks:
             self.count(("kv_freed_block_seconds",), blocks * (self._clock() - since_s))
 
@@ -206,34 +206,36 @@ class HostCache:
         """About how many leading blocks of the chain are in the device's prefix cache; vLLM evicts its end first."""
         return leading(keys, lambda key: find_block(self.pool, key) is not None)
 
-    def pin(self, chain_id: str, blocks: Sequence[KVCacheBlock]) -> None:
+    def pin(self, prefix_id: str, blocks: Sequence[KVCacheBlock]) -> None:
         """Pin device blocks for a chain."""
         if blocks:
-            self._unmark_offloaded(chain_id)
+            self._unmark_offloaded(prefix_id)
             self.pool.touch(blocks)
-            self.pinned.setdefault(chain_id, []).extend(blocks)
+            self.pinned.setdefault(prefix_id, []).extend(blocks)
 
-    def unpin(self, chain_id: str) -> int:
+    def unpin(self, prefix_id: str) -> int:
         """Unpin them; they stay cached until somebody needs the room. Returns how many there were."""
-        self._unmark_offloaded(chain_id)
-        blocks = self.pinned.pop(chain_id, [])
+        self._unmark_offloaded(prefix_id)
+        blocks = self.pinned.pop(prefix_id, [])
         self.pool.free_blocks(reversed(blocks))
         return len(blocks)
 
-    def upload(self, chain_id: str, keys: Sequence[bytes], first: int, limit: int, then: Callable[[bool], None]) -> int:
+    def upload(
+        self, prefix_id: str, keys: Sequence[bytes], first: int, limit: int, then: Callable[[bool], None]
+    ) -> int:
         """Bring up to `limit` blocks from `keys[first]` on to the device and hold them; returns how many."""
         host = self.tier.ready(keys[first : first + limit])
         if not host or self.is_off or host[0].key in self.loading:
             return 0
-        self._unmark_offloaded(chain_id)
+        self._unmark_offloaded(prefix_id)
         device = self.pool.get_new_blocks(len(host))
 
         def finish(ok: bool) -> None:  # a callback
             if ok:
                 for index, (block, source) in enumerate(zip(device, host, strict=True)):
-                    tokens = (first + index + 1) * self.rates.block_tokens
+                    tokens = (first + index + 1) * self.costs.block_tokens
                     publish_block(self.pool, block, source.key, num_tokens=tokens)
-                self.pinned.setdefault(chain_id, []).extend(device)
+                self.pinned.setdefault(prefix_id, []).extend(device)
             else:
                 self.pool.free_blocks(reversed(device))
             then(ok)
@@ -252,8 +254,8 @@ class HostCache:
 
     def reset(self) -> None:
         """Forget the host's blocks and give back every device block that no worker is writing."""
-        for chain_id in list(self.pinned):
-            self.unpin(chain_id)
+        for prefix_id in list(self.pinned):
+            self.unpin(prefix_id)
         self._offloaded_since.clear()
         self.transfers.reset()
         self.tier.reset()

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from vllm.v1.core.block_pool import BlockPool
     from vllm.v1.core.kv_cache_utils import KVCacheBlock
 
-    from tokencake.forecast.costs import Rates
+    from tokencake.forecast.costs import CostModel
 
 logger = init_logger("vllm.tokencake")
 
@@ -52,7 +52,7 @@ class InFlightTransfers:
 
     tier: HostTier
     pool: BlockPool
-    rates: Rates
+    costs: CostModel
     world_size: int
     count: Count
     loading: Counter[bytes] = field(default_factory=Counter)
@@ -165,8 +165,8 @@ class InFlightTransfers:
         if copy.ok:
             self._failures = 0
             if kind != "wipe":
-                (self.rates.to_host if kind == "store" else self.rates.to_device).learn(count, copy.seconds)
-                self.count(("kv_copied_bytes", kind), count * self.rates.block_bytes)
+                (self.costs.to_host if kind == "store" else self.costs.to_device).learn(count, copy.seconds)
+                self.count(("kv_copied_bytes", kind), count * self.costs.block_bytes)
                 self.count(("kv_copy_seconds", kind), copy.seconds)
         elif is_current:
             self._failures += 1

@@ -131,10 +131,10 @@ class ThreadCopier:
                 if task is None:
                     self._changed.wait()
                     continue
-                rest_s = self._rests_until - time.perf_counter()
-                if rest_s <= 0 or task.order == _URGENT or not self._is_computing:
+                remaining_s = self._rests_until - time.perf_counter()
+                if remaining_s <= 0 or task.order == _URGENT or not self._is_computing:
                     return task
-                self._changed.wait(rest_s)
+                self._changed.wait(remaining_s)
             return None
 
     def _copy_some(self, task: _Task, until: float) -> bool:

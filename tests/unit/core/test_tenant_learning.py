@@ -9,15 +9,15 @@ import pytest
 from tests.harness.tenancy import parsed, prefix_of
 from tokencake import protocol
 from tokencake.forecast.durations import MAX_KEYS, Forecast
-from tokencake.forecast.reuse import Returns
+from tokencake.forecast.reuse import ReuseProbability
 from tokencake.forecast.roles import Role, role_of
 from tokencake.policies.default_space import DefaultSpacePolicy
 from tokencake.protocol import Graph, Hint
 from tokencake.registry.registry import Registry
-from tokencake.space_scheduler.applications import Applications
-from tokencake.space_scheduler.policy import Memory
+from tokencake.space_scheduler.applications import AppTracker
+from tokencake.space_scheduler.policy import AdmissionState
 from tokencake.space_scheduler.settings import SpaceSettings
-from tokencake.time_scheduler.stall_tracker import StallBook
+from tokencake.time_scheduler.stall_tracker import StallTracker
 
 ALICE, BOB = prefix_of("alice"), prefix_of("bob")
 GRAPH = Graph("g", {"plan": {}, "work": {}, "report": {}}, (("plan", "work"), ("work", "report")))
@@ -42,7 +42,7 @@ class Calls:
 
     def __init__(self) -> None:
         self.registry = Registry(has_tenants=True)
-        self.book = StallBook(self.registry)
+        self.tracker = StallTracker(self.registry)
         self.made = 0
 
     def call(self, tenant: str, tool_s: float, *, comes_back: bool) -> None:
@@ -50,19 +50,19 @@ class Calls:
         hint = hint_of(tenant, self.made)
         name, keys = f"r{self.made}", [bytes([self.made, 1]), bytes([self.made, 2])]
         self.registry.add_call(name, hint, 64, 0.0)
-        self.book.arrive(name, keys, hint, 0.0)
-        self.book.start(name, 0.0)
+        self.tracker.arrive(name, keys, hint, 0.0)
+        self.tracker.start(name, 0.0)
         self.registry.finish_call(name, 5, is_aborted=False, now=tool_s)
-        self.book.finish(name, keys, tool_s)
+        self.tracker.finish(name, keys, tool_s)
         end = protocol.ToolEnd(hint.call or "", "t", tool="build", duration_s=tool_s)
         assert self.registry.apply(end, 2 * tool_s) == "applied"
-        self.book.on_event(end)
-        for chain in self.book.stalled_at(hint.call or ""):
+        self.tracker.on_event(end)
+        for prefix in self.tracker.stalled_at(hint.call or ""):
             if comes_back:
-                self.book.arrive(f"{name}-again", [*keys, b"more"], hint, 3 * tool_s)
-                self.book.chains.remove(f"{name}-again")
+                self.tracker.arrive(f"{name}-again", [*keys, b"more"], hint, 3 * tool_s)
+                self.tracker.prefixes.remove(f"{name}-again")
             else:
-                self.book.give_up(chain)
+                self.tracker.give_up(prefix)
 
 
 def test_the_stalls_of_one_tenant_change_no_forecast_of_another() -> None:
@@ -71,30 +71,30 @@ def test_the_stalls_of_one_tenant_change_no_forecast_of_another() -> None:
         calls.call("alice", 2.0, comes_back=True)
     agent, role = role_of(hint_of("alice")).of_agent, role_of(hint_of("alice"))
     keys = [(agent, "build"), (agent, "(answer)"), (role, "(after its tools)")]
-    before = [calls.book.forecast.stall(key, tool).quantile(0.5) for key, tool in keys]
-    chance = calls.book.returns.chance(hint_of("alice"))
+    before = [calls.tracker.forecast.stall(key, tool).quantile(0.5) for key, tool in keys]
+    probability = calls.tracker.reuse.probability(hint_of("alice"))
 
     for _ in range(40):
         calls.call("bob", 3_000.0, comes_back=False)
 
-    assert [calls.book.forecast.stall(key, tool).quantile(0.5) for key, tool in keys] == before
+    assert [calls.tracker.forecast.stall(key, tool).quantile(0.5) for key, tool in keys] == before
     assert before[0] == pytest.approx(2.0, rel=0.3)
-    assert calls.book.returns.chance(hint_of("alice")) == chance
-    assert calls.book.returns.chance(hint_of("bob")) < chance / 2
+    assert calls.tracker.reuse.probability(hint_of("alice")) == probability
+    assert calls.tracker.reuse.probability(hint_of("bob")) < probability / 2
 
 
 def test_a_flood_of_names_makes_no_other_tenant_forget() -> None:
-    forecast, returns = Forecast(), Returns()
+    forecast, reuse = Forecast(), ReuseProbability()
     alice = role_of(hint_of("alice"))
     forecast.learn(alice, "build", 2.0)
-    returns.learn(hint_of("alice"), came=False)
+    reuse.learn(hint_of("alice"), came=False)
     for number in range(MAX_KEYS + 100):
         forecast.learn(Role(f"agent{number}", tenant=BOB), "build", 3_000.0)
-        returns.learn(hint_of("bob", agent=f"agent{number}"), came=True)
+        reuse.learn(hint_of("bob", agent=f"agent{number}"), came=True)
 
     assert forecast.knows(alice, "build")
     assert len(forecast) == MAX_KEYS
-    assert returns.chance(hint_of("alice")) < returns.chance(hint_of("carol"))
+    assert reuse.probability(hint_of("alice")) < reuse.probability(hint_of("carol"))
 
 
 def test_what_was_learned_outlives_the_engine_with_its_tenant() -> None:
@@ -112,31 +112,31 @@ def test_a_call_ends_no_stall_of_another_tenant_though_it_sends_the_same_prompt(
     keys = [b"1", b"2"]
     for tenant in ("alice", "bob"):
         hint = hint_of(tenant)
-        calls.book.arrive(tenant, keys, hint, 0.0)
-        calls.book.finish(tenant, keys, 1.0)
+        calls.tracker.arrive(tenant, keys, hint, 0.0)
+        calls.tracker.finish(tenant, keys, 1.0)
 
-    assert calls.book.arrive("stranger", [*keys, b"3"], hint_of("carol"), 2.0) is None
-    assert calls.book.arrive("plain", [*keys, b"3"], None, 2.0, prefix_of("dave")) is None
-    parent = calls.book.arrive("again", [*keys, b"3"], hint_of("bob"), 2.0)
+    assert calls.tracker.arrive("stranger", [*keys, b"3"], hint_of("carol"), 2.0) is None
+    assert calls.tracker.arrive("plain", [*keys, b"3"], None, 2.0, prefix_of("dave")) is None
+    parent = calls.tracker.arrive("again", [*keys, b"3"], hint_of("bob"), 2.0)
     assert parent is not None
     assert parent.tenant == BOB
-    plain = calls.book.arrive("own", [*keys, b"3"], None, 2.0, ALICE)
+    plain = calls.tracker.arrive("own", [*keys, b"3"], None, 2.0, ALICE)
     assert plain is not None
     assert plain.tenant == ALICE
 
 
 def test_a_flood_of_stalls_makes_no_other_tenants_be_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tokencake.time_scheduler.prefixes.MAX_CHAINS", 10)
+    monkeypatch.setattr("tokencake.time_scheduler.prefixes.MAX_PREFIXES", 10)
     calls = Calls()
     for number in range(30):
         tenant = "alice" if number < 4 else "bob"
         keys = [bytes([number])]
-        calls.book.arrive(f"{tenant}{number}", keys, hint_of(tenant, number), 0.0)
-        calls.book.finish(f"{tenant}{number}", keys, 1.0)
-        for chain in calls.book.chains.overflow():
-            calls.book.drop(chain)
+        calls.tracker.arrive(f"{tenant}{number}", keys, hint_of(tenant, number), 0.0)
+        calls.tracker.finish(f"{tenant}{number}", keys, 1.0)
+        for prefix in calls.tracker.prefixes.overflow():
+            calls.tracker.drop(prefix)
 
-    assert [chain.tenant for chain in calls.book.chains] == [ALICE] * 4 + [BOB] * 6
+    assert [prefix.tenant for prefix in calls.tracker.prefixes] == [ALICE] * 4 + [BOB] * 6
 
 
 # --- the Space Scheduler ------------------------------------------------------------------------------
@@ -147,7 +147,7 @@ class Engine:
 
     def __init__(self) -> None:
         graphs = {f"{prefix}g": protocol.scoped(GRAPH, prefix) for prefix in (ALICE, BOB)}
-        self.applications = Applications(graphs.get, answer_quantile=0.8)
+        self.applications = AppTracker(graphs.get, answer_quantile=0.8)
         self.made = 0
         self.now = 0.0
 
@@ -205,18 +205,18 @@ def test_the_calls_of_one_tenant_change_nothing_of_what_is_expected_of_another(h
 
 def test_a_flood_of_applications_and_graphs_makes_no_other_tenant_forget(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tokencake.space_scheduler.applications._MAX_KEPT", 20)
-    monkeypatch.setattr("tokencake.forecast.graph_stats._MAX_PLACES", 20)
+    monkeypatch.setattr("tokencake.forecast.graph_stats._MAX_NODES", 20)
     engine = Engine()
     engine.run("alice", 2.0, 40, app="mine", graph="own", node="n")
     first_seen_s = engine.now - 2.0
-    lore = engine.applications.tenants.get(ALICE).lore
+    graph_stats = engine.applications.tenants.get(ALICE).graph_stats
     for number in range(200):
         engine.run("bob", 1.0, 40, app=f"a{number}", graph=f"g{number}", node=f"n{number}")
 
     call = engine.applications.calls[engine.begin("alice", app="mine")]
     assert call.app.first_seen_s == first_seen_s
     assert engine.applications.known_apps <= 22
-    assert lore.service_s((f"{ALICE}own", "n")) == 2.0
+    assert graph_stats.service_s((f"{ALICE}own", "n")) == 2.0
 
 
 def test_calls_of_one_tenant_without_a_hint_do_not_set_back_those_of_another() -> None:
@@ -227,7 +227,7 @@ def test_calls_of_one_tenant_without_a_hint_do_not_set_back_those_of_another() -
             call = engine.applications.calls[engine.begin("bob", is_plain=True)]
             call.prompt_tokens = 10_000
         policy = DefaultSpacePolicy(SpaceSettings())
-        policy.begin(engine.applications, Memory(1_000, 500), now=0.0)
-        return policy._peers.plain_levels[ALICE]
+        policy.begin(engine.applications, AdmissionState(1_000, 500), now=0.0)
+        return policy._context.unhinted_levels[ALICE]
 
     assert levels(0) == levels(50) == 0

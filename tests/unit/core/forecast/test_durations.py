@@ -69,11 +69,11 @@ def test_what_was_waited_is_taken_into_account() -> None:
         forecast.learn(Role("a"), "t", seconds)
     stall = forecast.stall(Role("a"), "t")
     assert stall.quantile(0.4) < 2.0
-    assert stall.after(5.0).quantile(0.5) == pytest.approx(55.0, rel=0.25)
+    assert stall.given_elapsed(5.0).quantile(0.5) == pytest.approx(55.0, rel=0.25)
 
 
 def test_a_stall_that_outlived_everything_lasts_as_long_again() -> None:
-    stall = Forecast().stall(Role("a"), "t", 1.0).after(100.0)
+    stall = Forecast().stall(Role("a"), "t", 1.0).given_elapsed(100.0)
     assert 20.0 < stall.quantile(0.5) < 200.0
 
 
@@ -125,12 +125,12 @@ def test_a_file_that_makes_no_sense_is_left_out(junk: list[object]) -> None:
     st.floats(0, 1),
 )
 def test_quantiles_are_ordered_and_never_negative(
-    seen: list[float], estimate_s: float | None, waited_s: float, share: float
+    seen: list[float], estimate_s: float | None, elapsed_s: float, share: float
 ) -> None:
     forecast = Forecast()
     for seconds in seen:
         forecast.learn(Role("a"), "t", seconds)
-    stall = forecast.stall(Role("a"), "t", estimate_s).after(waited_s)
+    stall = forecast.stall(Role("a"), "t", estimate_s).given_elapsed(elapsed_s)
     low, high = sorted((stall.quantile(share), stall.quantile(min(1.0, share + 0.2))))
     assert 0.0 <= low <= high
     assert stall.quantile(min(1.0, share + 0.2)) >= stall.quantile(share) - 1e-6
@@ -141,12 +141,12 @@ def test_what_has_outlived_nearly_everything_may_last_as_long_again() -> None:
     forecast = Forecast()
     for _ in range(20):
         forecast.learn(Role("a"), "t", 10.0)
-    overdue = forecast.stall(Role("a"), "t").after(11.3)
+    overdue = forecast.stall(Role("a"), "t").given_elapsed(11.3)
     assert overdue.quantile(0.9) > 5.0
     assert forecast.stall(Role("a"), "t").quantile(0.9) == pytest.approx(10.0, rel=0.3)
 
 
 def test_the_share_within_is_the_inverse_of_the_quantile() -> None:
-    rest = Forecast().stall(Role(), None, 8.0).after(3.0)
+    remaining = Forecast().stall(Role(), None, 8.0).given_elapsed(3.0)
     for share in (0.1, 0.5, 0.9):
-        assert rest.share_within(rest.quantile(share)) == pytest.approx(share, abs=0.01)
+        assert remaining.cdf(remaining.quantile(share)) == pytest.approx(share, abs=0.01)

@@ -6,14 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokencake.forecast.output_lengths import AnswerLengths
+from tokencake.forecast.output_lengths import OutputLengthHistory
 from tokencake.forecast.roles import Role
 
 WRITER = Role("writer")
 
 
-def lengths_of(*tokens: int) -> AnswerLengths:
-    lengths = AnswerLengths()
+def lengths_of(*tokens: int) -> OutputLengthHistory:
+    lengths = OutputLengthHistory()
     for count in tokens:
         lengths.learn(WRITER, count)
     return lengths

@@ -15,8 +15,8 @@ from tokencake.forecast.durations import (
     ENOUGH,
     FADE,
     SHORTEST_S,
+    DurationDistribution,
     Forecast,
-    Stall,
 )
 from tokencake.forecast.roles import Role
 
@@ -28,14 +28,14 @@ def edge(index: float) -> float:
     return SHORTEST_S * exp(index / BINS_PER_E)
 
 
-def one_bin(index: int, waited_s: float = 0.0) -> Stall:
-    return Stall(tuple(float(place == index) for place in range(BINS)), waited_s)
+def one_bin(index: int, elapsed_s: float = 0.0) -> DurationDistribution:
+    return DurationDistribution(tuple(float(place == index) for place in range(BINS)), elapsed_s)
 
 
-def two_bins(first: int, second: int, share: float) -> Stall:
+def two_bins(first: int, second: int, share: float) -> DurationDistribution:
     weights = [0.0] * BINS
     weights[first], weights[second] = share, 1.0 - share
-    return Stall(tuple(weights))
+    return DurationDistribution(tuple(weights))
 
 
 def test_a_quantile_lies_in_its_bin_as_far_along_as_its_share() -> None:
@@ -50,58 +50,58 @@ def test_a_quantile_lies_in_its_bin_as_far_along_as_its_share() -> None:
 
 def test_what_has_been_waited_is_taken_off_the_quantile() -> None:
     low, high = edge(40), edge(41)
-    waited = one_bin(40).after(low - 1.0)
+    waited = one_bin(40).given_elapsed(low - 1.0)
 
-    assert waited.waited_s == low - 1.0
+    assert waited.elapsed_s == low - 1.0
     assert waited.quantile(0.5) == pytest.approx((low + high) / 2 - (low - 1.0))
 
 
 def test_within_its_bin_only_what_is_left_of_it_counts() -> None:
     low, high = edge(40), edge(41)
     middle = (low + high) / 2
-    rest = one_bin(40).after(middle)
+    remaining = one_bin(40).given_elapsed(middle)
 
     # Half of the bin is outlived, so a 20th of that half goes to what nobody has seen; the rest is still in the bin.
-    assert rest.share_within(high - middle) == pytest.approx(1.0, abs=0.05)
-    assert 0.0 < rest.quantile(0.5) < high - middle
+    assert remaining.cdf(high - middle) == pytest.approx(1.0, abs=0.05)
+    assert 0.0 < remaining.quantile(0.5) < high - middle
 
 
 def test_the_share_within_a_time_grows_evenly_through_a_bin() -> None:
     low, high = edge(40), edge(41)
     stall = one_bin(40)
 
-    assert stall.share_within(low) == 0.0
-    assert stall.share_within(low + 0.25 * (high - low)) == pytest.approx(0.25)
-    assert stall.share_within(high) == pytest.approx(1.0)
-    assert stall.share_within(2 * high) == pytest.approx(1.0)
-    assert stall.after(low / 2).share_within(low / 2 + 0.25 * (high - low)) == pytest.approx(0.25)
-    assert two_bins(20, 40, 0.3).share_within(edge(30)) == pytest.approx(0.3)
+    assert stall.cdf(low) == 0.0
+    assert stall.cdf(low + 0.25 * (high - low)) == pytest.approx(0.25)
+    assert stall.cdf(high) == pytest.approx(1.0)
+    assert stall.cdf(2 * high) == pytest.approx(1.0)
+    assert stall.given_elapsed(low / 2).cdf(low / 2 + 0.25 * (high - low)) == pytest.approx(0.25)
+    assert two_bins(20, 40, 0.3).cdf(edge(30)) == pytest.approx(0.3)
 
 
 def test_the_mean_is_that_of_the_middles_of_the_bins_less_what_was_waited() -> None:
     low, high = edge(40), edge(41)
 
     assert one_bin(40).mean_s == pytest.approx((low + high) / 2)
-    assert one_bin(40).after(1.0).mean_s == pytest.approx((low + high) / 2 - 1.0)
+    assert one_bin(40).given_elapsed(1.0).mean_s == pytest.approx((low + high) / 2 - 1.0)
     expected = 0.25 * (edge(20) + edge(21)) / 2 + 0.75 * (low + high) / 2
     assert two_bins(20, 40, 0.25).mean_s == pytest.approx(expected)
 
 
 def test_a_stall_that_outlived_all_that_was_seen_may_last_as_long_again() -> None:
-    outlived = one_bin(20).after(10.0)
+    outlived = one_bin(20).given_elapsed(10.0)
 
     assert outlived.quantile(0.5) == pytest.approx(10.0, rel=0.3)
     assert outlived.mean_s == pytest.approx(12.0, rel=0.3)
-    assert 0.3 < outlived.share_within(10.0) < 0.7
+    assert 0.3 < outlived.cdf(10.0) < 0.7
 
 
 @given(SECONDS, st.floats(0.0, 100_000.0), st.floats(0.05, 0.95))
-def test_quantile_and_share_are_each_others_inverse(median_s: float, waited_s: float, share: float) -> None:
-    rest = Forecast().stall(ROLE, None, median_s).after(waited_s)
-    seconds = rest.quantile(share)
+def test_quantile_and_share_are_each_others_inverse(median_s: float, elapsed_s: float, share: float) -> None:
+    remaining = Forecast().stall(ROLE, None, median_s).given_elapsed(elapsed_s)
+    seconds = remaining.quantile(share)
 
-    assert rest.share_within(seconds) == pytest.approx(share, abs=1e-6)
-    assert rest.quantile(share) <= rest.quantile(min(1.0, share + 0.05))
+    assert remaining.cdf(seconds) == pytest.approx(share, abs=1e-6)
+    assert remaining.quantile(share) <= remaining.quantile(min(1.0, share + 0.05))
 
 
 @given(SECONDS)
@@ -144,14 +144,14 @@ def test_the_estimate_counts_half_until_enough_was_seen() -> None:
     forecast.learn(ROLE, "t", 1.0)
     half = forecast.stall(ROLE, "t", 100.0)
 
-    assert half.share_within(10.0) == pytest.approx(0.5, abs=0.01)
-    assert half.share_within(1e6) == pytest.approx(1.0)
+    assert half.cdf(10.0) == pytest.approx(0.5, abs=0.01)
+    assert half.cdf(1e6) == pytest.approx(1.0)
     count = next(n for n in range(1, 50) if sum(FADE**power for power in range(n)) >= ENOUGH)
     for _ in range(count - 2):
         forecast.learn(ROLE, "t", 1.0)
-    assert forecast.stall(ROLE, "t", 100.0).share_within(10.0) < 0.6
+    assert forecast.stall(ROLE, "t", 100.0).cdf(10.0) < 0.6
     forecast.learn(ROLE, "t", 1.0)
-    assert forecast.stall(ROLE, "t", 100.0).share_within(10.0) == pytest.approx(1.0)
+    assert forecast.stall(ROLE, "t", 100.0).cdf(10.0) == pytest.approx(1.0)
 
 
 def test_without_an_estimate_little_data_is_spread_around_its_own_centre() -> None:
@@ -160,8 +160,8 @@ def test_without_an_estimate_little_data_is_spread_around_its_own_centre() -> No
     stall = forecast.stall(ROLE, "t")
 
     assert stall.quantile(0.5) == pytest.approx(10.0, rel=0.15)
-    assert stall.share_within(10.0 * exp(-0.75)) == pytest.approx(0.5 * 0.1587, abs=0.03)
-    assert 1.0 - stall.share_within(10.0 * exp(0.75)) == pytest.approx(0.5 * 0.1587, abs=0.03)
+    assert stall.cdf(10.0 * exp(-0.75)) == pytest.approx(0.5 * 0.1587, abs=0.03)
+    assert 1.0 - stall.cdf(10.0 * exp(0.75)) == pytest.approx(0.5 * 0.1587, abs=0.03)
 
 
 def test_what_was_seen_long_ago_counts_less_and_is_forgotten_in_the_end() -> None:
@@ -171,11 +171,11 @@ def test_what_was_seen_long_ago_counts_less_and_is_forgotten_in_the_end() -> Non
         forecast.learn(ROLE, "t", 100.0)
     old = FADE**50
     total = sum(FADE**power for power in range(51))
-    assert forecast.stall(ROLE, "t").share_within(10.0) == pytest.approx(old / total)
+    assert forecast.stall(ROLE, "t").cdf(10.0) == pytest.approx(old / total)
 
     for _ in range(420):
         forecast.learn(ROLE, "t", 100.0)
-    assert forecast.stall(ROLE, "t").share_within(10.0) == 0.0
+    assert forecast.stall(ROLE, "t").cdf(10.0) == 0.0
 
 
 def test_a_dump_holds_role_tool_and_weights_and_restores_to_the_same() -> None:

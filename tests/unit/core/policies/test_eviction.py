@@ -6,12 +6,12 @@ from math import inf
 
 import pytest
 
-from tokencake.forecast.reuse import Returns
+from tokencake.forecast.reuse import ReuseProbability
 from tokencake.policies.eviction import LeastRecentlyUsed, NextUse, distance_s, unbounded
 from tokencake.protocol import Hint
 from tokencake.time_scheduler.host_tier import HostBlock, HostTier
 from tokencake.time_scheduler.policy import EvictionInputs
-from tokencake.time_scheduler.prefixes import Chains
+from tokencake.time_scheduler.prefixes import PrefixIndex
 
 PACE_S = 2.0
 SURE = Hint(session="s", agent="sure", reuse="extends")
@@ -26,25 +26,27 @@ class Engine:
     """Chains, and the host that has some of them."""
 
     def __init__(self) -> None:
-        self.chains, self.tier, self.returns = Chains(), HostTier(100), Returns()
+        self.prefixes, self.tier, self.reuse = PrefixIndex(), HostTier(100), ReuseProbability()
 
     def add(self, name: str, phase: str, back_s: float = 0.0, hint: Hint = SURE, *, stored: int = 4) -> None:
-        chain = self.chains.arrive(name, keys(name), hint, 0.0)
-        assert chain is None
+        prefix = self.prefixes.arrive(name, keys(name), hint, 0.0)
+        assert prefix is None
         if phase == "stalled":
-            self.chains.stall(name, keys(name), 0.0)
-        self.chains.by_id[name].phase = phase  # type: ignore[assignment]
-        self.chains.by_id[name].back_s = back_s
+            self.prefixes.stall(name, keys(name), 0.0)
+        self.prefixes.by_id[name].phase = phase  # type: ignore[assignment]
+        self.prefixes.by_id[name].back_s = back_s
         self.tier.settle(self.tier.reserve(keys(name)[:stored], 0.0, unbounded), ok=True)
 
-    def inputs(self, own: str, places: dict[str, int], now_s: float) -> EvictionInputs:
-        chains = self.chains
-        return EvictionInputs(chains.by_id[own], chains, self.tier, self.returns, now_s, PACE_S, lambda: places)
+    def inputs(self, own: str, positions: dict[str, int], now_s: float) -> EvictionInputs:
+        prefixes = self.prefixes
+        return EvictionInputs(prefixes.by_id[own], prefixes, self.tier, self.reuse, now_s, PACE_S, lambda: positions)
 
-    def distances(self, own: str, places: dict[str, int], now_s: float = 0.0) -> tuple[dict[str, float], float]:
-        distance, own_s = NextUse().distances(self.inputs(own, places, now_s))
+    def distances(self, own: str, positions: dict[str, int], now_s: float = 0.0) -> tuple[dict[str, float], float]:
+        distance, own_s = NextUse().distances(self.inputs(own, positions, now_s))
         ends = {
-            chain.id: distance(self.tier.ready(chain.keys)[-1]) for chain in self.chains if self.tier.known(chain.keys)
+            prefix.id: distance(self.tier.ready(prefix.block_hashes)[-1])
+            for prefix in self.prefixes
+            if self.tier.known(prefix.block_hashes)
         }
         return ends, own_s
 
@@ -84,9 +86,9 @@ def test_what_is_rarely_extended_is_farther_off_in_proportion_up_to_a_hundred_ti
     assert engine.distances("half", {})[0] == {"half": 20.0}
 
     for _ in range(500):
-        engine.returns.learn(RARE, came=False)
-    chance = engine.returns.chance(RARE)
-    assert engine.distances("half", {})[1] == pytest.approx(10.0 / max(0.01, chance))
+        engine.reuse.learn(RARE, came=False)
+    probability = engine.reuse.probability(RARE)
+    assert engine.distances("half", {})[1] == pytest.approx(10.0 / max(0.01, probability))
     assert engine.distances("half", {})[1] <= 1_000.0
 
 
@@ -102,13 +104,13 @@ def test_a_chain_that_is_not_stored_yet_has_a_distance_only_for_itself() -> None
 def test_a_block_at_which_two_chains_end_is_as_near_as_the_nearer_one() -> None:
     engine = Engine()
     engine.add("one", "waiting")
-    engine.chains.arrive("two", keys("one"), SURE, 0.0)
+    engine.prefixes.arrive("two", keys("one"), SURE, 0.0)
     for name, back_s in (("one", 9.0), ("two", 4.0)):
-        engine.chains.stall(name, keys("one"), 0.0)
-        engine.chains.by_id[name].back_s = back_s
+        engine.prefixes.stall(name, keys("one"), 0.0)
+        engine.prefixes.by_id[name].back_s = back_s
     assert engine.distances("one", {})[0]["one"] == 4.0
 
-    engine.chains.by_id["two"].back_s = 14.0
+    engine.prefixes.by_id["two"].back_s = 14.0
     assert engine.distances("one", {})[0]["one"] == 9.0
 
 

@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tokencake.policies.paper_partition import Pools, reserves
-from tokencake.policies.paper_space import PaperSpacePolicy, kind_of
+from tokencake.policies.paper_space import PaperSpacePolicy, agent_type_of
 from tokencake.protocol import Hint
-from tokencake.space_scheduler.applications import Applications, LiveCall
-from tokencake.space_scheduler.policy import Memory
+from tokencake.space_scheduler.applications import AppTracker, LiveRequest
+from tokencake.space_scheduler.policy import AdmissionState
 from tokencake.space_scheduler.settings import SpaceSettings
 
 NOBODY: frozenset[str] = frozenset()
@@ -67,7 +67,7 @@ def test_the_whole_reserve_is_divided_and_nobody_gets_less_than_nothing(
 def test_an_idle_reserve_is_what_is_not_held_of_it() -> None:
     pools = Pools({"a": 20, "b": 10}, {"a": 5, "b": 15, "c": 7}, total_blocks=100, free_blocks=40)
 
-    assert [pools.idle_reserve(kind) for kind in "abc"] == [15, 0, 0]
+    assert [pools.idle_reserve(agent_type) for agent_type in "abc"] == [15, 0, 0]
     assert Pools({"a": 20}, {}, 100, 40).idle_reserve("a") == 20
     assert Pools({}, {"a": 3}, 100, 40).idle_reserve("a") == 0
 
@@ -99,25 +99,25 @@ def test_a_minor_type_borrows_to_the_block_where_no_critical_one_waits() -> None
 
 
 def test_the_reserve_is_refreshed_every_500_steps_from_the_first_and_not_before(
-    applications: Applications, call: Callable[..., LiveCall]
+    applications: AppTracker, call: Callable[..., LiveRequest]
 ) -> None:
     call("a", agent="writer")
     policy = PaperSpacePolicy(SpaceSettings())
     found = []
     for step in (3, 502, 503, 1_002, 1_003):
-        policy.begin(applications, Memory(1_000, 100, step=step), now=0.0)
+        policy.begin(applications, AdmissionState(1_000, 100, step=step), now=0.0)
         found.append(policy.reserve()["size"])
 
     assert found == [50, 50, 100, 100, 150]
 
 
 def test_the_reserve_shrinks_again_while_the_device_is_empty(
-    applications: Applications, call: Callable[..., LiveCall]
+    applications: AppTracker, call: Callable[..., LiveRequest]
 ) -> None:
     call("a", agent="writer")
     policy = PaperSpacePolicy(SpaceSettings())
     for step, free in ((0, 0), (500, 250), (1_000, 400), (1_500, 599), (2_000, 600), (2_500, 900)):
-        policy.begin(applications, Memory(1_000, free, step=step), now=0.0)
+        policy.begin(applications, AdmissionState(1_000, free, step=step), now=0.0)
 
     # 75 % held: more; 60 % and 40.1 %: the same; 40 %: less, down to where it began.
     assert policy.ratio == pytest.approx(0.05)
@@ -125,88 +125,88 @@ def test_the_reserve_shrinks_again_while_the_device_is_empty(
 
 
 def test_nothing_is_reserved_until_the_first_call_with_a_hint(
-    applications: Applications, call: Callable[..., LiveCall]
+    applications: AppTracker, call: Callable[..., LiveRequest]
 ) -> None:
     policy = PaperSpacePolicy(SpaceSettings())
     call(None)
-    policy.begin(applications, Memory(1_000, 100, step=1), now=0.0)
+    policy.begin(applications, AdmissionState(1_000, 100, step=1), now=0.0)
     assert policy.reserve() == {"size": 0, "used": 0}
 
     call("a", agent="writer")
-    policy.begin(applications, Memory(1_000, 100, step=2), now=0.0)
+    policy.begin(applications, AdmissionState(1_000, 100, step=2), now=0.0)
     assert policy.reserve() == {"size": 50, "used": 0}
 
 
-def test_what_a_type_holds_of_its_reserve_is_used(applications: Applications, call: Callable[..., LiveCall]) -> None:
+def test_what_a_type_holds_of_its_reserve_is_used(applications: AppTracker, call: Callable[..., LiveRequest]) -> None:
     one, two, plain = call("a", agent="writer"), call("a", agent="writer"), call(None)
     policy = PaperSpacePolicy(SpaceSettings())
     held = {one.request_id: 10, two.request_id: 15, plain.request_id: 40}
-    policy.begin(applications, Memory(1_000, 100, step=1, private_blocks=held), now=0.0)
+    policy.begin(applications, AdmissionState(1_000, 100, step=1, exclusive_blocks=held), now=0.0)
     assert policy.reserve() == {"size": 50, "used": 25}
 
     held[one.request_id] = 100
-    policy.begin(applications, Memory(1_000, 100, step=2, private_blocks=held), now=0.0)
+    policy.begin(applications, AdmissionState(1_000, 100, step=2, exclusive_blocks=held), now=0.0)
     assert policy.reserve() == {"size": 50, "used": 50}
 
 
 def test_refusals_raise_the_score_of_their_type_at_the_next_refresh(
-    applications: Applications, call: Callable[..., LiveCall]
+    applications: AppTracker, call: Callable[..., LiveRequest]
 ) -> None:
     calls = [call("a", agent=agent) for agent in ("a", "b", "c", "d")]
     policy = PaperSpacePolicy(SpaceSettings())
-    policy.begin(applications, Memory(1_000, 0, step=0), now=0.0)
+    policy.begin(applications, AdmissionState(1_000, 0, step=0), now=0.0)
     assert set(policy.reserved) == {"a", "b", "c"}
     for _ in range(3):
-        assert policy.refusal(calls[3], 20, Memory(1_000, 30)) == "reserved"
-    policy.begin(applications, Memory(1_000, 0, step=500), now=0.0)
+        assert policy.refusal(calls[3], 20, AdmissionState(1_000, 30)) == "reserved"
+    policy.begin(applications, AdmissionState(1_000, 0, step=500), now=0.0)
     assert set(policy.reserved) == {"a", "b", "d"}
 
-    policy.begin(applications, Memory(1_000, 0, step=1_000), now=0.0)
+    policy.begin(applications, AdmissionState(1_000, 0, step=1_000), now=0.0)
     assert set(policy.reserved) == {"a", "b", "c"}, "they count once"
 
 
 def test_a_call_that_does_not_fit_at_all_is_left_to_vllm(
-    applications: Applications, call: Callable[..., LiveCall]
+    applications: AppTracker, call: Callable[..., LiveRequest]
 ) -> None:
     one = call("a", agent="writer", depth=1)
     call("b", agent="other", depth=9)
     policy = PaperSpacePolicy(SpaceSettings())
-    policy.begin(applications, Memory(1_000, 60, step=0), now=0.0)
+    policy.begin(applications, AdmissionState(1_000, 60, step=0), now=0.0)
 
     assert policy.reserved == {"other": 50}
-    assert policy.refusal(one, 61, Memory(1_000, 60)) is None
-    assert policy.refusal(one, 60, Memory(1_000, 60)) == "reserved"
-    assert policy.refusal(one, 10, Memory(1_000, 60)) is None
-    assert policy.refusal(one, 11, Memory(1_000, 60)) == "reserved"
+    assert policy.refusal(one, 61, AdmissionState(1_000, 60)) is None
+    assert policy.refusal(one, 60, AdmissionState(1_000, 60)) == "reserved"
+    assert policy.refusal(one, 10, AdmissionState(1_000, 60)) is None
+    assert policy.refusal(one, 11, AdmissionState(1_000, 60)) == "reserved"
 
 
 def test_running_calls_are_ranked_before_waiting_ones_and_by_score(
-    applications: Applications, call: Callable[..., LiveCall]
+    applications: AppTracker, call: Callable[..., LiveRequest]
 ) -> None:
     low, high, waiting = call("a", depth=1), call("b", depth=5), call("c", depth=9)
     for one in (low, high):
         applications.start(one.request_id, 0.0)
     policy = PaperSpacePolicy(SpaceSettings())
-    policy.begin(applications, Memory(100, 100), now=1.0)
+    policy.begin(applications, AdmissionState(100, 100), now=1.0)
 
-    ranked = sorted((low, high, waiting), key=lambda one: policy.rank(one, need_blocks=1, is_sibling=False))
+    ranked = sorted((low, high, waiting), key=lambda one: policy.rank(one, need_blocks=1, shares_prefix=False))
     assert ranked == [high, low, waiting]
 
 
 def test_the_offsets_of_applications_count_from_the_first_that_was_seen(
-    applications: Applications, call: Callable[..., LiveCall]
+    applications: AppTracker, call: Callable[..., LiveRequest]
 ) -> None:
     first, second = call("a", now=100.0, importance=0.0), call("b", now=110.0, importance=0.0)
     policy = PaperSpacePolicy(SpaceSettings())
-    policy.begin(applications, Memory(100, 100), now=110.0)
-    ranks = [policy.rank(one, need_blocks=1, is_sibling=False)[1] for one in (first, second)]
+    policy.begin(applications, AdmissionState(100, 100), now=110.0)
+    ranks = [policy.rank(one, need_blocks=1, shares_prefix=False)[1] for one in (first, second)]
 
     assert ranks[0] == pytest.approx(-(20 + (5 + 8) * 10))
     assert ranks[1] == pytest.approx(-(20 + 6 * 10))
 
 
 @pytest.mark.parametrize(
-    ("hint", "kind"),
+    ("hint", "agent_type"),
     [
         (None, ""),
         (Hint(session="s", agent="a", node="n"), "a"),
@@ -216,8 +216,8 @@ def test_the_offsets_of_applications_count_from_the_first_that_was_seen(
     ],
 )
 def test_a_type_is_the_agent_else_the_node_else_the_session_of_a_tenant(
-    applications: Applications, hint: Hint | None, kind: str
+    applications: AppTracker, hint: Hint | None, agent_type: str
 ) -> None:
     call = applications.add("r", hint, prompt_tokens=1, max_tokens=1, now=0.0, tenant=hint.tenant if hint else "")
 
-    assert kind_of(call) == kind
+    assert agent_type_of(call) == agent_type

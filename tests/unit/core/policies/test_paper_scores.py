@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tokencake.policies.paper_scores import AgentType, request_score
-from tokencake.space_scheduler.applications import Applications, LiveCall
+from tokencake.space_scheduler.applications import AppTracker, LiveRequest
 
 BASE = 20.0
 """Of a call without importance, at its arrival: its similarity."""
@@ -35,7 +35,7 @@ BASE = 20.0
     ],
 )
 def test_each_field_of_the_hint_counts_as_published(
-    call: Callable[..., LiveCall], fields: dict[str, Any], points: float
+    call: Callable[..., LiveRequest], fields: dict[str, Any], points: float
 ) -> None:
     one = call("a", **{"importance": 0.0, **fields})
 
@@ -54,7 +54,7 @@ def test_each_field_of_the_hint_counts_as_published(
     ],
 )
 def test_ages_count_up_to_their_bounds(
-    call: Callable[..., LiveCall], elapsed_s: float, waited_s: float, points: float
+    call: Callable[..., LiveRequest], elapsed_s: float, waited_s: float, points: float
 ) -> None:
     call("a", now=0.0)
     one = call("a", now=elapsed_s - waited_s, importance=0.0)
@@ -62,7 +62,7 @@ def test_ages_count_up_to_their_bounds(
     assert request_score(one, 0.0, elapsed_s) == pytest.approx(BASE + points)
 
 
-def test_ages_count_more_the_more_is_left_and_the_deeper_the_call_is(call: Callable[..., LiveCall]) -> None:
+def test_ages_count_more_the_more_is_left_and_the_deeper_the_call_is(call: Callable[..., LiveRequest]) -> None:
     unknown = call("d", importance=0.0, remaining=1)
     assert request_score(unknown, 0.0, 10.0) - request_score(unknown, 0.0, 0.0) == pytest.approx(50 * 1.75 + 80 * 1.5)
     at_rest = call("a", importance=0.0, remaining=2, max_depth=4)
@@ -79,7 +79,7 @@ def test_ages_count_more_the_more_is_left_and_the_deeper_the_call_is(call: Calla
     )
 
 
-def test_an_application_that_came_later_scores_more_up_to_a_minute(call: Callable[..., LiveCall]) -> None:
+def test_an_application_that_came_later_scores_more_up_to_a_minute(call: Callable[..., LiveRequest]) -> None:
     scores = [
         request_score(call(f"a{seen_s}", now=seen_s, importance=0.0), 100.0, seen_s)
         for seen_s in (100.0, 130.0, 160.0, 161.0)
@@ -88,12 +88,12 @@ def test_an_application_that_came_later_scores_more_up_to_a_minute(call: Callabl
     assert scores == pytest.approx([BASE, BASE + 6 * 30, BASE + 6 * 60, BASE + 6 * 60])
 
 
-def test_a_call_without_a_hint_scores_less_than_any(call: Callable[..., LiveCall]) -> None:
+def test_a_call_without_a_hint_scores_less_than_any(call: Callable[..., LiveRequest]) -> None:
     assert request_score(call(None), 0.0, 50.0) == -1.0
 
 
 def test_a_type_scores_by_the_means_of_its_calls() -> None:
-    kind = AgentType(
+    agent_type = AgentType(
         calls=4,
         importance=12.0,
         depth=6.0,
@@ -111,7 +111,7 @@ def test_a_type_scores_by_the_means_of_its_calls() -> None:
     recompute = log1p(1_000) + log1p(2.5) + log1p(1_000 / 2.5)
     graph = 0.7 * 1.5 + 0.5 * 2.5 + 0.25 + 0.2 * 5 + 0.1 * 20
 
-    assert kind.score() == pytest.approx(2 * 3 + urgency + 0.5 * recompute + graph)
+    assert agent_type.score() == pytest.approx(2 * 3 + urgency + 0.5 * recompute + graph)
 
 
 def test_a_type_is_deep_where_its_mean_depth_is_more_than_one() -> None:
@@ -135,16 +135,22 @@ def test_the_age_of_a_type_counts_up_to_three_minutes_and_its_score_is_at_least_
     ), "nothing is divided by no call, no waiting call or no time"
 
 
-def test_a_type_adds_up_its_live_calls(applications: Applications, call: Callable[..., LiveCall]) -> None:
+def test_a_type_adds_up_its_live_calls(applications: AppTracker, call: Callable[..., LiveRequest]) -> None:
     waiting = call("a", now=10.0, prompt_tokens=100, depth=2, out_degree=3, remaining=4)
     running = call("a", now=14.0, prompt_tokens=50, importance=7.0)
     running.preemptions = 2
     applications.start(running.request_id, 15.0)
-    kind = AgentType()
+    agent_type = AgentType()
     for one in (waiting, running, call(None)):
-        kind.note(one, 20.0)
+        agent_type.note(one, 20.0)
 
-    assert (kind.calls, kind.importance, kind.depth, kind.out_degree, kind.remaining) == (2, 9.0, 2.0, 3.0, 4.0)
-    assert (kind.elapsed_s, kind.tokens, kind.preemptions) == (10.0 + 10.0, 150.0, 2)
-    assert (kind.waiting, kind.waited_s) == (1, 10.0)
-    assert kind.call_s == waiting.app.tenant.lore.call_s
+    assert (agent_type.calls, agent_type.importance, agent_type.depth, agent_type.out_degree, agent_type.remaining) == (
+        2,
+        9.0,
+        2.0,
+        3.0,
+        4.0,
+    )
+    assert (agent_type.elapsed_s, agent_type.tokens, agent_type.preemptions) == (10.0 + 10.0, 150.0, 2)
+    assert (agent_type.waiting, agent_type.waited_s) == (1, 10.0)
+    assert agent_type.call_s == waiting.app.tenant.graph_stats.call_s

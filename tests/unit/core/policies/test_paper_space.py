@@ -6,9 +6,9 @@ from hypothesis import strategies as st
 
 from tokencake.policies.paper_partition import MAX_RATIO, MIN_RATIO, Pools, next_ratio, reserves
 from tokencake.policies.paper_scores import request_score
-from tokencake.policies.paper_space import PaperSpacePolicy, kind_of
+from tokencake.policies.paper_space import PaperSpacePolicy, agent_type_of
 from tokencake.policies.registry import ADMISSION
-from tokencake.space_scheduler.policy import Memory
+from tokencake.space_scheduler.policy import AdmissionState
 from tokencake.space_scheduler.settings import SpaceSettings
 
 
@@ -83,9 +83,9 @@ def test_the_score_adds_up_as_published(call):
 def test_the_higher_score_goes_first_but_not_past_a_call_without_a_hint(applications, call):
     low, plain, high, higher = call("a", depth=1), call(None), call("b", depth=5), call("c", depth=9)
     policy = PaperSpacePolicy(SpaceSettings())
-    policy.begin(applications, Memory(100, 100), now=1.0)
+    policy.begin(applications, AdmissionState(100, 100), now=1.0)
 
-    line = sorted((low, plain, high, higher), key=lambda c: policy.rank(c, need_blocks=1, is_sibling=False))
+    line = sorted((low, plain, high, higher), key=lambda c: policy.rank(c, need_blocks=1, shares_prefix=False))
 
     assert line == [low, plain, higher, high]
 
@@ -94,11 +94,11 @@ def test_the_partition_is_set_at_first_use_and_every_500_steps(applications, cal
     call("a", agent="writer")
     policy = PaperSpacePolicy(SpaceSettings())
 
-    policy.begin(applications, Memory(1_000, 100, step=1), now=0.0)
+    policy.begin(applications, AdmissionState(1_000, 100, step=1), now=0.0)
     assert policy.reserved == {"writer": 50}
-    policy.begin(applications, Memory(1_000, 100, step=400), now=0.0)
+    policy.begin(applications, AdmissionState(1_000, 100, step=400), now=0.0)
     assert policy.reserved == {"writer": 50}
-    policy.begin(applications, Memory(1_000, 100, step=501), now=0.0)
+    policy.begin(applications, AdmissionState(1_000, 100, step=501), now=0.0)
     assert policy.reserved == {"writer": 100}
 
 
@@ -106,10 +106,10 @@ def test_a_minor_call_is_refused_what_is_reserved(applications, call):
     for depth, agent in ((9, "chief"), (9, "judge"), (9, "critic"), (0, "clerk")):
         call("a", agent=agent, depth=depth)
     policy = ADMISSION["paper"](SpaceSettings())
-    policy.begin(applications, Memory(1_000, 60, step=1), now=0.0)
-    clerk = next(c for c in applications.calls.values() if kind_of(c) == "clerk")
-    chief = next(c for c in applications.calls.values() if kind_of(c) == "chief")
+    policy.begin(applications, AdmissionState(1_000, 60, step=1), now=0.0)
+    clerk = next(c for c in applications.calls.values() if agent_type_of(c) == "clerk")
+    chief = next(c for c in applications.calls.values() if agent_type_of(c) == "chief")
 
-    assert policy.refusal(clerk, 20, Memory(1_000, 60)) == "reserved"
-    assert policy.refusal(chief, 20, Memory(1_000, 60)) is None
-    assert policy.refusal(clerk, 10, Memory(1_000, 60, taken=((chief, 5),))) is None
+    assert policy.refusal(clerk, 20, AdmissionState(1_000, 60)) == "reserved"
+    assert policy.refusal(chief, 20, AdmissionState(1_000, 60)) is None
+    assert policy.refusal(clerk, 10, AdmissionState(1_000, 60, taken=((chief, 5),))) is None

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from tokencake.forecast.costs import Rates
+from tokencake.forecast.costs import CostModel
 from tokencake.forecast.durations import Forecast
-from tokencake.forecast.reuse import Returns
+from tokencake.forecast.reuse import ReuseProbability
 from tokencake.forecast.roles import Role
 from tokencake.policies.default_time import DefaultTimePolicy
 from tokencake.policies.eviction import LeastRecentlyUsed, NextUse, distance_s
@@ -20,16 +20,16 @@ from tokencake.protocol import Hint
 from tokencake.settings import SettingsError, section
 from tokencake.time_scheduler.host_tier import HostTier
 from tokencake.time_scheduler.policy import EvictionInputs, FinishedRequest, PaperInputs
-from tokencake.time_scheduler.prefixes import Chains
+from tokencake.time_scheduler.prefixes import PrefixIndex
 from tokencake.time_scheduler.settings import TimeSettings
 
 SETTINGS = TimeSettings()
 BLOCK_BYTES = 3 * 2**20
 
 
-def rates() -> Rates:
+def cost_model() -> CostModel:
     """3 MiB blocks, 25 GB/s each way, 7,500 tokens/s."""
-    made = Rates(BLOCK_BYTES, 16)
+    made = CostModel(BLOCK_BYTES, 16)
     made.to_host.seconds = made.to_device.seconds = BLOCK_BYTES / 25e9
     made.prefill.seconds = 1 / 7_500
     return made
@@ -51,7 +51,7 @@ def finished(stall_s: float = 8.0, **changed: Any) -> FinishedRequest:
     inputs = PaperInputs(**{**QUIET, **pressure})
     usual = FinishedRequest(
         claim=None,
-        rest=Forecast().stall(Role(), None, stall_s),
+        remaining=Forecast().stall(Role(), None, stall_s),
         queue_s=0.0,
         blocks=563,
         missing=563,
@@ -59,18 +59,18 @@ def finished(stall_s: float = 8.0, **changed: Any) -> FinishedRequest:
         free_blocks=700,
         pinned_blocks=0,
         waiting_calls=0,
-        residence_s=inf,
+        residency_s=inf,
         paper_inputs=lambda: inputs,
     )
     return replace(usual, **changed)
 
 
 def ours(call: FinishedRequest, settings: TimeSettings = SETTINGS) -> str:
-    return DefaultTimePolicy().on_finish(call, rates(), settings).action
+    return DefaultTimePolicy().on_finish(call, cost_model(), settings).action
 
 
 def paper(call: FinishedRequest) -> tuple[str, str]:
-    decision = PaperTimePolicy().on_finish(call, rates(), SETTINGS)
+    decision = PaperTimePolicy().on_finish(call, cost_model(), SETTINGS)
     return decision.action, decision.why
 
 
@@ -99,23 +99,23 @@ def test_a_short_stall_before_a_long_queue_is_a_long_gap() -> None:
 
 
 def test_a_slow_link_makes_a_stall_short() -> None:
-    slow = rates()
+    slow = cost_model()
     slow.to_host.seconds = slow.to_device.seconds = BLOCK_BYTES / 0.5e9
     assert DefaultTimePolicy().on_finish(finished(2.0), slow, SETTINGS).action in ("keep", "leave")
 
 
 def test_what_is_cheaper_to_compute_than_to_copy_is_not_copied() -> None:
-    slow = rates()
+    slow = cost_model()
     slow.to_host.seconds = slow.to_device.seconds = 0.01
     decision = DefaultTimePolicy().on_finish(finished(600.0), slow, SETTINGS)
     assert (decision.action, decision.why) == ("leave", "recompute is cheaper")
 
 
 def test_the_upload_begins_before_the_early_quantile() -> None:
-    rest = Forecast().stall(Role(), None, 8.0)
-    due_s = DefaultTimePolicy().upload_in_s(rest, 563, rates(), SETTINGS)
-    assert due_s == pytest.approx(rest.quantile(0.2) - 0.1, abs=0.01)
-    assert DefaultTimePolicy().upload_in_s(Forecast().stall(Role(), None, 0.1), 563, rates(), SETTINGS) == 0.0
+    remaining = Forecast().stall(Role(), None, 8.0)
+    due_s = DefaultTimePolicy().upload_in_s(remaining, 563, cost_model(), SETTINGS)
+    assert due_s == pytest.approx(remaining.quantile(0.2) - 0.1, abs=0.01)
+    assert DefaultTimePolicy().upload_in_s(Forecast().stall(Role(), None, 0.1), 563, cost_model(), SETTINGS) == 0.0
 
 
 # --- the published gate -----------------------------------------------------------------------------
@@ -155,8 +155,10 @@ def test_paper_scores_with_the_published_constants() -> None:
 
 
 def test_paper_uploads_a_fixed_lead_before_the_predicted_end() -> None:
-    rest = Forecast().stall(Role(), None, 8.0)
-    assert PaperTimePolicy().upload_in_s(rest, 563, rates(), SETTINGS) == pytest.approx(rest.mean_s - 0.1)
+    remaining = Forecast().stall(Role(), None, 8.0)
+    assert PaperTimePolicy().upload_in_s(remaining, 563, cost_model(), SETTINGS) == pytest.approx(
+        remaining.mean_s - 0.1
+    )
 
 
 # --- replacement and settings -------------------------------------------------------------------------
@@ -164,23 +166,23 @@ def test_paper_uploads_a_fixed_lead_before_the_predicted_end() -> None:
 
 def test_the_queue_comes_before_the_stalled_and_these_before_the_running() -> None:
     waiting = [distance_s("waiting", place, 0.0, 5, 2.0) for place in range(5)]
-    stalled = [distance_s("stalled", 5, rest_s, 5, 2.0) for rest_s in (0.0, 8.0)]
+    stalled = [distance_s("stalled", 5, remaining_s, 5, 2.0) for remaining_s in (0.0, 8.0)]
     running = distance_s("running", 5, 1.0, 5, 2.0)
     assert [*waiting, *stalled] == sorted([*waiting, *stalled])
     assert waiting[-1] < stalled[0] < running
 
 
 def test_what_a_waiting_call_reads_is_sure_whatever_came_of_calls_like_it() -> None:
-    returns, chains, tier = Returns(), Chains(), HostTier(8)
+    reuse, prefixes, tier = ReuseProbability(), PrefixIndex(), HostTier(8)
     hint = Hint(session="s", agent="last")
     for _ in range(50):
-        returns.learn(hint, came=False)
+        reuse.learn(hint, came=False)
     keys = {name: [name + bytes([place]) for place in range(4)] for name in (b"waits", b"stalled")}
-    for name, chain in keys.items():
-        chains.arrive(name.decode(), chain, hint, 0.0)
-        tier.settle(tier.reserve(chain, 0.0, lambda block: 0.0), ok=True)
-    chains.stall("stalled", keys[b"stalled"], 0.0)
-    inputs = EvictionInputs(chains.by_id["stalled"], chains, tier, returns, 0.0, 2.0, lambda: {"waits": 3})
+    for name, prefix in keys.items():
+        prefixes.arrive(name.decode(), prefix, hint, 0.0)
+        tier.settle(tier.reserve(prefix, 0.0, lambda block: 0.0), ok=True)
+    prefixes.stall("stalled", keys[b"stalled"], 0.0)
+    inputs = EvictionInputs(prefixes.by_id["stalled"], prefixes, tier, reuse, 0.0, 2.0, lambda: {"waits": 3})
     distance, own_s = NextUse().distances(inputs)
     ends = {block.key: distance(block) for block in tier.ready(keys[b"waits"]) + tier.ready(keys[b"stalled"])}
     assert ends[keys[b"waits"][-1]] == 6.0
@@ -218,16 +220,16 @@ def test_an_unknown_key_is_answered_with_the_known_ones() -> None:
 
 
 def test_an_upload_that_would_be_gone_before_the_agent_is_back_is_not_begun() -> None:
-    rest = Forecast().stall(Role(), None, 8.0)
-    assert DefaultTimePolicy().may_upload(rest, 1.0, 60.0)
-    assert not DefaultTimePolicy().may_upload(rest, 1.0, 4.0)
-    assert not DefaultTimePolicy().may_upload(rest, 0.4, inf)
-    assert PaperTimePolicy().may_upload(rest, 0.4, 4.0)
+    remaining = Forecast().stall(Role(), None, 8.0)
+    assert DefaultTimePolicy().may_upload(remaining, 1.0, 60.0)
+    assert not DefaultTimePolicy().may_upload(remaining, 1.0, 4.0)
+    assert not DefaultTimePolicy().may_upload(remaining, 0.4, inf)
+    assert PaperTimePolicy().may_upload(remaining, 0.4, 4.0)
 
 
 def test_a_short_stall_whose_blocks_would_be_gone_by_its_end_is_copied() -> None:
-    crowded = finished(0.05, free_blocks=100, residence_s=0.01)
+    crowded = finished(0.05, free_blocks=100, residency_s=0.01)
     assert ours(crowded) == "offload"
-    assert ours(replace(crowded, residence_s=5.0)) == "leave"
-    assert ours(replace(crowded, residence_s=5.0, waiting_calls=1)) == "offload"
+    assert ours(replace(crowded, residency_s=5.0)) == "leave"
+    assert ours(replace(crowded, residency_s=5.0, waiting_calls=1)) == "offload"
     assert ours(replace(crowded, missing=0)) == "leave"

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from tokencake.forecast.costs import Rates
-from tokencake.forecast.durations import BINS, BINS_PER_E, SHORTEST_S, Stall
+from tokencake.forecast.costs import CostModel
+from tokencake.forecast.durations import BINS, BINS_PER_E, SHORTEST_S, DurationDistribution
 from tokencake.policies.default_time import DefaultTimePolicy
 from tokencake.policies.paper_time import PaperTimePolicy
 from tokencake.time_scheduler.policy import FinishedRequest, PaperInputs
@@ -18,18 +18,18 @@ from tokencake.time_scheduler.settings import TimeSettings
 SETTINGS = TimeSettings(short_stall_s=0.2, keep_share=0.3, upload_lead_s=0.1, upload_quantile=0.2)
 
 
-def rates(copy_s: float = 0.001, prefill_s: float = 0.01) -> Rates:
+def cost_model(copy_s: float = 0.001, prefill_s: float = 0.01) -> CostModel:
     """Seconds of copying one block either way, and of computing one token."""
-    made = Rates(1, 16)
+    made = CostModel(1, 16)
     made.to_host.seconds = made.to_device.seconds = copy_s
     made.prefill.seconds = prefill_s
     return made
 
 
-def evenly(seconds: float) -> Stall:
+def evenly(seconds: float) -> DurationDistribution:
     """A stall that lasts about as long as this, in one bin."""
     index = next(index for index in range(BINS) if SHORTEST_S * exp((index + 1) / BINS_PER_E) > seconds)
-    return Stall(tuple(float(place == index) for place in range(BINS)))
+    return DurationDistribution(tuple(float(place == index) for place in range(BINS)))
 
 
 QUIET: dict[str, Any] = {
@@ -48,7 +48,7 @@ def finished(**changed: Any) -> FinishedRequest:
     inputs = PaperInputs(**{**QUIET, **pressure})
     usual = FinishedRequest(
         claim=None,
-        rest=evenly(8.0),
+        remaining=evenly(8.0),
         queue_s=0.0,
         blocks=100,
         missing=100,
@@ -56,19 +56,19 @@ def finished(**changed: Any) -> FinishedRequest:
         free_blocks=300,
         pinned_blocks=0,
         waiting_calls=0,
-        residence_s=inf,
+        residency_s=inf,
         paper_inputs=lambda: inputs,
     )
     return replace(usual, **changed)
 
 
-def ours(call: FinishedRequest, costs: Rates | None = None) -> tuple[str, str]:
-    decision = DefaultTimePolicy().on_finish(call, costs or rates(), SETTINGS)
+def ours(call: FinishedRequest, costs: CostModel | None = None) -> tuple[str, str]:
+    decision = DefaultTimePolicy().on_finish(call, costs or cost_model(), SETTINGS)
     return decision.action, decision.why
 
 
-def paper(call: FinishedRequest, costs: Rates | None = None) -> tuple[str, str]:
-    decision = PaperTimePolicy().on_finish(call, costs or rates(), SETTINGS)
+def paper(call: FinishedRequest, costs: CostModel | None = None) -> tuple[str, str]:
+    decision = PaperTimePolicy().on_finish(call, costs or cost_model(), SETTINGS)
     return decision.action, decision.why
 
 
@@ -78,18 +78,18 @@ def paper(call: FinishedRequest, costs: Rates | None = None) -> tuple[str, str]:
 def test_a_gap_no_longer_than_the_round_trip_is_short() -> None:
     gap_s = evenly(8.0).quantile(0.9)
     # Out and in: 100 blocks each way.
-    assert ours(finished(), rates(copy_s=gap_s / 200 * 1.001, prefill_s=99)) == ("keep", "short")
-    assert ours(finished(), rates(copy_s=gap_s / 200 * 0.999, prefill_s=99)) == ("offload", "reusable")
-    assert ours(finished(missing=50), rates(copy_s=gap_s / 200 * 1.001, prefill_s=99)) == ("offload", "reusable")
-    assert ours(finished(queue_s=1.0), rates(copy_s=gap_s / 200 * 1.001, prefill_s=99)) == ("offload", "reusable")
+    assert ours(finished(), cost_model(copy_s=gap_s / 200 * 1.001, prefill_s=99)) == ("keep", "short")
+    assert ours(finished(), cost_model(copy_s=gap_s / 200 * 0.999, prefill_s=99)) == ("offload", "reusable")
+    assert ours(finished(missing=50), cost_model(copy_s=gap_s / 200 * 1.001, prefill_s=99)) == ("offload", "reusable")
+    assert ours(finished(queue_s=1.0), cost_model(copy_s=gap_s / 200 * 1.001, prefill_s=99)) == ("offload", "reusable")
 
 
 def test_a_gap_no_longer_than_the_short_stall_is_short_however_fast_copies_are() -> None:
-    rest = evenly(0.15)
-    assert rest.quantile(0.9) < 0.2
-    assert ours(finished(rest=rest)) == ("keep", "short")
-    assert ours(finished(rest=rest, queue_s=0.2)) == ("offload", "reusable")
-    assert ours(finished(rest=rest, queue_s=0.2 - rest.quantile(0.9))) == ("keep", "short")
+    remaining = evenly(0.15)
+    assert remaining.quantile(0.9) < 0.2
+    assert ours(finished(remaining=remaining)) == ("keep", "short")
+    assert ours(finished(remaining=remaining, queue_s=0.2)) == ("offload", "reusable")
+    assert ours(finished(remaining=remaining, queue_s=0.2 - remaining.quantile(0.9))) == ("keep", "short")
 
 
 @pytest.mark.parametrize(
@@ -105,16 +105,16 @@ def test_a_gap_no_longer_than_the_short_stall_is_short_however_fast_copies_are()
 def test_a_short_stall_is_pinned_within_the_budget_and_beside_another_call(
     changed: dict[str, int], action: str
 ) -> None:
-    assert ours(finished(rest=evenly(0.05), **changed)) == (action, "short")
+    assert ours(finished(remaining=evenly(0.05), **changed)) == (action, "short")
 
 
 def test_what_is_lost_if_it_is_left_is_copied() -> None:
-    rest = evenly(0.05)
-    full = finished(rest=rest, free_blocks=0)
-    gap_s = rest.quantile(0.9)
+    remaining = evenly(0.05)
+    full = finished(remaining=remaining, free_blocks=0)
+    gap_s = remaining.quantile(0.9)
 
-    assert ours(replace(full, residence_s=gap_s)) == ("leave", "short")
-    assert ours(replace(full, residence_s=gap_s * 0.99)) == ("offload", "reusable")
+    assert ours(replace(full, residency_s=gap_s)) == ("leave", "short")
+    assert ours(replace(full, residency_s=gap_s * 0.99)) == ("offload", "reusable")
     assert ours(replace(full, waiting_calls=1)) == ("offload", "reusable")
     assert ours(replace(full, waiting_calls=1, missing=0)) == ("leave", "short")
 
@@ -122,26 +122,30 @@ def test_what_is_lost_if_it_is_left_is_copied() -> None:
 def test_what_costs_as_much_to_copy_as_to_compute_is_left() -> None:
     # 100 blocks of 16 tokens, against 100 out and 100 in.
     for prefill_s, decision in ((0.124, ("leave", "recompute is cheaper")), (0.126, ("offload", "reusable"))):
-        assert ours(finished(rest=evenly(900.0)), rates(copy_s=1.0, prefill_s=prefill_s)) == decision
-    equal = rates(copy_s=1.0, prefill_s=0.125)
-    assert ours(finished(rest=evenly(900.0)), equal) == ("leave", "recompute is cheaper")
+        assert ours(finished(remaining=evenly(900.0)), cost_model(copy_s=1.0, prefill_s=prefill_s)) == decision
+    equal = cost_model(copy_s=1.0, prefill_s=0.125)
+    assert ours(finished(remaining=evenly(900.0)), equal) == ("leave", "recompute is cheaper")
     assert ours(finished(missing=0)) == ("offload", "on host already")
 
 
 def test_an_upload_starts_a_copy_and_a_quarter_before_the_early_quantile_or_by_the_margin() -> None:
-    rest = evenly(8.0)
-    early_s = rest.quantile(0.2)
+    remaining = evenly(8.0)
+    early_s = remaining.quantile(0.2)
 
-    assert DefaultTimePolicy().upload_in_s(rest, 100, rates(copy_s=0.01), SETTINGS) == pytest.approx(early_s - 1.25)
-    assert DefaultTimePolicy().upload_in_s(rest, 100, rates(copy_s=0.0001), SETTINGS) == pytest.approx(early_s - 0.1)
-    assert DefaultTimePolicy().upload_in_s(rest, 100, rates(copy_s=1.0), SETTINGS) == 0.0
+    assert DefaultTimePolicy().upload_in_s(remaining, 100, cost_model(copy_s=0.01), SETTINGS) == pytest.approx(
+        early_s - 1.25
+    )
+    assert DefaultTimePolicy().upload_in_s(remaining, 100, cost_model(copy_s=0.0001), SETTINGS) == pytest.approx(
+        early_s - 0.1
+    )
+    assert DefaultTimePolicy().upload_in_s(remaining, 100, cost_model(copy_s=1.0), SETTINGS) == 0.0
 
 
 def test_an_upload_begins_where_it_is_used_in_four_of_five_cases_and_a_call_is_likely() -> None:
-    rest = evenly(8.0)
+    remaining = evenly(8.0)
 
-    def may(chance: float, share: float) -> bool:
-        return DefaultTimePolicy().may_upload(rest, chance, rest.quantile(share) * (1 + 1e-9))
+    def may(probability: float, share: float) -> bool:
+        return DefaultTimePolicy().may_upload(remaining, probability, remaining.quantile(share) * (1 + 1e-9))
 
     assert may(1.0, 0.8)
     assert not may(1.0, 0.79)
@@ -152,7 +156,7 @@ def test_an_upload_begins_where_it_is_used_in_four_of_five_cases_and_a_call_is_l
 
 
 def test_policies_differ_in_whether_they_wait_for_demand() -> None:
-    assert (DefaultTimePolicy.does_wait_for_demand, PaperTimePolicy.does_wait_for_demand) == (False, True)
+    assert (DefaultTimePolicy.waits_for_demand, PaperTimePolicy.waits_for_demand) == (False, True)
 
 
 # --- the published gate -----------------------------------------------------------------------------
@@ -168,7 +172,7 @@ STALL_S = evenly(8.0).mean_s
 
 
 def gate(copy_s: float = 0.001, **changed: Any) -> tuple[str, str]:
-    return paper(finished(**{**BUSY, **changed}), rates(copy_s=copy_s))
+    return paper(finished(**{**BUSY, **changed}), cost_model(copy_s=copy_s))
 
 
 def test_the_gate_copies_where_the_room_is_used_meanwhile() -> None:
@@ -195,10 +199,10 @@ def test_only_what_is_missing_goes_out_but_all_comes_in() -> None:
 
 
 def test_the_window_is_at_least_fifty_milliseconds() -> None:
-    rest = evenly(0.04)
-    assert rest.mean_s < 0.05
-    assert gate(1e-6, rest=rest, free_blocks=200) == ("leave", "window too short")
-    assert gate(1e-6, rest=evenly(0.06), free_blocks=200) == ("offload", "pays")
+    remaining = evenly(0.04)
+    assert remaining.mean_s < 0.05
+    assert gate(1e-6, remaining=remaining, free_blocks=200) == ("leave", "window too short")
+    assert gate(1e-6, remaining=evenly(0.06), free_blocks=200) == ("offload", "pays")
 
 
 def test_the_host_must_have_room_for_what_is_missing() -> None:
@@ -246,9 +250,9 @@ def test_an_important_call_is_shielded_near_its_end_or_where_the_window_is_not_e
 def test_an_important_call_is_shielded_where_the_window_is_not_half_a_second() -> None:
     short = {"free_blocks": 200, "importance": 8.0, "fitting_blocks": 400, "waiting_blocks": 900}
     for seconds, why in ((0.4, "important"), (0.6, "pays")):
-        rest = evenly(seconds)
-        assert (rest.mean_s < 0.5) == (why == "important")
-        assert gate(1e-6, rest=rest, **short)[1] == why
+        remaining = evenly(seconds)
+        assert (remaining.mean_s < 0.5) == (why == "important")
+        assert gate(1e-6, remaining=remaining, **short)[1] == why
 
 
 @pytest.mark.parametrize(
@@ -257,7 +261,7 @@ def test_an_important_call_is_shielded_where_the_window_is_not_half_a_second() -
         ({"free_blocks": 150}, 0.001, "emergency"),
         ({"free_blocks": 151}, 0.001, "pays"),
         ({"waiting_calls": 0}, 0.001, "pays"),
-        ({"rest": evenly(4.0)}, 0.001, "pays"),
+        ({"remaining": evenly(4.0)}, 0.001, "pays"),
         ({}, 0.199, "emergency"),
         ({}, 0.201, "pays"),
     ],
@@ -267,7 +271,7 @@ def test_an_emergency_is_a_full_device_a_queue_and_a_long_window(
 ) -> None:
     # The window is four transfers where a transfer is a fifth of the stall.
     long_s = evenly(40.0).mean_s
-    assert gate(long_s / 200 * copies, **{"rest": evenly(40.0), **changed})[1] == why
+    assert gate(long_s / 200 * copies, **{"remaining": evenly(40.0), **changed})[1] == why
 
 
 def test_an_emergency_goes_before_shield_and_score() -> None:
@@ -285,11 +289,11 @@ def test_a_call_whose_score_is_too_low_stays() -> None:
     score = PaperTimePolicy.score(call, call.paper_inputs(), STALL_S, transfer_s, 0.6)
 
     assert score < 1.0
-    assert paper(call, rates(copy_s=copy_s)) == ("leave", "score")
+    assert paper(call, cost_model(copy_s=copy_s)) == ("leave", "score")
     calm = replace(call.paper_inputs(), recent_stores=0)
     better = replace(call, paper_inputs=lambda: calm)
     assert PaperTimePolicy.score(better, better.paper_inputs(), STALL_S, transfer_s, 0.6) == pytest.approx(score + 4.0)
-    assert paper(better, rates(copy_s=copy_s))[0] == ("offload" if score + 4.0 >= 1.0 else "leave")
+    assert paper(better, cost_model(copy_s=copy_s))[0] == ("offload" if score + 4.0 >= 1.0 else "leave")
 
 
 def score(stall_s: float = 1.0, transfer_s: float = 0.5, use: float = 0.0, **changed: Any) -> float:
@@ -332,8 +336,12 @@ def test_each_term_of_the_score_counts_as_published(terms: dict[str, Any], point
 
 
 def test_the_published_upload_starts_a_copy_and_a_quarter_before_the_mean() -> None:
-    rest = evenly(8.0)
+    remaining = evenly(8.0)
 
-    assert PaperTimePolicy().upload_in_s(rest, 100, rates(copy_s=0.01), SETTINGS) == pytest.approx(STALL_S - 1.25)
-    assert PaperTimePolicy().upload_in_s(rest, 100, rates(copy_s=0.0001), SETTINGS) == pytest.approx(STALL_S - 0.1)
-    assert PaperTimePolicy().upload_in_s(rest, 100, rates(copy_s=1.0), SETTINGS) == 0.0
+    assert PaperTimePolicy().upload_in_s(remaining, 100, cost_model(copy_s=0.01), SETTINGS) == pytest.approx(
+        STALL_S - 1.25
+    )
+    assert PaperTimePolicy().upload_in_s(remaining, 100, cost_model(copy_s=0.0001), SETTINGS) == pytest.approx(
+        STALL_S - 0.1
+    )
+    assert PaperTimePolicy().upload_in_s(remaining, 100, cost_model(copy_s=1.0), SETTINGS) == 0.0

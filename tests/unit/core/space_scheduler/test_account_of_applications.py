@@ -7,17 +7,17 @@ from collections.abc import Callable
 import pytest
 
 from tokencake.protocol import Graph, Hint
-from tokencake.space_scheduler.applications import Applications, LiveCall
-from tokencake.space_scheduler.tenant_book import TenantBook
+from tokencake.space_scheduler.applications import AppTracker, LiveRequest
+from tokencake.space_scheduler.tenant_table import TenantTable
 
-MakeCall = Callable[..., LiveCall]
+MakeCall = Callable[..., LiveRequest]
 
 
-def test_calls_are_numbered_by_their_arrival(applications: Applications, call: MakeCall) -> None:
+def test_calls_are_numbered_by_their_arrival(applications: AppTracker, call: MakeCall) -> None:
     assert [call("a").number, call(None).number, call("b").number] == [1, 2, 3]
 
 
-def test_whatever_changes_a_call_changes_the_version(applications: Applications, call: MakeCall) -> None:
+def test_whatever_changes_a_call_changes_the_version(applications: AppTracker, call: MakeCall) -> None:
     one = call("a")
     versions = [applications.version]
     for change in (
@@ -36,35 +36,35 @@ def test_whatever_changes_a_call_changes_the_version(applications: Applications,
     assert applications.version == versions[-1]
 
 
-def test_a_call_starts_once_until_it_is_stopped(applications: Applications, call: MakeCall) -> None:
+def test_a_call_starts_once_until_it_is_stopped(applications: AppTracker, call: MakeCall) -> None:
     one = call("a", now=1.0)
-    one.refused_s, one.swapped_for = 1.5, one.app
+    one.first_skipped_s, one.swapped_for = 1.5, one.app
     applications.start(one.request_id, 2.0)
-    assert (one.is_running, one.started_s, one.charged_s) == (True, 2.0, 2.0)
-    assert (one.refused_s, one.swapped_for, one.preemptions) == (None, None, 0)
+    assert (one.is_running, one.started_s, one.accounted_s) == (True, 2.0, 2.0)
+    assert (one.first_skipped_s, one.swapped_for, one.preemptions) == (None, None, 0)
 
     version = applications.version
     applications.start(one.request_id, 3.0)
-    assert (one.charged_s, applications.version) == (2.0, version)
+    assert (one.accounted_s, applications.version) == (2.0, version)
     applications.stop(one.request_id)
     assert (one.is_running, one.preemptions) == (False, 1)
     applications.start(one.request_id, 5.0)
-    assert (one.started_s, one.charged_s) == (2.0, 5.0), "what it has waited for is its first slot"
+    assert (one.started_s, one.accounted_s) == (2.0, 5.0), "what it has waited for is its first slot"
 
 
-def test_service_is_share_times_time_since_it_was_charged_last(applications: Applications, call: MakeCall) -> None:
+def test_service_is_share_times_time_since_it_was_charged_last(applications: AppTracker, call: MakeCall) -> None:
     one, waiting = call("a::x"), call("a::y")
     applications.start(one.request_id, 10.0)
-    applications.charge(one.request_id, 0.5, 14.0)
-    applications.charge(one.request_id, 0.25, 16.0)
-    applications.charge(waiting.request_id, 1.0, 16.0)
-    applications.charge("unknown", 1.0, 16.0)
+    applications.account_service(one.request_id, 0.5, 14.0)
+    applications.account_service(one.request_id, 0.25, 16.0)
+    applications.account_service(waiting.request_id, 1.0, 16.0)
+    applications.account_service("unknown", 1.0, 16.0)
 
     assert one.app.served_s == one.app.tenant.served_s == pytest.approx(0.5 * 4 + 0.25 * 2)
-    assert (one.charged_s, waiting.app.served_s) == (16.0, 0.0)
+    assert (one.accounted_s, waiting.app.served_s) == (16.0, 0.0)
 
 
-def test_the_live_calls_of_a_tenant_are_counted(applications: Applications, call: MakeCall) -> None:
+def test_the_live_calls_of_a_tenant_are_counted(applications: AppTracker, call: MakeCall) -> None:
     one, two = call("a::x"), call("a::y")
     assert one.app.tenant.live_calls == 2
     assert applications.tenants.active() == [one.app.tenant]
@@ -74,7 +74,7 @@ def test_the_live_calls_of_a_tenant_are_counted(applications: Applications, call
     assert applications.tenants.active() == []
 
 
-def test_an_aborted_call_and_one_that_never_started_teach_nothing(applications: Applications, call: MakeCall) -> None:
+def test_an_aborted_call_and_one_that_never_started_teach_nothing(applications: AppTracker, call: MakeCall) -> None:
     for is_started, is_aborted in ((True, True), (False, False)):
         one = call("a", agent="writer")
         if is_started:
@@ -82,16 +82,16 @@ def test_an_aborted_call_and_one_that_never_started_teach_nothing(applications: 
         applications.end(one.request_id, 9, is_aborted=is_aborted, now=50.0)
     tenant = one.app.tenant
 
-    assert (tenant.lore.call_s, tenant.token_s) == (5.0, 0.02)
+    assert (tenant.graph_stats.call_s, tenant.token_s) == (5.0, 0.02)
     one = call("a", agent="writer")
     applications.start(one.request_id, 0.0)
     applications.end(one.request_id, 10, is_aborted=False, now=1.0)
-    assert tenant.lore.call_s == pytest.approx(5.0 - 0.2 * 4.0)
+    assert tenant.graph_stats.call_s == pytest.approx(5.0 - 0.2 * 4.0)
     assert tenant.token_s == pytest.approx(0.02 + 0.1 * (0.1 - 0.02))
 
 
 def test_the_seconds_of_a_token_move_a_tenth_of_the_way_to_each_call() -> None:
-    tenant = TenantBook({}.get).get("t")
+    tenant = TenantTable({}.get).get("t")
     tenant.learn_call(4.0, 100)
     assert tenant.token_s == pytest.approx(0.02 + 0.1 * 0.02)
     tenant.learn_call(1.0, 0)
@@ -99,44 +99,42 @@ def test_the_seconds_of_a_token_move_a_tenth_of_the_way_to_each_call() -> None:
 
 
 def test_a_tenant_that_returns_stands_where_the_least_served_of_the_others_stand() -> None:
-    book = TenantBook({}.get)
+    tenants = TenantTable({}.get)
     for name, served_s, live_calls in (("busy", 50.0, 1), ("busier", 80.0, 2), ("idle", 10.0, 0)):
-        tenant = book.get(name)
+        tenant = tenants.get(name)
         tenant.served_s, tenant.live_calls = served_s, live_calls
 
-    assert book.arrive("new").served_s == 50.0
-    assert book.arrive("idle").served_s == 50.0
-    assert book.arrive("busier").served_s == 80.0
-    book.get("idle").served_s = 70.0
-    assert book.arrive("idle").served_s == 70.0, "what it has had stays"
-    assert TenantBook({}.get).arrive("alone").served_s == 0.0
+    assert tenants.arrive("new").served_s == 50.0
+    assert tenants.arrive("idle").served_s == 50.0
+    assert tenants.arrive("busier").served_s == 80.0
+    tenants.get("idle").served_s = 70.0
+    assert tenants.arrive("idle").served_s == 70.0, "what it has had stays"
+    assert TenantTable({}.get).arrive("alone").served_s == 0.0
 
 
 def test_the_longest_wait_of_a_tenant_is_known_while_it_is_remembered() -> None:
-    book = TenantBook({}.get)
-    book.get("t").longest_wait_s = 7.0
+    tenants = TenantTable({}.get)
+    tenants.get("t").longest_wait_s = 7.0
 
-    assert (book.longest_wait_s("t"), book.longest_wait_s("unknown")) == (7.0, 0.0)
+    assert (tenants.longest_wait_s("t"), tenants.longest_wait_s("unknown")) == (7.0, 0.0)
 
 
 def test_a_tenant_is_forgotten_beyond_the_bound_and_without_a_live_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tokencake.space_scheduler.tenant_book._MAX_KEPT", 2)
-    book = TenantBook({}.get)
-    first, second = book.get("first"), book.get("second")
-    book.forget(first)
-    assert book.get("first") is first, "two are not too many"
+    monkeypatch.setattr("tokencake.space_scheduler.tenant_table._MAX_KEPT", 2)
+    tenants = TenantTable({}.get)
+    first, second = tenants.get("first"), tenants.get("second")
+    tenants.forget(first)
+    assert tenants.get("first") is first, "two are not too many"
 
-    third = book.get("third")
+    third = tenants.get("third")
     second.live_calls = 1
-    book.forget(second)
-    assert book.get("second") is second
-    book.forget(third)
-    assert book.get("third") is not third
+    tenants.forget(second)
+    assert tenants.get("second") is second
+    tenants.forget(third)
+    assert tenants.get("third") is not third
 
 
-def test_an_application_is_remembered_for_an_hour_after_its_last_call(
-    applications: Applications, call: MakeCall
-) -> None:
+def test_an_application_is_remembered_for_an_hour_after_its_last_call(applications: AppTracker, call: MakeCall) -> None:
     first = call("a", now=0.0)
     applications.end(first.request_id, 1, is_aborted=True, now=10.0)
     assert call("b", now=3_610.0).app.id == "b"
@@ -146,7 +144,7 @@ def test_an_application_is_remembered_for_an_hour_after_its_last_call(
     assert call("a", now=3_611.0).app.first_seen_s == 3_611.0
 
 
-def test_an_application_with_a_live_call_is_never_forgotten(applications: Applications, call: MakeCall) -> None:
+def test_an_application_with_a_live_call_is_never_forgotten(applications: AppTracker, call: MakeCall) -> None:
     live = call("live", now=0.0)
     call("other", now=9_000.0)
 
@@ -155,7 +153,7 @@ def test_an_application_with_a_live_call_is_never_forgotten(applications: Applic
 
 
 def test_beyond_the_bound_the_oldest_application_of_the_tenant_with_most_goes(
-    applications: Applications, call: MakeCall, monkeypatch: pytest.MonkeyPatch
+    applications: AppTracker, call: MakeCall, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tokencake.space_scheduler.applications._MAX_KEPT", 3)
     for name in ("a::1", "b::1", "b::2", "b::3"):
@@ -185,7 +183,7 @@ def test_an_answer_is_as_long_as_is_told_but_not_beyond_its_limit(
     assert call("a", max_tokens=limit, **fields).expected_tokens == tokens
 
 
-def test_without_a_graph_the_way_is_what_the_hint_says_in_calls(applications: Applications, call: MakeCall) -> None:
+def test_without_a_graph_the_way_is_what_the_hint_says_in_calls(applications: AppTracker, call: MakeCall) -> None:
     one, two, three = call("a", remaining=3), call("b"), call(None)
 
     assert (one.remaining_s, one.service_s) == (15.0, 15.0)
@@ -196,9 +194,9 @@ LOOP = Graph("loop", {"a": {}, "b": {}, "c": {}}, (("a", "b"), ("b", "a"), ("b",
 
 
 def test_of_the_rounds_of_a_loop_those_that_were_are_over() -> None:
-    applications = Applications({"loop": LOOP}.get, answer_quantile=0.8)
+    applications = AppTracker({"loop": LOOP}.get, answer_quantile=0.8)
 
-    def run(app: str, node: str, took_s: float, now: float) -> LiveCall:
+    def run(app: str, node: str, took_s: float, now: float) -> LiveRequest:
         hint = Hint(session=app, app=app, graph="loop", node=node, agent="x")
         one = applications.add(f"{app}{node}{now}", hint, prompt_tokens=1, max_tokens=1, now=now)
         applications.start(one.request_id, now)
@@ -213,10 +211,10 @@ def test_of_the_rounds_of_a_loop_those_that_were_are_over() -> None:
             now += 13.0
         run(f"app{number}", "c", 4.0, now)
 
-    ways = applications.tenants.get("").lore.ways("loop")
-    assert ways is not None
-    assert ways.service_s["a"] == pytest.approx(3 * 11.0 + 4.0, rel=0.01)
-    assert ways.remaining_s["a"] == pytest.approx(3 * 13.0 + 4.0, rel=0.05)
+    path_costs = applications.tenants.get("").graph_stats.path_costs("loop")
+    assert path_costs is not None
+    assert path_costs.service_s["a"] == pytest.approx(3 * 11.0 + 4.0, rel=0.01)
+    assert path_costs.remaining_s["a"] == pytest.approx(3 * 13.0 + 4.0, rel=0.05)
     first = run("new", "a", 10.0, 1e6)
     assert first.service_s == pytest.approx(37.0, rel=0.02)
     assert first.remaining_s == pytest.approx(43.0, rel=0.05)
@@ -244,7 +242,7 @@ def test_what_is_left_behind_the_tool_of_the_caller_counts_for_the_sub_agent() -
         "chief": Graph("chief", {"plan": {}, "end": {}}, (("plan", "end"),)),
         "helper": Graph("helper", {"work": {}}, ()),
     }
-    applications = Applications(graphs.get, answer_quantile=0.8)
+    applications = AppTracker(graphs.get, answer_quantile=0.8)
     hint = Hint(session="s", app="a", call="c", agent="chief", graph="chief", node="plan")
     applications.add("r1", hint, prompt_tokens=1, max_tokens=1, now=0.0)
     applications.start("r1", 0.0)
@@ -260,7 +258,7 @@ def test_what_is_left_behind_the_tool_of_the_caller_counts_for_the_sub_agent() -
 
 
 def test_several_requests_of_one_call_are_one_visit_and_one_stall() -> None:
-    applications = Applications({}.get, answer_quantile=0.8)
+    applications = AppTracker({}.get, answer_quantile=0.8)
     hint = Hint(session="s", app="a", call="c", agent="x", join="j")
     calls = [applications.add(f"r{n}", hint, prompt_tokens=1, max_tokens=1, now=0.0) for n in range(2)]
     (app,) = {id(one.app): one.app for one in calls}.values()
@@ -285,12 +283,12 @@ def test_several_requests_of_one_call_are_one_visit_and_one_stall() -> None:
 def test_a_branch_is_waited_for_four_of_its_usual_gaps_but_a_minute_at_least(
     fields: dict[str, str], gap_s: float, until_s: float
 ) -> None:
-    applications = Applications({}.get, answer_quantile=0.8)
+    applications = AppTracker({}.get, answer_quantile=0.8)
     hint = Hint(session="s", app="a", call="c", agent="x", graph="g", node="n", **fields)
     one = applications.add("r", hint, prompt_tokens=1, max_tokens=1, now=0.0)
-    lore = one.app.tenant.lore
-    lore.learn_call(("g", "n"), 10.0, 1)
-    lore._memory.nodes.get(("g", "n")).gap_s = gap_s  # type: ignore[union-attr]
+    graph_stats = one.app.tenant.graph_stats
+    graph_stats.learn_call(("g", "n"), 10.0, 1)
+    graph_stats._memory.nodes.get(("g", "n")).gap_s = gap_s  # type: ignore[union-attr]
     applications.start("r", 0.0)
     applications.end("r", 1, is_aborted=False, now=10.0)
     branch = one.app.stalled.of_call("c")

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokencake.forecast.topology import remaining_s, shape_of
+from tokencake.forecast.topology import remaining_s, topology_of
 from tokencake.protocol import Graph, Hint
-from tokencake.space_scheduler.applications import Applications, LiveCall
+from tokencake.space_scheduler.applications import AppTracker, LiveRequest
 
 DIAMOND = Graph(
     "diamond",
@@ -26,11 +26,11 @@ class Engine:
 
     def __init__(self, *graphs: Graph) -> None:
         named = {graph.graph: graph for graph in graphs}
-        self.applications = Applications(named.get, answer_quantile=0.8)
+        self.applications = AppTracker(named.get, answer_quantile=0.8)
         self.now = 100.0
         self.made = 0
 
-    def begin(self, node: str, app: str = "app", session: str | None = None, **fields: object) -> LiveCall:
+    def begin(self, node: str, app: str = "app", session: str | None = None, **fields: object) -> LiveRequest:
         self.made += 1
         fields.setdefault("agent", node)
         hint = Hint(session=session or f"{app}/{node}", app=app, call=f"c{self.made}", node=node, **fields)
@@ -38,10 +38,10 @@ class Engine:
         self.applications.start(call.request_id, self.now)
         return call
 
-    def end(self, call: LiveCall, *, is_aborted: bool = False) -> None:
+    def end(self, call: LiveRequest, *, is_aborted: bool = False) -> None:
         self.applications.end(call.request_id, 9, is_aborted=is_aborted, now=self.now)
 
-    def run(self, node: str, took_s: float, gap_s: float = 0.0, **fields: object) -> LiveCall:
+    def run(self, node: str, took_s: float, gap_s: float = 0.0, **fields: object) -> LiveRequest:
         call = self.begin(node, **fields)
         self.now += took_s
         self.end(call)
@@ -50,9 +50,9 @@ class Engine:
 
     def slack(self) -> dict[str, float | None]:
         calls = [call for call in self.applications.calls.values() if call.branch is not None]
-        return {call.branch.place[1]: self.applications.slack_s(call, self.now) for call in calls}
+        return {call.branch.node_key[1]: self.applications.slack_s(call, self.now) for call in calls}
 
-    def is_critical(self, call: LiveCall) -> bool:
+    def is_critical(self, call: LiveRequest) -> bool:
         return self.applications.is_critical(call, self.now)
 
     def diamond(self, app: str) -> None:
@@ -71,40 +71,40 @@ class Engine:
 # --- paths ------------------------------------------------------------------------------------------
 
 
-def ways(cost: dict[str, float], *edges: tuple[str, str]) -> dict[str, float]:
-    return remaining_s(shape_of(cost, edges), cost.__getitem__)
+def path_costs(cost: dict[str, float], *edges: tuple[str, str]) -> dict[str, float]:
+    return remaining_s(topology_of(cost, edges), cost.__getitem__)
 
 
 def test_the_way_to_the_end_is_the_longest_one() -> None:
     cost = {"a": 1.0, "b": 5.0, "c": 2.0, "d": 1.0}
 
-    assert ways(cost, ("a", "b"), ("a", "c"), ("b", "d"), ("c", "d")) == {"a": 7.0, "b": 6.0, "c": 3.0, "d": 1.0}
+    assert path_costs(cost, ("a", "b"), ("a", "c"), ("b", "d"), ("c", "d")) == {"a": 7.0, "b": 6.0, "c": 3.0, "d": 1.0}
 
 
 def test_who_enters_a_loop_anywhere_has_all_of_it_before_him() -> None:
     cost = {"start": 1.0, "agent": 2.0, "tools": 3.0, "end": 4.0}
     edges = (("start", "agent"), ("agent", "tools"), ("tools", "agent"), ("agent", "end"))
 
-    assert ways(cost, *edges) == {"start": 10.0, "agent": 9.0, "tools": 9.0, "end": 4.0}
+    assert path_costs(cost, *edges) == {"start": 10.0, "agent": 9.0, "tools": 9.0, "end": 4.0}
 
 
 def test_a_graph_may_be_deeper_than_the_stack_and_one_large_loop() -> None:
     names = [str(number) for number in range(5_000)]
     line = list(itertools.pairwise(names))
 
-    assert ways(dict.fromkeys(names, 1.0), *line)["0"] == 5_000
-    assert ways(dict.fromkeys(names, 1.0), *line, (names[-1], "0"))["2500"] == 5_000
+    assert path_costs(dict.fromkeys(names, 1.0), *line)["0"] == 5_000
+    assert path_costs(dict.fromkeys(names, 1.0), *line, (names[-1], "0"))["2500"] == 5_000
 
 
 @given(st.lists(st.tuples(st.integers(0, 7), st.integers(0, 7)), max_size=30))
 def test_no_node_is_nearer_to_the_end_than_what_follows_it(pairs: list[tuple[int, int]]) -> None:
     edges = [(str(one), str(other)) for one, other in pairs]
-    shape = shape_of(map(str, range(8)), edges)
-    found = remaining_s(shape, lambda _: 1.0)
+    topology = topology_of(map(str, range(8)), edges)
+    found = remaining_s(topology, lambda _: 1.0)
 
     assert all(found[before] >= found[behind] for before, behind in edges)
-    assert all(behind in shape.after[before] for before, behind in edges)
-    assert sorted(name for loop in shape.loops for name in loop) == [str(number) for number in range(8)]
+    assert all(behind in topology.descendants[before] for before, behind in edges)
+    assert sorted(name for loop in topology.sccs for name in loop) == [str(number) for number in range(8)]
 
 
 # --- remaining --------------------------------------------------------------------------------------
@@ -171,7 +171,7 @@ def test_kinds_of_applications_that_begin_with_other_agents_are_learned_apart() 
 def test_without_a_graph_what_the_client_says_remains_counts() -> None:
     engine = Engine()
 
-    assert engine.begin("a", remaining=3).remaining_s == 3 * engine.applications.tenants.get("").lore.call_s
+    assert engine.begin("a", remaining=3).remaining_s == 3 * engine.applications.tenants.get("").graph_stats.call_s
     assert engine.begin("b").remaining_s == 0.0
 
 
@@ -281,7 +281,7 @@ def test_what_never_comes_back_is_waited_for_no_longer(learned: Engine) -> None:
 
 
 def test_a_call_is_critical_as_its_client_says_where_nothing_is_measured(
-    applications: Applications, call: Callable[..., LiveCall]
+    applications: AppTracker, call: Callable[..., LiveRequest]
 ) -> None:
     calls = call("a", critical=True), call("b"), call(None)
 
@@ -308,7 +308,7 @@ CALLS = st.fixed_dictionaries(
 
 @given(st.lists(st.tuples(CALLS, st.integers(0, 6), st.floats(0, 1e5), st.booleans()), max_size=40))
 def test_whatever_clients_say_ways_are_finite_slack_is_no_debt_and_somebody_is_critical(trace: list) -> None:
-    applications = Applications({graph.graph: graph for graph in (DIAMOND, TALK)}.get, answer_quantile=0.8)
+    applications = AppTracker({graph.graph: graph for graph in (DIAMOND, TALK)}.get, answer_quantile=0.8)
     now = 0.0
     for number, (fields, ended, wait_s, is_aborted) in enumerate(trace):
         now += wait_s

@@ -9,37 +9,41 @@ import pytest
 
 from tokencake.policies.default_space import DefaultSpacePolicy
 from tokencake.registry.registry import Registry
-from tokencake.space_scheduler.applications import Applications, LiveCall
-from tokencake.space_scheduler.explain import SpaceWords
+from tokencake.space_scheduler.applications import AppTracker, LiveRequest
+from tokencake.space_scheduler.explain import DecisionExplainer
 from tokencake.space_scheduler.policy import REFUSALS
 from tokencake.space_scheduler.settings import SpaceSettings
 
-MakeCall = Callable[..., LiveCall]
+MakeCall = Callable[..., LiveRequest]
 EPOCH_S = 1_000.0
 
 
 class Listener:
     """What is said of the calls of `applications`."""
 
-    def __init__(self, applications: Applications) -> None:
+    def __init__(self, applications: AppTracker) -> None:
         self.applications, self.registry = applications, Registry()
-        self.words = SpaceWords(SpaceSettings(), DefaultSpacePolicy(SpaceSettings()), applications, self.registry)
+        self.explainer = DecisionExplainer(
+            SpaceSettings(), DefaultSpacePolicy(SpaceSettings()), applications, self.registry
+        )
 
     def step(
         self,
         now: float,
-        waiting: list[LiveCall] | None = None,
-        started: list[LiveCall] | None = None,
+        waiting: list[LiveRequest] | None = None,
+        started: list[LiveRequest] | None = None,
         ranks: dict[str, tuple[float, ...]] | None = None,
     ) -> None:
         for call in started or []:
             self.applications.start(call.request_id, now)
         names = [[call.request_id for call in calls or []] for calls in (waiting, started)]
         needs = {name: 10 + place for place, name in enumerate(names[0])}
-        self.words.note_waiting(names[0], names[1], ranks or {}, needs, 7, now)
+        self.explainer.note_waiting(names[0], names[1], ranks or {}, needs, 7, now)
 
     def told(self, tenant: str | None = None, **asked: Any) -> list[tuple[str, str]]:
-        page = self.words.view(EPOCH_S, 50.0, **{"call": None, "app": None, "limit": 100, "tenant": tenant, **asked})
+        page = self.explainer.view(
+            EPOCH_S, 50.0, **{"call": None, "app": None, "limit": 100, "tenant": tenant, **asked}
+        )
         return [(decision["app"], decision["words"]) for decision in page["decisions"]]
 
     def inversions(self, kind: str) -> int:
@@ -47,7 +51,7 @@ class Listener:
 
 
 @pytest.fixture
-def listener(applications: Applications) -> Listener:
+def listener(applications: AppTracker) -> Listener:
     return Listener(applications)
 
 
@@ -65,7 +69,7 @@ def test_a_call_that_comes_back_has_not_waited_since_it_came(listener: Listener,
     listener.step(30.0, started=[one])
 
     assert listener.told() == [("a", "started after 1.00 s")]
-    assert listener.words.view(0.0, 30.0, call=None, app=None, limit=9)["longest_wait_s"] == 1.0
+    assert listener.explainer.view(0.0, 30.0, call=None, app=None, limit=9)["longest_wait_s"] == 1.0
 
 
 def test_the_first_in_line_says_what_it_needs_and_the_others_behind_whom_they_wait(
@@ -113,7 +117,7 @@ def test_the_same_wait_is_told_once_and_another_one_again(listener: Listener, ca
         listener.step(now, waiting=[first, second], ranks=ranks)
     assert len(listener.told()) == 2
 
-    listener.words.forget(second.request_id)
+    listener.explainer.forget(second.request_id)
     listener.step(7.0, waiting=[first, second], ranks=ranks)
     assert [app for app, _ in listener.told()] == ["a", "b", "b"]
 
@@ -127,7 +131,7 @@ def test_a_bounded_number_of_waits_is_explained(listener: Listener, call: MakeCa
 
 
 def test_a_refusal_says_why_what_is_needed_and_what_is_free(listener: Listener, call: MakeCall) -> None:
-    listener.words.note_refused(call("a"), "delays", 30, 12, 2.0)
+    listener.explainer.note_skipped(call("a"), "delays", 30, 12, 2.0)
 
     assert listener.told() == [("a", f"passed over: {REFUSALS['delays']}; needs 30 blocks, 12 are free")]
 
@@ -135,9 +139,9 @@ def test_a_refusal_says_why_what_is_needed_and_what_is_free(listener: Listener, 
 def test_a_preempted_call_says_for_whom(listener: Listener, call: MakeCall) -> None:
     old, one = call("old"), call("a", now=1.0)
     for name in (one.request_id, "unknown"):
-        listener.words.note_preempted(name, [], 2.0)
+        listener.explainer.note_preempted(name, [], 2.0)
     one.preemptions, one.swapped_for = 1, old.app
-    listener.words.note_preempted(one.request_id, [], 3.0)
+    listener.explainer.note_preempted(one.request_id, [], 3.0)
 
     assert listener.told() == [
         ("a", "lost its memory: calls before it had to grow"),
@@ -149,7 +153,7 @@ def test_each_preemption_is_told(listener: Listener, call: MakeCall) -> None:
     one = call("a")
     for preemptions in (1, 1, 2):
         one.preemptions = preemptions
-        listener.words.note_preempted(one.request_id, [], float(preemptions))
+        listener.explainer.note_preempted(one.request_id, [], float(preemptions))
 
     assert len(listener.told()) == 2
 
@@ -170,14 +174,14 @@ def test_a_critical_call_that_loses_its_memory_beside_a_minor_one_is_an_inversio
     listener: Listener, call: MakeCall
 ) -> None:
     critical, other, minor = call("a", critical=True), call("b", critical=True), call("c")
-    listener.words.note_preempted(critical.request_id, [other.request_id], 1.0)
-    listener.words.note_preempted(minor.request_id, [minor.request_id], 1.0)
-    listener.words.note_preempted(critical.request_id, [], 1.0)
+    listener.explainer.note_preempted(critical.request_id, [other.request_id], 1.0)
+    listener.explainer.note_preempted(minor.request_id, [minor.request_id], 1.0)
+    listener.explainer.note_preempted(critical.request_id, [], 1.0)
     assert listener.inversions("preemption") == 0
 
-    listener.words.note_preempted(critical.request_id, [other.request_id, minor.request_id], 1.0)
+    listener.explainer.note_preempted(critical.request_id, [other.request_id, minor.request_id], 1.0)
     assert listener.inversions("preemption") == 1
-    listener.words.note_preempted(critical.request_id, ["gone"], 1.0)
+    listener.explainer.note_preempted(critical.request_id, ["gone"], 1.0)
     assert listener.inversions("preemption") == 2, "one without a record is not critical"
 
 
@@ -185,23 +189,23 @@ def test_the_longest_wait_is_of_those_that_wait_and_those_that_have_started(list
     one, two = call("t::a", now=1.0), call("u::b", now=4.0)
 
     def longest(now: float, tenant: str | None = None) -> float:
-        view = listener.words.view(0.0, now, call=None, app=None, limit=9, tenant=tenant)
+        view = listener.explainer.view(0.0, now, call=None, app=None, limit=9, tenant=tenant)
         return float(view["longest_wait_s"])
 
     assert (longest(10.0), longest(10.0, "t"), longest(10.0, "u")) == (9.0, 9.0, 6.0)
-    assert listener.words.longest_wait_s(10.0) == 9.0
+    assert listener.explainer.longest_wait_s(10.0) == 9.0
     listener.step(11.0, started=[one])
-    assert (listener.words.longest_wait_s(12.0), longest(12.0)) == (8.0, 10.0)
+    assert (listener.explainer.longest_wait_s(12.0), longest(12.0)) == (8.0, 10.0)
     assert (longest(12.0, "t"), longest(12.0, "u")) == (10.0, 8.0)
     listener.step(12.0, started=[two])
     assert (longest(99.0), longest(99.0, "u"), longest(99.0, "nobody")) == (10.0, 8.0, 0.0)
-    assert listener.words.longest_wait_s(99.0) == 0.0
+    assert listener.explainer.longest_wait_s(99.0) == 0.0
 
 
 def test_times_are_told_to_the_microsecond_of_the_epoch(listener: Listener, call: MakeCall) -> None:
     one = call("a", now=0.123_456_4)
     listener.step(1.234_567_8, started=[one])
-    page = listener.words.view(EPOCH_S, 50.0, call=None, app=None, limit=9)
+    page = listener.explainer.view(EPOCH_S, 50.0, call=None, app=None, limit=9)
 
     assert page["decisions"][0]["at"] == 1_001.234_568
     assert page["order"] == [1_001.234_568]
@@ -217,10 +221,10 @@ def test_decisions_are_told_by_call_app_and_tenant_and_in_pages(listener: Listen
     assert [app for app, _ in listener.told(call="t::c1")] == ["t::a"]
     assert [app for app, _ in listener.told(tenant="t")] == ["t::a", "t::c"]
 
-    page = listener.words.view(EPOCH_S, 50.0, call=None, app=None, limit=2)
+    page = listener.explainer.view(EPOCH_S, 50.0, call=None, app=None, limit=2)
     assert [decision["app"] for decision in page["decisions"]] == ["u::b", "t::c"]
     assert page["next"] == 1_005.0
-    rest = listener.words.view(EPOCH_S, 50.0, call=None, app=None, limit=2, before=page["next"])
+    rest = listener.explainer.view(EPOCH_S, 50.0, call=None, app=None, limit=2, before=page["next"])
     assert [(d["app"], d["call"], d["agent"], d["kind"]) for d in rest["decisions"]] == [
         ("t::a", "t::c1", "writer", "started")
     ]
@@ -233,7 +237,7 @@ def test_decisions_of_one_moment_are_told_once_each_in_pages_of_one(listener: Li
     found: list[str] = []
     before: float | None = None
     for _ in calls:
-        page = listener.words.view(1.7e9, 50.0, call=None, app=None, limit=1, before=before)
+        page = listener.explainer.view(1.7e9, 50.0, call=None, app=None, limit=1, before=before)
         found += [decision["app"] for decision in page["decisions"]]
         before = page["next"]
 
@@ -242,7 +246,7 @@ def test_decisions_of_one_moment_are_told_once_each_in_pages_of_one(listener: Li
 
 
 def test_a_call_of_unknown_need_waits_all_the_same(listener: Listener, call: MakeCall) -> None:
-    listener.words.note_waiting([call("a").request_id], [], {}, {}, 7, 1.0)
+    listener.explainer.note_waiting([call("a").request_id], [], {}, {}, 7, 1.0)
 
     assert listener.told() == [("a", "is first in line; needs up to 0 blocks, 7 are free")]
 
@@ -256,13 +260,13 @@ def test_a_tenant_learns_nothing_of_anothers_application(listener: Listener, cal
     }
     listener.step(5.0, waiting=[theirs, mine, own], ranks=ranks)
     mine.swapped_for = theirs.app
-    listener.words.note_preempted(mine.request_id, [], 6.0)
-    page = listener.words.view(0.0, 50.0, call=None, app=None, limit=9, tenant="t")
+    listener.explainer.note_preempted(mine.request_id, [], 6.0)
+    page = listener.explainer.view(0.0, 50.0, call=None, app=None, limit=9, tenant="t")
 
     assert [(decision["behind"], decision["words"]) for decision in page["decisions"]] == [
         (None, "waits behind an application of another tenant (its application is more senior); needs up to 11 blocks"),
         ("t::a", "waits behind ::a (its application is more senior); needs up to 12 blocks"),
         (None, "was swapped out for an application of another tenant, a more senior application"),
     ]
-    everything = listener.words.view(0.0, 50.0, call=None, app=None, limit=9)["decisions"]
+    everything = listener.explainer.view(0.0, 50.0, call=None, app=None, limit=9)["decisions"]
     assert [decision["behind"] for decision in everything] == [None, "u::b", "t::a", "u::b"]

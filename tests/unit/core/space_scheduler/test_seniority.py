@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from tokencake.policies.default_space import DefaultSpacePolicy
 from tokencake.policies.registry import ADMISSION
 from tokencake.protocol import Graph, Hint
-from tokencake.space_scheduler.applications import Applications
-from tokencake.space_scheduler.growth import Promise
-from tokencake.space_scheduler.policy import Memory
+from tokencake.space_scheduler.applications import AppTracker
+from tokencake.space_scheduler.growth import GrowthReservation
+from tokencake.space_scheduler.policy import AdmissionState
 from tokencake.space_scheduler.settings import SpaceSettings
 
 SETTINGS = SpaceSettings()
@@ -18,11 +18,11 @@ SETTINGS = SpaceSettings()
 def order(applications, *, settings=SETTINGS, needs=None, siblings=()):
     """Ids of the applications of all calls, first in line first."""
     policy = ADMISSION[settings.policy](settings)
-    policy.begin(applications, Memory(1_000, 500), now=1_000.0)
+    policy.begin(applications, AdmissionState(1_000, 500), now=1_000.0)
     calls = sorted(
         applications.calls.values(),
         key=lambda call: policy.rank(
-            call, need_blocks=(needs or {}).get(call.app.id, 200), is_sibling=call.app.id in siblings
+            call, need_blocks=(needs or {}).get(call.app.id, 200), shares_prefix=call.app.id in siblings
         ),
     )
     return [call.app.id for call in calls]
@@ -30,7 +30,7 @@ def order(applications, *, settings=SETTINGS, needs=None, siblings=()):
 
 def served(applications, call, device_s):
     applications.start(call.request_id, 0.0)
-    applications.charge(call.request_id, device_s, 1.0)
+    applications.account_service(call.request_id, device_s, 1.0)
     applications.stop(call.request_id)
 
 
@@ -45,9 +45,9 @@ def test_the_older_application_goes_first_whatever_its_client_says_of_its_age(ap
 def test_inside_an_application_the_longest_way_goes_first(applications, call):
     short, long = call("app", remaining=2), call("app", remaining=9)
     policy = DefaultSpacePolicy(SETTINGS)
-    policy.begin(applications, Memory(1_000, 500), now=0.0)
+    policy.begin(applications, AdmissionState(1_000, 500), now=0.0)
 
-    ranks = {c.request_id: policy.rank(c, need_blocks=10, is_sibling=False) for c in (short, long)}
+    ranks = {c.request_id: policy.rank(c, need_blocks=10, shares_prefix=False) for c in (short, long)}
 
     assert ranks[long.request_id] < ranks[short.request_id]
 
@@ -125,16 +125,16 @@ def test_calls_without_a_hint_keep_their_place_among_themselves(applications, ca
 @given(st.lists(st.tuples(st.floats(0, 1e4), st.floats(0, 1e4)), min_size=1, max_size=20), st.floats(0, 10))
 def test_who_waits_is_passed_only_by_applications_seen_before_a_fixed_moment(apps, importance):
     """The bound of docs/space-scheduler.md."""
-    applications = Applications({}.get, answer_quantile=0.8)
+    applications = AppTracker({}.get, answer_quantile=0.8)
     for number, (seen_s, had_s) in enumerate(apps):
         hint = Hint(session=f"s{number}", app=f"app{number}", importance=importance if number else None)
         one = applications.add(f"r{number}", hint, prompt_tokens=1, max_tokens=1, now=seen_s)
         if number:
             one.app.served_s = had_s
     policy = DefaultSpacePolicy(SETTINGS)
-    policy.begin(applications, Memory(1_000, 500), now=2e4)
+    policy.begin(applications, AdmissionState(1_000, 500), now=2e4)
     ranks = {
-        c.app.id: policy.rank(c, need_blocks=500, is_sibling=c.app.id != "app0") for c in applications.calls.values()
+        c.app.id: policy.rank(c, need_blocks=500, shares_prefix=c.app.id != "app0") for c in applications.calls.values()
     }
 
     bound_s = apps[0][0] + SETTINGS.head_start_s + SETTINGS.sibling_s + 10 * SETTINGS.importance_s
@@ -144,69 +144,71 @@ def test_who_waits_is_passed_only_by_applications_seen_before_a_fixed_moment(app
 
 def test_the_first_in_line_is_admitted_if_it_fits_now(applications, call):
     policy = DefaultSpacePolicy(SpaceSettings())
-    policy.begin(applications, Memory(100, 50), now=0.0)
+    policy.begin(applications, AdmissionState(100, 50), now=0.0)
     one = call("app", max_tokens=160)
 
-    assert policy.refusal(one, 30, Memory(100, 30)) is None
-    assert policy.refusal(one, 31, Memory(100, 30)) == "full"
-    assert policy.refusal(one, 30, Memory(100, 30, promises=(Promise(16, 1, 0),))) == "full"
+    assert policy.refusal(one, 30, AdmissionState(100, 30)) is None
+    assert policy.refusal(one, 31, AdmissionState(100, 30)) == "full"
+    assert policy.refusal(one, 30, AdmissionState(100, 30, reservations=(GrowthReservation(16, 1, 0),))) == "full"
 
 
 def test_who_passes_must_fit_when_grown(applications, call):
     policy = DefaultSpacePolicy(SpaceSettings())
-    policy.begin(applications, Memory(100, 50), now=0.0)
+    policy.begin(applications, AdmissionState(100, 50), now=0.0)
     one = call("app", max_tokens=160)
-    memory = Memory(100, 30, passed=(31,), promises=(Promise(160, 0, 60),))
+    state = AdmissionState(100, 30, bypassed=(31,), reservations=(GrowthReservation(160, 0, 60),))
 
-    assert policy.refusal(one, 10, memory) is None
-    assert policy.refusal(one, 11, memory) == "promised"
+    assert policy.refusal(one, 10, state) is None
+    assert policy.refusal(one, 11, state) == "promised"
 
 
 def test_who_passes_does_not_delay_the_first_in_line(applications, call):
     policy = DefaultSpacePolicy(SpaceSettings())
-    policy.begin(applications, Memory(100, 50), now=0.0)
+    policy.begin(applications, AdmissionState(100, 50), now=0.0)
     ends_soon, ends_late = call("app", max_tokens=16), call("app", max_tokens=320)
-    memory = Memory(100, 45, passed=(95,), promises=(Promise(32, 0, 52),))
+    state = AdmissionState(100, 45, bypassed=(95,), reservations=(GrowthReservation(32, 0, 52),))
 
-    assert policy.refusal(ends_soon, 10, memory) is None
-    assert policy.refusal(ends_late, 10, memory) == "delays"
+    assert policy.refusal(ends_soon, 10, state) is None
+    assert policy.refusal(ends_late, 10, state) == "delays"
 
 
 def test_a_call_that_has_been_passed_for_too_long_is_not_passed_any_more(applications, call):
     policy = DefaultSpacePolicy(SpaceSettings())
-    policy.begin(applications, Memory(100, 50), now=0.0)
+    policy.begin(applications, AdmissionState(100, 50), now=0.0)
 
-    assert policy.refusal(call("app"), 1, Memory(100, 50, passed=(60,), is_closed=True)) == "closed"
+    assert policy.refusal(call("app"), 1, AdmissionState(100, 50, bypassed=(60,), bypass_expired=True)) == "closed"
 
 
 def test_calls_that_nobody_waits_for_do_not_pass_one_that_somebody_waits_for(applications, call):
     policy = DefaultSpacePolicy(SpaceSettings())
-    policy.begin(applications, Memory(100, 50), now=0.0)
-    memory = Memory(100, 45, passed=(95,), promises=(Promise(32, 0, 52),), has_passed_critical=True)
+    policy.begin(applications, AdmissionState(100, 50), now=0.0)
+    state = AdmissionState(
+        100, 45, bypassed=(95,), reservations=(GrowthReservation(32, 0, 52),), has_bypassed_critical=True
+    )
 
-    assert policy.refusal(call("background", max_tokens=1), 1, memory) == "critical"
-    assert policy.refusal(call("urgent", max_tokens=1, critical=True), 1, memory) is None
+    assert policy.refusal(call("background", max_tokens=1), 1, state) == "critical"
+    assert policy.refusal(call("urgent", max_tokens=1, critical=True), 1, state) is None
 
 
 def test_a_long_application_does_not_begin_past_others(applications, call):
     policy = DefaultSpacePolicy(SpaceSettings(short_s=0.1))
-    policy.begin(applications, Memory(100, 50), now=0.0)
+    policy.begin(applications, AdmissionState(100, 50), now=0.0)
     new, short, begun = call("new"), call("short", max_tokens=1), call("begun")
     begun.app.served_s = 1.0
-    memory = Memory(100, 45, passed=(95,), promises=(Promise(320, 0, 52),))
+    state = AdmissionState(100, 45, bypassed=(95,), reservations=(GrowthReservation(320, 0, 52),))
 
-    assert policy.refusal(new, 10, memory) == "begun"
-    assert policy.refusal(new, 10, Memory(100, 45)) is None, "the first in line may"
-    assert policy.refusal(short, 1, memory) is None
-    assert policy.refusal(begun, 10, memory) is None
-    assert policy.refusal(call(None), 10, memory) is None
+    assert policy.refusal(new, 10, state) == "begun"
+    assert policy.refusal(new, 10, AdmissionState(100, 45)) is None, "the first in line may"
+    assert policy.refusal(short, 1, state) is None
+    assert policy.refusal(begun, 10, state) is None
+    assert policy.refusal(call(None), 10, state) is None
 
 
 def test_nobody_passes_where_that_is_switched_off(applications, call):
     policy = DefaultSpacePolicy(SpaceSettings(guarded=0))
-    policy.begin(applications, Memory(100, 50), now=0.0)
+    policy.begin(applications, AdmissionState(100, 50), now=0.0)
 
-    assert policy.refusal(call("app"), 51, Memory(100, 50)) is None  # vLLM finds no room and waits for it
+    assert policy.refusal(call("app"), 51, AdmissionState(100, 50)) is None  # vLLM finds no room and waits for it
 
 
 def test_an_answer_of_which_nothing_is_known_is_not_taken_to_be_as_long_as_it_may(call):
@@ -227,7 +229,7 @@ def test_answers_teach_the_length_and_outweigh_the_claim(applications):
 
 def test_the_way_to_the_end_is_weighed_with_what_nodes_have_taken():
     graph = Graph("g", {"a": {}, "b": {}, "c": {}}, (("a", "b"), ("a", "c")))
-    applications = Applications({"g": graph}.get, answer_quantile=0.8)
+    applications = AppTracker({"g": graph}.get, answer_quantile=0.8)
 
     def add(name, node, now):
         hint = Hint(session="s", app="app", graph="g", node=node)

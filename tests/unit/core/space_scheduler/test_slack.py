@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import pytest
 
-from tokencake.forecast.graph_stats import Lore, Ways
+from tokencake.forecast.graph_stats import GraphStats, PathCosts
 from tokencake.protocol import Graph
-from tokencake.space_scheduler.branches import MAX_PLACES, MAX_STALLED, Branch, Stalled, slacks_s
+from tokencake.space_scheduler.branches import MAX_NODES, MAX_STALLED, Branch, StalledBranches, slacks_s
 
 DIAMOND = Graph("g", {"l": {}, "r": {}, "m": {}, "solo": {}}, (("l", "m"), ("r", "m")))
 
@@ -17,8 +17,8 @@ def no_ways(_: str) -> None:
     return None
 
 
-def ways_of(graph: str) -> Ways | None:
-    return Lore({"g": DIAMOND}.get).ways(graph)
+def path_costs_of(graph: str) -> PathCosts | None:
+    return GraphStats({"g": DIAMOND}.get).path_costs(graph)
 
 
 def branch(
@@ -73,18 +73,21 @@ def test_branches_of_other_joins_or_callers_are_no_siblings() -> None:
     ],
 )
 def test_branches_from_which_the_graph_leads_to_one_node_are_siblings(one: str, other: str, are_siblings: bool) -> None:
-    found = slacks_s([branch("a", 3.0, node=one), branch("b", 5.0, node=other)], ways_of, 0.0)
+    found = slacks_s([branch("a", 3.0, node=one), branch("b", 5.0, node=other)], path_costs_of, 0.0)
 
     assert found == ([2.0, 0.0] if are_siblings else [None, None])
     elsewhere = [branch("a", 3.0, node=one), branch("b", 5.0, node=other, graph="h")]
-    assert slacks_s(elsewhere, ways_of, 0.0) == [None, None]
+    assert slacks_s(elsewhere, path_costs_of, 0.0) == [None, None]
 
 
 def test_a_branch_that_names_its_join_is_a_sibling_of_one_that_the_graph_leads_there() -> None:
-    assert slacks_s([branch("a", 3.0, node="l", join="m"), branch("b", 5.0, node="r")], ways_of, 0.0) == [2.0, 0.0]
+    assert slacks_s([branch("a", 3.0, node="l", join="m"), branch("b", 5.0, node="r")], path_costs_of, 0.0) == [
+        2.0,
+        0.0,
+    ]
 
 
-@pytest.mark.parametrize(("places", "is_measured"), [(MAX_PLACES, True), (MAX_PLACES + 1, False)])
+@pytest.mark.parametrize(("places", "is_measured"), [(MAX_NODES, True), (MAX_NODES + 1, False)])
 def test_slack_is_measured_for_a_bounded_number_of_places(places: int, is_measured: bool) -> None:
     branches = [branch(str(number), 1.0, node=f"n{number}", join="j") for number in range(places)]
 
@@ -95,26 +98,26 @@ def test_slack_is_measured_for_a_bounded_number_of_places(places: int, is_measur
 
 
 def arrive(
-    stalled: Stalled,
+    stalled: StalledBranches,
     session: str,
     node: str,
     *,
     join: str | None = None,
     parent: str | None = None,
-    ways: Callable[[str], Ways | None] = ways_of,
+    path_costs: Callable[[str], PathCosts | None] = path_costs_of,
 ) -> tuple[str | None, bool]:
-    cause, is_sure = stalled.arrive(session, ("g", node), join, parent, ways("g"))
+    cause, is_sure = stalled.arrive(session, ("g", node), join, parent, path_costs("g"))
     return None if cause is None else cause.call, is_sure
 
 
-def left(*branches: Branch) -> Stalled:
-    stalled = Stalled()
+def left(*branches: Branch) -> StalledBranches:
+    stalled = StalledBranches()
     for one in branches:
         stalled.leave(one)
     return stalled
 
 
-def names(stalled: Stalled, now: float = 0.0) -> list[str]:
+def names(stalled: StalledBranches, now: float = 0.0) -> list[str]:
     return [one.call for one in stalled.living(now)]
 
 
@@ -170,6 +173,6 @@ def test_a_call_of_another_caller_or_off_the_graph_ends_no_branch() -> None:
 
     assert arrive(stalled, "new", "m", parent="p") == ("p", False), "it works in the tool of that call"
     assert arrive(stalled, "new", "solo") == ("p", False), "the last that ended may have caused it"
-    assert arrive(stalled, "new", "m", ways=no_ways) == ("p", False)
+    assert arrive(stalled, "new", "m", path_costs=no_ways) == ("p", False)
     assert names(stalled) == ["a", "p"]
-    assert arrive(Stalled(), "new", "m") == (None, False)
+    assert arrive(StalledBranches(), "new", "m") == (None, False)

@@ -2,18 +2,20 @@
 
 import pytest
 
-from tokencake.space_scheduler.applications import LiveCall
+from tokencake.space_scheduler.applications import LiveRequest
 from tokencake.space_scheduler.settings import SpaceSettings
-from tokencake.space_scheduler.swap_victims import Candidate, Losses, by_seniority, victims
+from tokencake.space_scheduler.swap_victims import RecomputeBudget, SwapCandidate, by_seniority, victims
 
 SETTINGS = SpaceSettings(swap_oldest=1, swap_from=1)
 
 
-def candidates(*calls: LiveCall, private: int = 10, shared: int = 0, left: int = 1_000) -> list[Candidate]:
-    return [Candidate(call, private, shared, left) for call in calls]
+def candidates(*calls: LiveRequest, private: int = 10, shared: int = 0, left: int = 1_000) -> list[SwapCandidate]:
+    return [SwapCandidate(call, private, shared, left) for call in calls]
 
 
-def chosen(head: LiveCall, short: int, running: list[Candidate], apps: list[str], settings: SpaceSettings = SETTINGS):
+def chosen(
+    head: LiveRequest, short: int, running: list[SwapCandidate], apps: list[str], settings: SpaceSettings = SETTINGS
+):
     return [candidate.call for candidate in victims(head, short, running, apps, settings)]
 
 
@@ -74,7 +76,7 @@ def test_an_application_is_as_senior_as_its_most_senior_call(call):
 
 
 def test_swapping_stops_while_too_much_is_lost_by_it():
-    losses = Losses()
+    losses = RecomputeBudget()
     assert losses.are_within(0.01), "nothing was tried yet"
 
     losses.add(1_000, 20)

@@ -27,25 +27,25 @@ def dropped(capacity: int = 100) -> tuple[Dropped, Refuted]:
 def test_a_block_is_private_until_another_lifetime_has_used_it() -> None:
     shared = SharedBlocks(10)
     shared.use(blocks("k", 3), "one")
-    assert all(shared.is_private(key, "one") for key in blocks("k", 3))
-    assert not shared.is_private(b"k0", "two")
-    assert shared.is_private(b"never seen", "two")
+    assert all(shared.is_exclusive(key, "one") for key in blocks("k", 3))
+    assert not shared.is_exclusive(b"k0", "two")
+    assert shared.is_exclusive(b"never seen", "two")
 
     shared.use(blocks("k", 2), "two")
-    assert [shared.is_private(key, "one") for key in blocks("k", 3)] == [False, False, True]
+    assert [shared.is_exclusive(key, "one") for key in blocks("k", 3)] == [False, False, True]
     shared.use(blocks("k", 2), "one")
-    assert not shared.is_private(b"k0", "one"), "several stay several"
+    assert not shared.is_exclusive(b"k0", "one"), "several stay several"
 
 
 def test_the_longest_unused_blocks_are_forgotten_and_of_one_use_the_tail_first() -> None:
     shared = SharedBlocks(3)
     shared.use(blocks("k", 2), "one")
     shared.use(blocks("m", 1), "one")
-    assert not shared.is_private(b"k1", "two")
+    assert not shared.is_exclusive(b"k1", "two")
 
     shared.use(blocks("n", 1), "one")
-    assert shared.is_private(b"k1", "two"), "nothing is known of it any more"
-    assert not shared.is_private(b"k0", "two")
+    assert shared.is_exclusive(b"k1", "two"), "nothing is known of it any more"
+    assert not shared.is_exclusive(b"k0", "two")
 
 
 def test_dropped_blocks_are_taken_oldest_first_and_then_stand_first() -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokencake.time_scheduler.host_tier import HostBlock, HostTier
 
 
-def chain(name: str, length: int) -> list[bytes]:
+def prefix(name: str, length: int) -> list[bytes]:
     return [f"{name}{place}".encode() for place in range(length)]
 
 
@@ -26,15 +26,15 @@ def stored(tier: HostTier, keys: list[bytes], now_s: float = 0.0) -> int:
 
 def test_a_shared_prefix_is_stored_once() -> None:
     tier = HostTier(100)
-    shared = chain("s", 5)
-    assert stored(tier, shared + chain("a", 3)) == 8
-    assert stored(tier, shared + chain("b", 3)) == 3
+    shared = prefix("s", 5)
+    assert stored(tier, shared + prefix("a", 3)) == 8
+    assert stored(tier, shared + prefix("b", 3)) == 3
     assert len(tier) == 11
 
 
 def test_a_block_on_its_way_is_known_and_not_ready() -> None:
     tier = HostTier(10)
-    keys = chain("a", 4)
+    keys = prefix("a", 4)
     blocks = tier.reserve(keys, 0.0, far)
     assert (tier.known(keys), tier.ready(keys)) == (4, [])
     tier.settle(blocks[:2], ok=True)
@@ -43,11 +43,11 @@ def test_a_block_on_its_way_is_known_and_not_ready() -> None:
 
 def test_the_farthest_end_goes_first_from_its_tail() -> None:
     tier = HostTier(8)
-    near, away = chain("n", 4), chain("f", 4)
+    near, away = prefix("n", 4), prefix("f", 4)
     stored(tier, near)
     stored(tier, away)
     distance = {near[-1]: 1.0, away[-1]: 50.0}
-    blocks = tier.reserve(chain("x", 3), 0.0, lambda block: distance.get(block.key, inf), own_distance=10.0)
+    blocks = tier.reserve(prefix("x", 3), 0.0, lambda block: distance.get(block.key, inf), own_distance=10.0)
     assert len(blocks) == 3
     assert (tier.known(near), tier.known(away)) == (4, 1)
     assert not tier.broken_rules()
@@ -55,22 +55,22 @@ def test_the_farthest_end_goes_first_from_its_tail() -> None:
 
 def test_nothing_nearer_is_evicted_for_something_farther() -> None:
     tier = HostTier(4)
-    near = chain("n", 4)
+    near = prefix("n", 4)
     stored(tier, near)
-    assert tier.reserve(chain("x", 3), 0.0, lambda _: 5.0, own_distance=10.0) == []
+    assert tier.reserve(prefix("x", 3), 0.0, lambda _: 5.0, own_distance=10.0) == []
     assert tier.known(near) == 4
 
 
 def test_a_block_under_a_copy_is_not_evicted() -> None:
     tier = HostTier(4)
-    stored(tier, chain("a", 4))
-    tier.pin(tier.ready(chain("a", 4)))
-    assert tier.reserve(chain("x", 4), 0.0, far) == []
+    stored(tier, prefix("a", 4))
+    tier.pin(tier.ready(prefix("a", 4)))
+    assert tier.reserve(prefix("x", 4), 0.0, far) == []
 
 
 def test_the_head_of_a_chain_is_not_evicted_for_its_tail() -> None:
     tier = HostTier(4)
-    keys = chain("a", 8)
+    keys = prefix("a", 8)
     stored(tier, keys[:4])
     assert tier.reserve(keys, 0.0, far) == []
     assert tier.known(keys) == 4
@@ -78,7 +78,7 @@ def test_the_head_of_a_chain_is_not_evicted_for_its_tail() -> None:
 
 def test_a_failed_copy_takes_with_it_what_hangs_on_it() -> None:
     tier = HostTier(20)
-    keys = chain("a", 8)
+    keys = prefix("a", 8)
     first = tier.reserve(keys[:4], 0.0, far)
     second = tier.reserve(keys, 0.0, far)
     tier.settle(second, ok=True)
@@ -90,15 +90,15 @@ def test_a_failed_copy_takes_with_it_what_hangs_on_it() -> None:
 
 def test_after_a_reset_a_slot_under_a_copy_comes_back_when_that_is_over() -> None:
     tier = HostTier(4)
-    blocks = tier.reserve(chain("a", 4), 0.0, far)
+    blocks = tier.reserve(prefix("a", 4), 0.0, far)
     tier.reset()
     assert (len(tier), tier.free_slots) == (0, 0)
     tier.settle(blocks, ok=True)
-    assert (tier.ready(chain("a", 4)), tier.free_slots) == ([], 4)
+    assert (tier.ready(prefix("a", 4)), tier.free_slots) == ([], 4)
 
 
 def test_no_memory_stores_nothing() -> None:
-    assert HostTier(0).reserve(chain("a", 3), 0.0, far) == []
+    assert HostTier(0).reserve(prefix("a", 3), 0.0, far) == []
 
 
 steps = st.lists(
@@ -118,7 +118,7 @@ def test_the_rules_hold_whatever_happens(trace: list[tuple[str, int, int, float]
     under_way: list[list[HostBlock]] = []
     pinned: list[list[HostBlock]] = []
     for step, name, length, distance in trace:
-        keys = chain("s", 3) + chain(str(name), length) if name % 2 else chain(str(name), length)
+        keys = prefix("s", 3) + prefix(str(name), length) if name % 2 else prefix(str(name), length)
         match step:
             case "reserve":
                 if blocks := tier.reserve(keys, 0.0, lambda block: block.slot, own_distance=distance - 5):
@@ -145,9 +145,9 @@ def test_the_rules_hold_whatever_happens(trace: list[tuple[str, int, int, float]
 
 def test_a_capacity_that_is_not_used_costs_nothing() -> None:
     tier = HostTier(10**15)
-    assert stored(tier, chain("a", 3)) == 3
+    assert stored(tier, prefix("a", 3)) == 3
     assert tier.free_slots == 10**15 - 3
-    tier.forget(tier.ready(chain("a", 1)))
+    tier.forget(tier.ready(prefix("a", 1)))
     assert tier.free_slots == 10**15
-    assert {block.slot for block in tier.reserve(chain("b", 4), 0.0, far)} == {0, 1, 2, 3}
+    assert {block.slot for block in tier.reserve(prefix("b", 4), 0.0, far)} == {0, 1, 2, 3}
     assert not tier.broken_rules()

@@ -146,7 +146,7 @@ def test_a_call_refused_for_a_reason_that_is_not_declared_is_passed_over(
 def test_a_defect_in_what_is_noted_of_a_refusal_lets_no_call_in(make_scheduler: Any, make_request: Any) -> None:
     steps = waiting_beside_a_running_one(make_scheduler, make_request)
     steps.scheduler.admission.policy.refusal = lambda *_: "full"
-    steps.scheduler.admission.words.note_refused = None  # calling it raises
+    steps.scheduler.admission.explainer.note_skipped = None  # calling it raises
     assert "waits" not in steps.step()
     assert steps.scheduler.registry.counts["errors",] > 0
     steps.scheduler.admission.swap.may_start = lambda *_: False

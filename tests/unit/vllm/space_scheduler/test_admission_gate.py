@@ -13,10 +13,10 @@ from vllm.v1.request import RequestStatus
 from tests.unit.vllm.vllm_adapter.pools import BLOCK_TOKENS, Device, keys
 from tokencake.protocol import Hint
 from tokencake.registry.registry import Registry
-from tokencake.space_scheduler.applications import Applications
-from tokencake.space_scheduler.explain import SpaceWords
-from tokencake.space_scheduler.growth import Promise
-from tokencake.space_scheduler.policy import Memory, Refusal
+from tokencake.space_scheduler.applications import AppTracker
+from tokencake.space_scheduler.explain import DecisionExplainer
+from tokencake.space_scheduler.growth import GrowthReservation
+from tokencake.space_scheduler.policy import AdmissionState, Refusal
 from tokencake.space_scheduler.settings import SpaceSettings
 from tokencake_vllm.component import ErrorContainment
 from tokencake_vllm.space_scheduler.admission_gate import AdmissionGate
@@ -26,14 +26,14 @@ from tokencake_vllm.vllm_adapter.block_view import BlockView
 class Policy:
     """Refuses what it is told to, and remembers what it has seen."""
 
-    rank_words = ("it came first",)
+    rank_reasons = ("it came first",)
 
     def __init__(self) -> None:
         self.refused: dict[str, Any] = {}
-        self.seen: list[tuple[str, int, Memory]] = []
+        self.seen: list[tuple[str, int, AdmissionState]] = []
 
-    def refusal(self, call: Any, need_blocks: int, memory: Memory) -> Refusal | None:
-        self.seen.append((call.request_id, need_blocks, memory))
+    def refusal(self, call: Any, need_blocks: int, state: AdmissionState) -> Refusal | None:
+        self.seen.append((call.request_id, need_blocks, state))
         found: Refusal | None = self.refused.get(call.request_id)
         return found
 
@@ -43,7 +43,7 @@ class Engine:
 
     def __init__(self, **settings: Any) -> None:
         self.device, self.policy, self.registry = Device(20), Policy(), Registry()
-        self.applications = Applications({}.get, answer_quantile=0.8)
+        self.applications = AppTracker({}.get, answer_quantile=0.8)
         self.errors: list[int] = []
         chosen = SpaceSettings(**settings)
         policy: Any = self.policy
@@ -52,7 +52,7 @@ class Engine:
             policy,
             self.applications,
             BlockView(self.device.manager, BLOCK_TOKENS),
-            SpaceWords(chosen, policy, self.applications, self.registry),
+            DecisionExplainer(chosen, policy, self.applications, self.registry),
             self.registry,
             ErrorContainment(lambda: self.errors.append(1)),
         )
@@ -77,7 +77,7 @@ class Engine:
         return self.registry.counts["space_refusals", reason]
 
     @property
-    def memory(self) -> Memory:
+    def state(self) -> AdmissionState:
         return self.policy.seen[-1][2]
 
 
@@ -87,11 +87,11 @@ def test_the_policy_sees_what_a_call_needs_and_what_is_free() -> None:
     engine.gate.exclusive_blocks = {"x": 3}
     assert engine.admits(engine.add("a", 40))
 
-    name, need, memory = engine.policy.seen[0]
+    name, need, state = engine.policy.seen[0]
     assert (name, need) == ("a", 3)
-    assert (memory.total_blocks, memory.free_blocks, memory.block_tokens, memory.step) == (20, 20, 16, 7)
-    assert memory.private_blocks == {"x": 3}
-    assert (memory.promises, memory.passed, memory.taken, memory.is_closed) == ((), (), (), False)
+    assert (state.total_blocks, state.free_blocks, state.block_tokens, state.step) == (20, 20, 16, 7)
+    assert state.exclusive_blocks == {"x": 3}
+    assert (state.reservations, state.bypassed, state.taken, state.bypass_expired) == ((), (), (), False)
 
 
 def test_a_promise_is_what_is_left_of_answer_and_prompt_and_what_comes_free() -> None:
@@ -99,11 +99,13 @@ def test_a_promise_is_what_is_left_of_answer_and_prompt_and_what_comes_free() ->
     request = engine.add("a", 100, max_tokens=30)
     engine.start(request, 48)
     request.num_output_tokens = 10
-    assert engine.gate.promise(request) == Promise(20, 4, 3)
+    assert engine.gate.reservation(request) == GrowthReservation(20, 4, 3)
 
     engine.device.pool.touch(engine.device.tables["a"][:1])
     request.num_tokens = 32
-    assert engine.gate.promise(request) == Promise(20, 0, 2), "it has more than it needs, and shares the first"
+    assert engine.gate.reservation(request) == GrowthReservation(20, 0, 2), (
+        "it has more than it needs, and shares the first"
+    )
     request.num_output_tokens = 30
     assert engine.gate.left_tokens(request) == 1, "it is not over yet"
     request.num_output_tokens = 29
@@ -120,15 +122,15 @@ def test_those_admitted_before_the_first_question_are_promised_and_later_ones_as
     engine.start(running, 32)
     first, second, third = engine.add("a", 20), engine.add("b", 20), engine.add("c", 20)
     assert engine.admits(first)
-    assert [promise.freed_blocks for promise in engine.memory.promises] == [2]
+    assert [reservation.freed_blocks for reservation in engine.state.reservations] == [2]
 
     engine.start(first, 20)
     assert engine.admits(second)
-    assert len(engine.memory.promises) == 2
-    assert [(call.request_id, need) for call, need in engine.memory.taken] == [("a", 2)]
+    assert len(engine.state.reservations) == 2
+    assert [(call.request_id, need) for call, need in engine.state.taken] == [("a", 2)]
     assert engine.admits(third), "the second did not get its blocks"
-    assert len(engine.memory.promises) == 2
-    assert len(engine.memory.taken) == 1
+    assert len(engine.state.reservations) == 2
+    assert len(engine.state.taken) == 1
 
 
 def test_a_request_that_was_preempted_again_has_not_started() -> None:
@@ -138,7 +140,7 @@ def test_a_request_that_was_preempted_again_has_not_started() -> None:
     first.status = RequestStatus.PREEMPTED
     assert engine.admits(second)
 
-    assert engine.memory.taken == ()
+    assert engine.state.taken == ()
 
 
 def test_refused_calls_are_counted_and_told_to_the_policy_in_their_order() -> None:
@@ -147,12 +149,12 @@ def test_refused_calls_are_counted_and_told_to_the_policy_in_their_order() -> No
     for name, tokens in (("a", 40), ("b", 100), ("c", 16)):
         assert engine.admits(engine.add(name, tokens)) == (name == "c")
 
-    assert engine.memory.passed == (3, 7)
+    assert engine.state.bypassed == (3, 7)
     assert (engine.refusals("full"), engine.refusals("delays")) == (1, 1)
-    words = engine.gate._words.view(0.0, 9.0, call=None, app=None, limit=9)["decisions"]
+    words = engine.gate._explainer.view(0.0, 9.0, call=None, app=None, limit=9)["decisions"]
     assert [decision["call"] for decision in words] == ["a", "b"]
     engine.gate.reset()
-    assert engine.gate.memory().passed == ()
+    assert engine.gate.state().bypassed == ()
 
 
 def test_a_bounded_number_of_calls_is_passed_over_in_a_step() -> None:
@@ -170,8 +172,8 @@ def test_what_kind_of_call_was_passed_over_is_known() -> None:
     engine.policy.refused = dict.fromkeys(("usual", "urgent", "plain"), "full")
 
     def seen() -> tuple[bool, bool]:
-        memory = engine.gate.memory()
-        return memory.has_passed_critical, memory.has_passed_plain
+        state = engine.gate.state()
+        return state.has_bypassed_critical, state.has_bypassed_unhinted
 
     engine.admits(engine.add("usual"))
     assert seen() == (False, False)
@@ -183,19 +185,19 @@ def test_what_kind_of_call_was_passed_over_is_known() -> None:
     assert seen() == (False, False)
 
 
-@pytest.mark.parametrize(("waited_s", "is_closed"), [(19.9, False), (20.0, False), (20.1, True)])
-def test_the_first_in_line_is_passed_for_so_long_and_no_longer(waited_s: float, is_closed: bool) -> None:
+@pytest.mark.parametrize(("waited_s", "bypass_expired"), [(19.9, False), (20.0, False), (20.1, True)])
+def test_the_first_in_line_is_passed_for_so_long_and_no_longer(waited_s: float, bypass_expired: bool) -> None:
     engine = Engine(pass_s=20.0)
     engine.policy.refused = {"a": "full", "b": "full"}
     first, second = engine.add("a"), engine.add("b")
     for now in (100.0, 100.0 + waited_s):
         engine.gate.reset()
         engine.admits(first, now)
-        assert engine.applications.calls["a"].refused_s == 100.0
+        assert engine.applications.calls["a"].first_skipped_s == 100.0
         engine.admits(second, now)
 
-    assert engine.gate.memory().is_closed == is_closed
-    assert engine.applications.calls["b"].refused_s is None, "only the first in line is waited for"
+    assert engine.gate.state().bypass_expired == bypass_expired
+    assert engine.applications.calls["b"].first_skipped_s is None, "only the first in line is waited for"
 
 
 def test_a_reason_that_no_policy_may_give_is_told_as_undeclared_and_logged_once(
@@ -220,7 +222,7 @@ def test_a_call_that_is_not_asked_for_because_of_a_swap_is_told_so() -> None:
 def test_a_defect_while_a_refusal_is_noted_lets_nothing_in(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine()
     engine.policy.refused = {"a": "full"}
-    monkeypatch.setattr(engine.gate._words, "note_refused", lambda *_: 1 / 0)
+    monkeypatch.setattr(engine.gate._explainer, "note_skipped", lambda *_: 1 / 0)
 
     assert not engine.admits(engine.add("a"))
     assert engine.errors == [1]

@@ -129,7 +129,7 @@ def test_what_has_to_be_computed_again_is_counted_and_ends_the_swapping(
     engine.call([9] * 150, "old", 2, app="old")
     steps_until_started(engine, "r4")
     steps_until_started(engine, "r3")
-    assert engine.scheduler.admission.swap._losses.lost_tokens > 60
+    assert engine.scheduler.admission.swap._recompute_budget.lost_tokens > 60
     swaps = engine.count("space_swaps")
     engine.call([4] * 150, "old", 2, app="old")
     engine.run(900)
@@ -178,7 +178,7 @@ def test_a_slow_copy_is_no_reason_never_to_ask_again(bench: Callable[..., Bench]
     engine.clock.now += 1.5
     engine.step()
     assert engine.scheduler.admission.swap._beneficiary is None, "others may go on"
-    assert not engine.scheduler.admission.applications.calls[head].is_in_vain
+    assert not engine.scheduler.admission.applications.calls[head].swap_failed
     reasons = {key[1] for key in engine.scheduler.registry.counts if key[0] == "space_refusals"}
     assert "kept" in reasons
     engine.run(600)
@@ -244,7 +244,7 @@ def test_a_call_that_loads_its_prefix_for_long_has_started(bench: Callable[..., 
     assert engine.scheduler.requests[head].status.name == "WAITING_FOR_REMOTE_KVS"
     engine.clock.now += 1.5
     engine.step()
-    assert not engine.scheduler.admission.applications.calls[head].is_in_vain
+    assert not engine.scheduler.admission.applications.calls[head].swap_failed
     engine.run(600)
     engine.check()
 

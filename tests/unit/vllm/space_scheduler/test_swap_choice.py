@@ -15,8 +15,8 @@ from vllm.v1.request import RequestStatus
 from tests.unit.vllm.vllm_adapter.pools import BLOCK_TOKENS, Device, keys
 from tokencake.protocol import Hint
 from tokencake.registry.registry import Registry
-from tokencake.space_scheduler.applications import Applications
-from tokencake.space_scheduler.explain import SpaceWords
+from tokencake.space_scheduler.applications import AppTracker
+from tokencake.space_scheduler.explain import DecisionExplainer
 from tokencake.space_scheduler.settings import SpaceSettings
 from tokencake_vllm.component import ErrorContainment
 from tokencake_vllm.space_scheduler.admission_gate import AdmissionGate
@@ -30,7 +30,7 @@ class Engine:
 
     def __init__(self, **settings: Any) -> None:
         self.device = Device(100)
-        self.applications = Applications({}.get, answer_quantile=0.8)
+        self.applications = AppTracker({}.get, answer_quantile=0.8)
         self.device.manager.watermark_blocks = 0
         self.scheduler: Any = SimpleNamespace(
             kv_cache_manager=self.device.manager,
@@ -42,7 +42,7 @@ class Engine:
             deferred_frees=[],
         )
         self.offload: Any = SimpleNamespace(can_restore=True, storing=dict)
-        self.policy: Any = SimpleNamespace(swaps=True, rank_words=())
+        self.policy: Any = SimpleNamespace(swaps=True, rank_reasons=())
         chosen = SpaceSettings(**{"swap_oldest": 1, "swap_from": 1, **settings})
         view, registry = BlockView(self.device.manager, BLOCK_TOKENS), Registry()
         gate = AdmissionGate(
@@ -50,7 +50,7 @@ class Engine:
             self.policy,
             self.applications,
             view,
-            SpaceWords(chosen, self.policy, self.applications, registry),
+            DecisionExplainer(chosen, self.policy, self.applications, registry),
             registry,
             ErrorContainment(lambda: None),
         )
@@ -225,9 +225,9 @@ def test_nobody_is_swapped_out_where_that_would_be_of_no_use(obstacle: str) -> N
         case "loads":
             request.status = RequestStatus.WAITING_FOR_REMOTE_KVS
         case "in vain":
-            engine.applications.calls["old"].is_in_vain = True
+            engine.applications.calls["old"].swap_failed = True
         case "too much lost":
-            engine.swap._losses.add(1_000, 6)
+            engine.swap._recompute_budget.add(1_000, 6)
 
     assert engine.choose() == []
 
@@ -236,7 +236,7 @@ def test_a_loss_within_the_bound_is_no_obstacle() -> None:
     engine = Engine()
     engine.wait("old", 60)
     engine.run("young", 50)
-    engine.swap._losses.add(1_000, 5)
+    engine.swap._recompute_budget.add(1_000, 5)
 
     assert engine.choose() == ["young"]
 
@@ -275,24 +275,24 @@ def test_the_room_is_anyones_when_that_one_has_started_or_is_gone() -> None:
 def test_the_room_is_kept_for_a_second_and_one_that_did_not_start_in_it_was_given_way_to_in_vain() -> None:
     engine = swapped()
     assert not engine.swap.may_start("other", 11.0)
-    assert not engine.applications.calls["old"].is_in_vain
+    assert not engine.applications.calls["old"].swap_failed
     assert engine.swap.may_start("other", 11.01)
-    assert engine.applications.calls["old"].is_in_vain
+    assert engine.applications.calls["old"].swap_failed
 
 
-@pytest.mark.parametrize(("held", "is_in_vain"), [(40, True), (41, False)])
-def test_it_was_not_in_vain_where_there_was_no_room(held: int, is_in_vain: bool) -> None:
+@pytest.mark.parametrize(("held", "swap_failed"), [(40, True), (41, False)])
+def test_it_was_not_in_vain_where_there_was_no_room(held: int, swap_failed: bool) -> None:
     engine = swapped()
     engine.device.take(keys("x", held))
     assert engine.swap.may_start("other", 12.0)
-    assert engine.applications.calls["old"].is_in_vain == is_in_vain
+    assert engine.applications.calls["old"].swap_failed == swap_failed
 
 
 def test_it_was_not_in_vain_while_the_engine_admitted_nothing() -> None:
     engine = swapped()
     engine.scheduler.pause_state = next(state for state in PauseState if state != PauseState.UNPAUSED)
     assert engine.swap.may_start("other", 12.0)
-    assert not engine.applications.calls["old"].is_in_vain
+    assert not engine.applications.calls["old"].swap_failed
 
 
 # --- what it has cost ---------------------------------------------------------------------------------
@@ -305,14 +305,14 @@ def output(**tokens: int) -> Any:
 def test_what_a_call_that_comes_back_computes_again_is_lost_and_counted_once() -> None:
     engine = swapped()
     engine.swap.note_step(output(other=30))
-    assert (engine.swap._losses.computed_tokens, engine.swap._losses.lost_tokens) == (30, 0)
+    assert (engine.swap._recompute_budget.computed_tokens, engine.swap._recompute_budget.lost_tokens) == (30, 0)
 
     request = engine.device.requests["young"]
     request.num_tokens, request.num_computed_tokens = 810, 790  # the step's 100 included
     engine.swap.note_step(output(young=100, other=1))
-    assert (engine.swap._losses.computed_tokens, engine.swap._losses.lost_tokens) == (131, 20 + 100)
+    assert (engine.swap._recompute_budget.computed_tokens, engine.swap._recompute_budget.lost_tokens) == (131, 20 + 100)
     engine.swap.note_step(output(young=1))
-    assert engine.swap._losses.lost_tokens == 120
+    assert engine.swap._recompute_budget.lost_tokens == 120
 
 
 def test_a_call_that_ended_while_it_was_away_has_lost_nothing() -> None:
@@ -321,7 +321,7 @@ def test_a_call_that_ended_while_it_was_away_has_lost_nothing() -> None:
     del engine.device.requests["young"]
     engine.swap.note_step(output(other=30))
 
-    assert engine.swap._losses.lost_tokens == 0
+    assert engine.swap._recompute_budget.lost_tokens == 0
     assert engine.swap._swapped_out == set()
 
 

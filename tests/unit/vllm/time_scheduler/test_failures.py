@@ -105,7 +105,7 @@ def test_a_copy_that_fails_halfway_is_no_hit_on_either_side(bench: Callable[...,
     engine.finish_job(1, ok=False)
     engine.run()
     engine.check()
-    keys = engine.scheduler.offload.stalls.chains.by_id[name].keys
+    keys = engine.scheduler.offload.stalls.prefixes.by_id[name].block_hashes
     assert len(engine.cache.tier.ready(keys)) == 2  # what is before the failed part
     engine.wipe()
     assert engine.tokens_found(engine.answer(engine.follow_up(name))) == (0, 32)
@@ -121,7 +121,7 @@ def test_an_upload_that_fails_on_one_of_two_ranks_is_no_hit(bench: Callable[...,
     engine.step()
     (job,) = engine.worker.jobs
     transfers.report(job.id, 1, 0.1, ok=True)
-    keys = engine.scheduler.offload.stalls.chains.by_id[name].keys
+    keys = engine.scheduler.offload.stalls.prefixes.by_id[name].block_hashes
     assert not engine.cache.on_device(keys)
     assert engine.cache.is_busy
     transfers.report(job.id, 1, 0.1, ok=False)

@@ -10,12 +10,12 @@ import pytest
 pytest.importorskip("vllm", reason="the plug-in's tests need vLLM")
 
 from tests.unit.vllm.vllm_adapter.pools import BLOCK_TOKENS, Device, ids, keys
-from tokencake.forecast.costs import Rates
+from tokencake.forecast.costs import CostModel
 from tokencake.forecast.roles import Role
 from tokencake.protocol import Hint
 from tokencake.time_scheduler.dropped import Dropped
 from tokencake.time_scheduler.host_tier import HostTier
-from tokencake.time_scheduler.prefixes import Chains
+from tokencake.time_scheduler.prefixes import PrefixIndex
 from tokencake_vllm.time_scheduler import free_queue
 from tokencake_vllm.time_scheduler.free_queue import FreeQueue
 from tokencake_vllm.transfer.host_cache import HostCache
@@ -26,12 +26,12 @@ class Engine:
 
     def __init__(self, count: int = 20) -> None:
         self.device = Device(count)
-        self.chains, self.dropped = Chains(), Dropped(100, lambda *_: None)
-        self.cache = HostCache(HostTier(50), self.device.pool, Rates(1, BLOCK_TOKENS), 1, 4, lambda: 0.0)
+        self.prefixes, self.dropped = PrefixIndex(), Dropped(100, lambda *_: None)
+        self.cache = HostCache(HostTier(50), self.device.pool, CostModel(1, BLOCK_TOKENS), 1, 4, lambda: 0.0)
         scheduler: Any = SimpleNamespace(
             kv_cache_manager=self.device.manager, max_num_running_reqs=2, max_num_scheduled_tokens=32, block_size=16
         )
-        self.queue = FreeQueue(scheduler, self.cache, self.chains, self.dropped)
+        self.queue = FreeQueue(scheduler, self.cache, self.prefixes, self.dropped)
 
     def use_up(self, leave: int = 0) -> None:
         """All empty blocks are taken, but so many."""
@@ -44,14 +44,14 @@ class Engine:
 
     def stalled(self, name: str, count: int, back_s: float, *, on_host: int | None = None) -> Any:
         """A stalled chain whose blocks are cached."""
-        self.chains.arrive(name, keys(name, 1), Hint(session=name), 0.0)
-        chain = self.chains.stall(name, keys(name, count), 0.0)
-        assert chain is not None
-        chain.back_s = back_s
+        self.prefixes.arrive(name, keys(name, 1), Hint(session=name), 0.0)
+        prefix = self.prefixes.stall(name, keys(name, count), 0.0)
+        assert prefix is not None
+        prefix.back_s = back_s
         tier = self.cache.tier
         stored = count if on_host is None else on_host
         tier.settle(tier.reserve(keys(name, stored), 0.0, lambda _: 0.0), ok=True)
-        return chain
+        return prefix
 
 
 # --- dropped blocks -----------------------------------------------------------------------------------
@@ -199,7 +199,7 @@ def test_a_running_chain_and_what_is_not_on_the_host_or_held_gives_nothing() -> 
     engine.use_up()
     engine.stalled("later", 4, 500.0, on_host=3)
     engine.stalled("runs", 1, 500.0)
-    engine.chains.by_id["runs"].phase = "running"
+    engine.prefixes.by_id["runs"].phase = "running"
     mine = engine.stalled("mine", 6, back_s=10.0)
     engine.device.pool.touch(later[1:2])
 
@@ -212,7 +212,7 @@ def test_what_another_chain_wants_too_and_all_before_it_stays() -> None:
     later = engine.device.take(keys("later", 4), free=True)
     engine.use_up()
     engine.stalled("later", 4, 500.0)
-    engine.chains.arrive("sharer", keys("later", 2), None, 0.0)
+    engine.prefixes.arrive("sharer", keys("later", 2), None, 0.0)
     mine = engine.stalled("mine", 6, back_s=10.0)
 
     assert ids(engine.queue.reclaimable(mine, 9, 0.0)) == ids(later)[:1:-1]

@@ -122,7 +122,7 @@ def test_an_idle_engine_that_was_never_asked_anything_wakes_when_something_is_du
     core._process_input_queue()  # as before the first step
     engine.answer(PROMPT, expects_tools={"build": 60.0}, reuse="extends")
     stalls = engine.scheduler.offload.stalls
-    stalls.wakeups.set(next(iter(stalls.chains.by_id)), engine.clock.now)
+    stalls.wakeups.set(next(iter(stalls.prefixes.by_id)), engine.clock.now)
     engine.scheduler._arm_waker(engine.clock.now)
     core.has_work = lambda: bool(woken)
     core._process_input_queue()  # ends only if something wakes it

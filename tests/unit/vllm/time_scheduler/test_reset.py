@@ -56,7 +56,9 @@ def test_with_a_queued_upload_nothing_is_copied(bench: Callable[..., Bench]) -> 
     name = long_stall(engine)
     engine.wipe()
     cache = engine.cache
-    assert cache.upload("x", engine.scheduler.offload.stalls.chains.by_id[name].keys, 0, 6, lambda ok: None) == 6
+    assert (
+        cache.upload("x", engine.scheduler.offload.stalls.prefixes.by_id[name].block_hashes, 0, 6, lambda ok: None) == 6
+    )
     assert engine.scheduler.reset_prefix_cache()
     engine.run()
     assert not engine.worker.jobs

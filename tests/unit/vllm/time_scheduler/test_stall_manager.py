@@ -21,7 +21,7 @@ from tokencake_vllm.time_scheduler.kv_report import of_session
 
 def blocks_on_host(engine: Bench) -> dict[str, int]:
     """Of the calls of the sessions `s` and `t`."""
-    prefixes = engine.scheduler.offload.stalls.chains
+    prefixes = engine.scheduler.offload.stalls.prefixes
     views = [view for session in ("s", "t") for view in of_session(prefixes, engine.cache, session)]
     return {view["call"]: view["on_host"] for view in views}
 
@@ -101,7 +101,7 @@ def test_a_wrong_forecast_costs_one_copy(bench: Callable[..., Bench]) -> None:
     engine.tell(protocol.ToolEnd(name, "t", duration_s=450.0))
     engine.run()
     assert engine.count("kv_uploads", "started") == 1
-    assert engine.count("kv_copied_bytes", "load") <= 6 * engine.cache.rates.block_bytes
+    assert engine.count("kv_copied_bytes", "load") <= 6 * engine.cache.costs.block_bytes
     engine.answer(engine.follow_up(name))
     assert engine.count("kv_uploads", "wasted") == 1
     engine.check()
@@ -113,7 +113,7 @@ def test_an_upload_takes_what_is_needed_later_and_on_the_host(bench: Callable[..
     for number in range(1, 5):
         tokens = [1_000 * number + i for i in range(100)]
         engine.answer(tokens, session=f"late{number}", expects_tools={"sleep": 3_000.0}, reuse="extends")
-    assert not engine.cache.on_device(engine.scheduler.offload.stalls.chains.by_id[soon].keys)
+    assert not engine.cache.on_device(engine.scheduler.offload.stalls.prefixes.by_id[soon].block_hashes)
     engine.tell(protocol.ToolEnd(soon, "t", "build", duration_s=60.0))
     engine.run()
     assert engine.count("kv_uploads", "started") == 1
@@ -168,8 +168,8 @@ def test_an_answer_that_comes_back_in_other_tokens_still_ends_the_stall(bench: C
     engine = bench()
     name = engine.answer(PROMPT, max_tokens=40, expects_tools={"build": 60.0}, reuse="extends")
     follow_up = engine.answer([*PROMPT, *[33] * 80])
-    assert list(engine.scheduler.offload.stalls.chains.by_id) == [follow_up]
-    assert name not in engine.scheduler.offload.stalls.chains.by_id
+    assert list(engine.scheduler.offload.stalls.prefixes.by_id) == [follow_up]
+    assert name not in engine.scheduler.offload.stalls.prefixes.by_id
 
 
 def test_a_second_call_waits_for_a_load_instead_of_repeating_it(bench: Callable[..., Bench]) -> None:
@@ -229,7 +229,7 @@ def test_a_final_answer_is_not_copied_and_goes_first(bench: Callable[..., Bench]
     engine.step()  # they are put first as a step begins
     queue = engine.pool.free_block_queue.get_all_free_blocks()
     cached = [bytes(block.block_hash)[:-4] for block in queue if block.block_hash is not None]
-    assert set(cached[6:]) == set(engine.scheduler.offload.stalls.chains.by_id["r1"].keys)
+    assert set(cached[6:]) == set(engine.scheduler.offload.stalls.prefixes.by_id["r1"].block_hashes)
     engine.check()
 
 
@@ -238,14 +238,14 @@ def test_what_an_ended_application_leaves_is_reused_first(bench: Callable[..., B
     engine = bench(num_blocks=24)
     long_stall(engine, [900 + i for i in range(100)], session="t", app="b")
     long_stall(engine, session="a//x", app="a")  # used last, so that only the event puts it first
-    first = set(engine.scheduler.offload.stalls.chains.by_id["r2"].keys)
+    first = set(engine.scheduler.offload.stalls.prefixes.by_id["r2"].block_hashes)
     engine.tell(event)
     engine.step()  # they are put first as a step begins
     queue = engine.pool.free_block_queue.get_all_free_blocks()
     cached = [bytes(block.block_hash)[:-4] for block in queue if block.block_hash is not None]
     assert set(cached[:6]) == first
     assert all(block.block_hash is None for block in queue[: len(queue) - len(cached)])  # behind the empty ones
-    assert list(engine.scheduler.offload.stalls.chains.by_id) == ["r1"]
+    assert list(engine.scheduler.offload.stalls.prefixes.by_id) == ["r1"]
     engine.check()
 
 
@@ -253,7 +253,7 @@ def test_the_end_of_a_run_leaves_what_its_thread_may_extend(bench: Callable[...,
     engine = bench()
     name = long_stall(engine, session="thread//agent", app="run-1")
     assert engine.tell(protocol.AppEnd("run-1")) == ["applied"]
-    assert name in engine.scheduler.offload.stalls.chains.by_id
+    assert name in engine.scheduler.offload.stalls.prefixes.by_id
     assert engine.scheduler.registry.sessions["thread//agent"].ended is None
     follow_up = engine.answer(engine.follow_up(name), session="thread//agent", app="run-2")
     assert engine.tokens_found(follow_up) == (96, 0)
@@ -263,7 +263,7 @@ def test_a_session_is_an_applications_own_only_below_its_whole_name(bench: Calla
     engine = bench()
     name = long_stall(engine, session="run-10//agent", app="run-1")
     engine.tell(protocol.AppEnd("run-1"))
-    assert name in engine.scheduler.offload.stalls.chains.by_id
+    assert name in engine.scheduler.offload.stalls.prefixes.by_id
 
 
 def test_an_end_that_was_wrong_is_not_believed_again(bench: Callable[..., Bench]) -> None:
@@ -271,10 +271,10 @@ def test_an_end_that_was_wrong_is_not_believed_again(bench: Callable[..., Bench]
     engine = bench()
     name = long_stall(engine, session="s")
     engine.tell(protocol.SessionEnd("s"))
-    assert name not in engine.scheduler.offload.stalls.chains.by_id
+    assert name not in engine.scheduler.offload.stalls.prefixes.by_id
     again = engine.answer(engine.follow_up(name), session="s", expects_tools={"build": 60.0}, reuse="extends")
     engine.tell(protocol.SessionEnd("s"))
-    assert again in engine.scheduler.offload.stalls.chains.by_id
+    assert again in engine.scheduler.offload.stalls.prefixes.by_id
 
 
 def test_blocks_that_another_session_has_used_are_not_put_first(bench: Callable[..., Bench]) -> None:
@@ -297,7 +297,7 @@ def test_a_stall_without_end_is_given_up(bench: Callable[..., Bench]) -> None:
     engine.tell(protocol.ToolStart(name, "t", "build", deadline_s=100.0))
     engine.clock.now += 101.0
     engine.run()
-    assert not engine.scheduler.offload.stalls.chains.by_id
+    assert not engine.scheduler.offload.stalls.prefixes.by_id
     assert engine.count("kv_stalls", "given_up") == 1
 
 
@@ -321,7 +321,7 @@ def test_an_end_before_the_call_has_ended_starts_the_upload_at_once(bench: Calla
     engine.step()
     engine.tell(protocol.ToolStart(name, "t", "build"), protocol.ToolEnd(name, "t", duration_s=0.01))
     engine.run()
-    assert engine.scheduler.offload.stalls.chains.by_id[name].back_s <= engine.clock.now + 60.0
+    assert engine.scheduler.offload.stalls.prefixes.by_id[name].back_s <= engine.clock.now + 60.0
     engine.check()
 
 
@@ -386,7 +386,7 @@ def test_a_full_host_keeps_what_is_needed_soonest(bench: Callable[..., Bench]) -
     found = {
         view["call"]: view["on_host"]
         for s in ("s", "t")
-        for view in of_session(engine.scheduler.offload.stalls.chains, engine.cache, s)
+        for view in of_session(engine.scheduler.offload.stalls.prefixes, engine.cache, s)
     }
     assert found == {soon: 6, later: 2}
 
@@ -398,7 +398,7 @@ def test_what_is_needed_sooner_displaces_what_is_needed_later(bench: Callable[..
     found = {
         view["call"]: view["on_host"]
         for s in ("s", "t")
-        for view in of_session(engine.scheduler.offload.stalls.chains, engine.cache, s)
+        for view in of_session(engine.scheduler.offload.stalls.prefixes, engine.cache, s)
     }
     assert found == {soon: 6, later: 2}
     engine.check()
@@ -433,7 +433,7 @@ def test_an_aborted_call_is_not_copied(bench: Callable[..., Bench]) -> None:
     engine.scheduler.finish_requests(name, RequestStatus.FINISHED_ABORTED)
     engine.run()
     assert engine.count("kv_stores", "queued") == 0
-    assert not engine.scheduler.offload.stalls.chains.by_id
+    assert not engine.scheduler.offload.stalls.prefixes.by_id
     engine.check()
 
 
@@ -465,10 +465,10 @@ def test_a_preempted_call_wants_what_it_had_written(bench: Callable[..., Bench])
     while not any(request.num_preemptions for request in engine.scheduler.requests.values()):
         engine.step(finish_jobs=True)
     lost = next(request for request in engine.scheduler.requests.values() if request.num_preemptions)
-    chain = engine.scheduler.offload.stalls.chains.by_id[lost.request_id]
-    assert chain.phase == "waiting"
-    assert len(chain.keys) > lost.num_prompt_tokens // BLOCK_SIZE
-    assert set(chain.keys) <= set(engine.scheduler.offload.stalls.chains.wanted)
+    prefix = engine.scheduler.offload.stalls.prefixes.by_id[lost.request_id]
+    assert prefix.phase == "waiting"
+    assert len(prefix.block_hashes) > lost.num_prompt_tokens // BLOCK_SIZE
+    assert set(prefix.block_hashes) <= set(engine.scheduler.offload.stalls.prefixes.refcounts)
     engine.run()
     engine.check()
 
@@ -486,7 +486,7 @@ def test_durations_are_learned_and_the_error_is_observed(bench: Callable[..., Be
     for number in range(10):
         name = engine.answer([1_000 * number + i for i in range(40)], session=f"s{number}")
         engine.tell(protocol.ToolStart(name, "t", "build"), protocol.ToolEnd(name, "t", duration_s=3.0))
-    forecast = engine.scheduler.offload.stalls.book.forecast
+    forecast = engine.scheduler.offload.stalls.tracker.forecast
     assert forecast.stall(Role("writer"), "build").quantile(0.5) == pytest.approx(3.0, rel=0.3)
     assert len(engine.scheduler.tokencake_metrics()["observed"]["forecast_error_s"]) == 10
 

@@ -11,11 +11,11 @@ import pytest
 pytest.importorskip("vllm", reason="the plug-in's tests need vLLM")
 
 from tests.unit.vllm.vllm_adapter.pools import BLOCK_TOKENS, Device, keys
-from tokencake.forecast.costs import Rates
+from tokencake.forecast.costs import CostModel
 from tokencake.protocol import Hint
 from tokencake.time_scheduler.dropped import Dropped
 from tokencake.time_scheduler.host_tier import HostTier
-from tokencake.time_scheduler.prefixes import Chains
+from tokencake.time_scheduler.prefixes import PrefixIndex
 from tokencake_vllm.time_scheduler.free_queue import FreeQueue
 from tokencake_vllm.time_scheduler.uploads import PER_STEP, QUEUE_SCAN, RETRY_STEPS, Uploads
 from tokencake_vllm.transfer.host_cache import HostCache
@@ -26,8 +26,8 @@ class Engine:
     """A device of `count` blocks, jobs of 4 blocks, and uploads of stalled chains that are on the host."""
 
     def __init__(self, count: int = 40) -> None:
-        self.device, self.chains = Device(count), Chains()
-        self.cache = HostCache(HostTier(200), self.device.pool, Rates(1, BLOCK_TOKENS), 1, 4, lambda: 0.0)
+        self.device, self.prefixes = Device(count), PrefixIndex()
+        self.cache = HostCache(HostTier(200), self.device.pool, CostModel(1, BLOCK_TOKENS), 1, 4, lambda: 0.0)
         self.scheduler: Any = SimpleNamespace(
             kv_cache_manager=self.device.manager,
             max_num_running_reqs=2,
@@ -38,15 +38,15 @@ class Engine:
         )
         self.counted: Counter[tuple[str, ...]] = Counter()
         self.worthless: set[str] = set()
-        queue = FreeQueue(self.scheduler, self.cache, self.chains, Dropped(9, lambda *_: None))
+        queue = FreeQueue(self.scheduler, self.cache, self.prefixes, Dropped(9, lambda *_: None))
         view = BlockView(self.device.manager, BLOCK_TOKENS)
         self.uploads = Uploads(
             self.scheduler,
             view,
             self.cache,
-            self.chains,
+            self.prefixes,
             queue,
-            lambda chain: chain.id not in self.worthless,
+            lambda prefix: prefix.id not in self.worthless,
             self.count,
         )
 
@@ -54,15 +54,15 @@ class Engine:
         self.counted[key[1:]] += int(by)
 
     def stalled(self, name: str, count: int, *, on_device: int = 0) -> Any:
-        self.chains.arrive(name, keys(name, 1), Hint(session=name), 0.0)
-        chain = self.chains.stall(name, keys(name, count), 0.0)
-        assert chain is not None
-        chain.back_s = 10.0
+        self.prefixes.arrive(name, keys(name, 1), Hint(session=name), 0.0)
+        prefix = self.prefixes.stall(name, keys(name, count), 0.0)
+        assert prefix is not None
+        prefix.back_s = 10.0
         tier = self.cache.tier
         tier.settle(tier.reserve(keys(name, count), 0.0, lambda _: 0.0), ok=True)
         self.device.take(keys(name, on_device), free=True)
         self.uploads.add_due(name)
-        return chain
+        return prefix
 
     def wait(self, *tokens: int) -> None:
         self.scheduler.waiting = [SimpleNamespace(num_tokens=count, block_hashes=[]) for count in tokens]
@@ -90,15 +90,15 @@ def test_more_than_a_job_is_brought_by_halves(count: int, jobs: list[int]) -> No
 
 def test_a_piece_that_has_landed_makes_the_next_one_due_until_all_is_there() -> None:
     engine = Engine()
-    chain = engine.stalled("c", 9)
+    prefix = engine.stalled("c", 9)
     started = []
     for step in range(1, 5):
         started += engine.start(step)
         engine.finish()
     assert started == [5, 4]
-    assert engine.cache.count_on_device(chain.keys) == 9
+    assert engine.cache.count_on_device(prefix.block_hashes) == 9
     assert engine.counted == {("started",): 1}
-    assert (chain.is_uploaded, len(engine.uploads), engine.cache.pinned_blocks) == (True, 0, 0)
+    assert (prefix.is_uploaded, len(engine.uploads), engine.cache.pinned_blocks) == (True, 0, 0)
     assert engine.uploads.resolve("c", 9) == 9
 
 
@@ -138,24 +138,24 @@ def test_an_upload_was_of_use_for_the_blocks_of_it_that_were_hit(hit: int | None
 
 def test_an_upload_is_late_while_its_blocks_are_on_their_way() -> None:
     engine = Engine()
-    chain, other = engine.stalled("c", 4), engine.stalled("d", 4)
+    prefix, other = engine.stalled("c", 4), engine.stalled("d", 4)
     engine.uploads.cancel("d")
-    assert not engine.uploads.is_late(chain)
+    assert not engine.uploads.is_late(prefix)
     engine.start()
-    assert (engine.uploads.is_late(chain), engine.uploads.is_late(other)) == (True, False)
+    assert (engine.uploads.is_late(prefix), engine.uploads.is_late(other)) == (True, False)
     engine.finish()
-    assert not engine.uploads.is_late(chain)
+    assert not engine.uploads.is_late(prefix)
 
 
 def test_blocks_before_an_upload_that_are_on_their_way_make_it_not_late() -> None:
     engine = Engine()
-    chain = engine.stalled("c", 6, on_device=2)
+    prefix = engine.stalled("c", 6, on_device=2)
     engine.start()
     engine.finish()
-    engine.cache.loading[chain.keys[1]] = 1
-    assert not engine.uploads.is_late(chain)
-    engine.cache.loading[chain.keys[2]] = 1
-    assert engine.uploads.is_late(chain)
+    engine.cache.loading[prefix.block_hashes[1]] = 1
+    assert not engine.uploads.is_late(prefix)
+    engine.cache.loading[prefix.block_hashes[2]] = 1
+    assert engine.uploads.is_late(prefix)
 
 
 def test_an_upload_that_fails_is_counted_and_tried_no_more() -> None:
@@ -172,7 +172,7 @@ def test_a_chain_that_is_gone_when_its_upload_lands_is_not_due_again() -> None:
     engine = Engine()
     engine.stalled("c", 9)
     engine.start()
-    engine.chains.remove("c")
+    engine.prefixes.remove("c")
     engine.finish()
 
     assert (len(engine.uploads), engine.cache.pinned_blocks) == (0, 0)
@@ -191,13 +191,13 @@ def test_what_is_gone_complete_or_of_no_worth_is_not_started() -> None:
     engine = Engine()
     for name in ("gone", "complete", "worthless", "there"):
         engine.stalled(name, 4, on_device=4 * (name == "there"))
-    engine.chains.remove("gone")
-    engine.chains.by_id["complete"].is_uploaded = True
+    engine.prefixes.remove("gone")
+    engine.prefixes.by_id["complete"].is_uploaded = True
     engine.worthless.add("worthless")
 
     assert engine.start() == []
     assert (len(engine.uploads), engine.counted) == (0, {})
-    assert not engine.chains.by_id["there"].is_uploaded, "nothing was uploaded of it"
+    assert not engine.prefixes.by_id["there"].is_uploaded, "nothing was uploaded of it"
 
 
 def test_what_is_on_the_device_already_is_the_newest_there() -> None:
@@ -212,14 +212,14 @@ def test_what_is_on_the_device_already_is_the_newest_there() -> None:
 
 def test_what_was_brought_and_displaced_is_not_brought_again() -> None:
     engine = Engine()
-    chain = engine.stalled("c", 9)
+    prefix = engine.stalled("c", 9)
     engine.start()
     engine.finish()
     taken = engine.device.pool.get_new_blocks(40)
     engine.device.pool.free_blocks(taken)
 
     assert engine.start(2) == []
-    assert (chain.is_uploaded, len(engine.uploads)) == (True, 0)
+    assert (prefix.is_uploaded, len(engine.uploads)) == (True, 0)
 
 
 def test_an_upload_that_has_begun_goes_on_though_it_would_not_be_begun() -> None:

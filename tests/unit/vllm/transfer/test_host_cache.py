@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("vllm", reason="the plug-in's tests need vLLM")
 
 from tests.unit.vllm.vllm_adapter.pools import BLOCK_TOKENS, Device, ids, keys
-from tokencake.forecast.costs import Rates
+from tokencake.forecast.costs import CostModel
 from tokencake.time_scheduler.host_tier import HostTier
 from tokencake_vllm.transfer.host_cache import HostCache
 
@@ -23,7 +23,7 @@ class Engine:
         self.device, self.tier = Device(20), HostTier(slots)
         self.counted: Counter[Any] = Counter()
         self.now = 100.0
-        self.cache = HostCache(self.tier, self.device.pool, Rates(1_000, BLOCK_TOKENS), 1, 4, lambda: self.now)
+        self.cache = HostCache(self.tier, self.device.pool, CostModel(1_000, BLOCK_TOKENS), 1, 4, lambda: self.now)
         self.cache.count = self.count
 
     def count(self, key: Any, by: float) -> None:

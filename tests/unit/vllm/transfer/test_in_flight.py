@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("vllm", reason="the plug-in's tests need vLLM")
 
 from tests.unit.vllm.vllm_adapter.pools import BLOCK_TOKENS, Device, ids, keys
-from tokencake.forecast.costs import Rates
+from tokencake.forecast.costs import CostModel
 from tokencake.time_scheduler.host_tier import HostBlock, HostTier
 from tokencake_vllm.transfer.in_flight import MAX_FAILURES, InFlightTransfers
 
@@ -21,8 +21,8 @@ class Engine:
     def __init__(self, world_size: int = 1) -> None:
         self.device, self.tier = Device(20), HostTier(20)
         self.counted: Counter[Any] = Counter()
-        self.rates = Rates(1_000, BLOCK_TOKENS)
-        self.copies = InFlightTransfers(self.tier, self.device.pool, self.rates, world_size, self.count)
+        self.costs = CostModel(1_000, BLOCK_TOKENS)
+        self.copies = InFlightTransfers(self.tier, self.device.pool, self.costs, world_size, self.count)
 
     def count(self, key: Any, by: float) -> None:
         self.counted[key] += by
@@ -91,7 +91,7 @@ def test_a_copy_is_over_when_all_ranks_have_told_with_the_longest_time_and_all_m
     assert len(engine.copies) == 1
     engine.copies.report(1, 1, 1.0, ok=True)
     assert (len(engine.copies), engine.tier.loadable(keys("k", 2))) == (0, 2)
-    assert engine.rates.to_host.seconds == pytest.approx(0.5 * 1_000 / 12e9 + 0.5 * 4.0 / 2)
+    assert engine.costs.to_host.seconds == pytest.approx(0.5 * 1_000 / 12e9 + 0.5 * 4.0 / 2)
     engine.copies.report(1, 1, 1.0, ok=True)
 
     engine.store("m", 2)
@@ -108,8 +108,8 @@ def test_a_store_teaches_the_way_out_and_gives_its_blocks_back() -> None:
 
     assert engine.free == 20
     assert engine.counted == {("kv_copied_bytes", "store"): 3_000, ("kv_copy_seconds", "store"): 6.0}
-    assert engine.rates.to_device.seconds == 1_000 / 12e9
-    assert engine.rates.to_host.seconds > 0.9
+    assert engine.costs.to_device.seconds == 1_000 / 12e9
+    assert engine.costs.to_host.seconds > 0.9
 
 
 def test_a_load_teaches_the_way_in_and_its_blocks_were_used_once() -> None:
@@ -123,8 +123,8 @@ def test_a_load_teaches_the_way_in_and_its_blocks_were_used_once() -> None:
 
     assert engine.counted["kv_offloads", "used"] == 3
     assert engine.counted["kv_copied_bytes", "load"] == 6_000
-    assert engine.rates.to_host.seconds == 1_000 / 12e9
-    assert engine.rates.to_device.seconds > 0.7
+    assert engine.costs.to_host.seconds == 1_000 / 12e9
+    assert engine.costs.to_device.seconds > 0.7
     assert engine.copies.loading == {}
 
 
@@ -134,7 +134,7 @@ def test_a_wipe_teaches_nothing() -> None:
     engine.copies.report(1, 1, 9.0, ok=True)
 
     assert (engine.counted, engine.free) == ({}, 20)
-    assert engine.rates.to_device.seconds == engine.rates.to_host.seconds == 1_000 / 12e9
+    assert engine.costs.to_device.seconds == engine.costs.to_host.seconds == 1_000 / 12e9
 
 
 def test_a_block_is_on_its_way_until_the_last_copy_of_it_is_over() -> None:

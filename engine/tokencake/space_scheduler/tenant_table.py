@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from tokencake.forecast.graph_stats import Lore, LoreMemory
+from tokencake.forecast.graph_stats import GraphStats, GraphStatsMemory
 from tokencake.protocol import Graph
 
 _MAX_KEPT: Final = 8_192
@@ -25,7 +25,7 @@ class Tenant:
 
     id: str
     """The prefix of its ids; empty where tenants are not kept apart."""
-    lore: Lore
+    graph_stats: GraphStats
     served_s: float = 0.0
     live_calls: int = 0
     longest_wait_s: float = 0.0
@@ -38,12 +38,12 @@ class Tenant:
         self.token_s += _LEARNING_RATE * (took_s / max(1, output_tokens) - self.token_s)
 
 
-class TenantBook:
+class TenantTable:
     """The tenants, bounded: one that has no call in the engine is forgotten where there are too many."""
 
     def __init__(self, graph_named: Callable[[str], Graph | None]) -> None:
         self._graph_named = graph_named
-        self._memory = LoreMemory()
+        self._memory = GraphStatsMemory()
         self._tenants: dict[str, Tenant] = {}
 
     def arrive(self, name: str) -> Tenant:
@@ -58,7 +58,7 @@ class TenantBook:
         """The tenant with this prefix."""
         tenant = self._tenants.get(name)
         if tenant is None:
-            tenant = self._tenants[name] = Tenant(name, Lore(self._graph_named, self._memory, name))
+            tenant = self._tenants[name] = Tenant(name, GraphStats(self._graph_named, self._memory, name))
         return tenant
 
     def active(self) -> list[Tenant]:
