@@ -1,9 +1,4 @@
-"""Mutation test of the pure code: which small changes does no test notice?
-
-A mutant is the tree with one operator or number changed. It is killed where a test fails, among those that run the
-changed statement. One that survives shows a test that is missing, or a change that makes no difference. The sample is
-random, the same for the same seed; the work is done in a copy of the tree.
-"""
+"""The command line of the mutation test, its sample and its runs of the tests."""
 
 from __future__ import annotations
 
@@ -17,8 +12,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
 from importlib.util import cache_from_source
 from pathlib import Path
 from typing import Any, Final
@@ -26,12 +19,12 @@ from typing import Any, Final
 import coverage
 import hypothesis
 import pytest
-from cosmic_ray.ast import ast_nodes, get_ast
 from cosmic_ray.mutating import mutate_code
-from cosmic_ray.operators.operator import Operator
-from cosmic_ray.plugins import get_operator
 
-ROOT: Final = Path(__file__).resolve().parent.parent
+from scripts import mutants
+from scripts.mutants.changes import Mutant, mutants_of
+
+ROOT: Final = Path(__file__).resolve().parents[2]
 CORE: Final = ("**/*.py",)
 PLUGIN: Final = (
     *("vllm_adapter/block_accounting.py", "vllm_adapter/block_pool.py", "vllm_adapter/block_view.py"),
@@ -41,64 +34,10 @@ PLUGIN: Final = (
     "step_clock.py",
 )
 """What decides; not what moves memory or answers requests."""
-BUILT_IN: Final = (
-    *(f"ReplaceBinaryOperator_{pair}" for pair in ("Add_Sub", "Sub_Add", "Mul_Div", "Div_Mul")),
-    *(f"ReplaceComparisonOperator_{pair}" for pair in ("Lt_LtE", "LtE_Lt", "Gt_GtE", "GtE_Gt", "Lt_GtE", "GtE_Lt")),
-    *(f"ReplaceComparisonOperator_{pair}" for pair in ("LtE_Gt", "Gt_LtE", "Eq_NotEq", "NotEq_Eq", "Is_IsNot")),
-    *("ReplaceComparisonOperator_IsNot_Is", "ReplaceUnaryOperator_Delete_USub", "ReplaceUnaryOperator_Delete_Not"),
-    *("ReplaceAndWithOr", "ReplaceOrWithAnd", "AddNot", "NumberReplacer"),
-)
-SWAPS: Final = {"+=": "-=", "-=": "+=", "min": "max", "max": "min"}
 PYTEST_PLUGINS: Final = ("pytest_asyncio.plugin", "pytest_timeout", "_hypothesis_pytestplugin")
 VLLM: Final = ("vllm.v1.core.sched.async_scheduler", "vllm.v1.structured_output", "transformers")
 BUDGET_S: Final = 30
 """Seconds of tests for one mutant, the fastest tests first."""
-
-
-class Swap(Operator):  # type: ignore[misc]  # Cosmic Ray has no types
-    """What Cosmic Ray lacks: `+=` for `-=`, and `min` for `max`."""
-
-    def mutation_positions(self, node: Any) -> Iterator[Any]:
-        """Where a token of `SWAPS` stands."""
-        if node.type in ("name", "operator") and node.value in SWAPS:
-            yield node.start_pos, node.end_pos
-
-    def mutate(self, node: Any, index: int) -> Any:  # noqa: ARG002  # Cosmic Ray's signature
-        """The other one."""
-        return type(node)(SWAPS[node.value], node.start_pos, node.prefix)
-
-    examples = classmethod(lambda cls: ())  # noqa: ARG005  # asked for by Cosmic Ray
-
-
-@dataclass(frozen=True)
-class Mutant:
-    """One change of one file."""
-
-    path: str
-    operator: Any
-    occurrence: int
-    lines: range
-    """From the begin of the changed statement to the change."""
-
-
-def mutants_of(path: str) -> Iterator[Mutant]:
-    """All changes of a file."""
-    nodes = list(ast_nodes(get_ast(Path(path).read_text(encoding="utf-8"))))
-    for operator in (*(get_operator(f"core/{name}")() for name in BUILT_IN), Swap()):
-        found = [(node, position) for node in nodes for position in operator.mutation_positions(node)]
-        for occurrence, (node, ((line, _), _)) in enumerate(found):
-            statement = node
-            while statement.parent is not None and statement.parent.type not in ("suite", "file_input"):
-                statement = statement.parent
-            if is_meant(node, statement.get_code(include_prefix=False)):
-                yield Mutant(path, operator, occurrence, range(statement.start_pos[0], line + 1))
-
-
-def is_meant(node: Any, statement: str) -> bool:
-    """Numbers count where they are whole and in a function: constants and settings are tuned, not tested."""
-    is_tuned = node.type == "number" and not (node.value.isdigit() and node.search_ancestor("funcdef", "lambdef"))
-    is_star = node.parent is not None and node.parent.type in ("parameters", "param")  # `*`, which is no product there
-    return not is_tuned and not is_star and not statement.startswith("if TYPE_CHECKING")
 
 
 class Recorder:
@@ -171,15 +110,15 @@ def is_killed(mutant: Mutant, seconds: dict[str, float], tests_by_line: dict[str
 def run(package: str, globs: tuple[str, ...], tests: str, sample: int, given: argparse.Namespace) -> None:
     """Print what becomes of each mutant of a random sample of the files of `package`."""
     paths = sorted(str(path) for glob in globs for path in list(Path(package).glob(glob)) or [Path(package, glob)])
-    mutants = [mutant for path in paths if given.only in path for mutant in mutants_of(path)]
-    chosen = random.Random(given.seed).sample(mutants, min(sample, len(mutants)))  # noqa: S311  # no secret
+    found = [mutant for path in paths if given.only in path for mutant in mutants_of(path)]
+    chosen = random.Random(given.seed).sample(found, min(sample, len(found)))  # noqa: S311  # no secret
     sys.dont_write_bytecode = False
     passes([tests], Recorder(), 3_600)
     sys.dont_write_bytecode = True  # a changed file would be taken for the one before it
     seconds, tests_by_line = json.loads(Path("recorded.json").read_text(encoding="utf-8"))
     if not seconds:
         sys.exit(f"{tests} does not run: see `make test ARGS={tests}`")
-    print(f"{package}: {len(chosen)} of {len(mutants)} mutants, {len(seconds)} tests, seed {given.seed}", flush=True)
+    print(f"{package}: {len(chosen)} of {len(found)} mutants, {len(seconds)} tests, seed {given.seed}", flush=True)
     killed = 0
     for mutant in sorted(chosen, key=lambda mutant: (mutant.path, mutant.lines.stop)):
         file = Path(mutant.path)
@@ -198,7 +137,7 @@ def run(package: str, globs: tuple[str, ...], tests: str, sample: int, given: ar
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=mutants.__doc__)
     parser.add_argument("--core", type=int, default=200, help="mutants of the core")
     parser.add_argument("--plugin", type=int, default=100, help="mutants of the plug-in's pure parts")
     parser.add_argument("--seed", type=int, default=1)
