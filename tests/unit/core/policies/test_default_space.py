@@ -40,6 +40,17 @@ def test_who_passes_nobody_may_grow_beyond_what_is_free(applications: AppTracker
     assert policy.refusal(one, 11, state) == "promised"
 
 
+@pytest.mark.parametrize(("free", "refusal"), [(13, None), (12, "promised")])
+def test_what_a_call_will_give_back_at_its_end_is_not_counted_on(
+    applications: AppTracker, call: MakeCall, free: int, refusal: str | None
+) -> None:
+    one = call("a", max_tokens=16)
+    state = AdmissionState(100, free, bypassed=(70,), reservations=(GrowthReservation(200, 0, 60),))
+
+    # The other one grows by 13 blocks after this one has ended.
+    assert policy_for(applications).refusal(one, 2, state) == refusal
+
+
 def test_only_the_first_of_those_passed_are_guarded(applications: AppTracker, call: MakeCall) -> None:
     one = call("a", max_tokens=320)
     state = AdmissionState(100, 45, bypassed=(20, 97 - 20), reservations=BUSY)

@@ -144,6 +144,17 @@ def test_an_application_is_remembered_for_an_hour_after_its_last_call(applicatio
     assert call("a", now=3_611.0).app.first_seen_s == 3_611.0
 
 
+def test_each_call_has_a_bounded_number_of_idle_applications_forgotten(
+    applications: AppTracker, call: MakeCall
+) -> None:
+    for number in range(10):
+        one = call(f"a{number}", now=0.0)
+        applications.end(one.request_id, 1, is_aborted=True, now=0.0)
+    call("b", now=9_000.0)
+
+    assert applications.known_apps == 10 - 4 + 1
+
+
 def test_an_application_with_a_live_call_is_never_forgotten(applications: AppTracker, call: MakeCall) -> None:
     live = call("live", now=0.0)
     call("other", now=9_000.0)
