@@ -1,4 +1,4 @@
-"""How fast are the copies, the prefill and the queue here? Measured, and guessed only until the first measurement."""
+"""Cost model of one engine: seconds of copies, prefill and admission, measured; guessed until the first measurement."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ FIRST_GUESS_PREFILL_TOKENS_PER_S: Final = 5_000.0
 
 WINDOW_S: Final = 10.0
 QUIET_SHARE: Final = 0.5
-"""Calls may come faster than they lately did: only half of the free blocks are counted on."""
+"""Calls may arrive faster than they lately did: only half of the free blocks are counted on."""
 
 
 @dataclass(slots=True)
 class Rate:
-    """Seconds per unit of something, averaged with fading weights."""
+    """Seconds per unit, as a fading mean."""
 
     seconds: float
 
@@ -31,21 +31,21 @@ class Rate:
 
 @dataclass(slots=True)
 class CacheResidency:
-    """How long blocks that nobody holds stay in the device's prefix cache."""
+    """How long unreferenced blocks stay in the device's prefix cache."""
 
     seconds: float = inf
-    """Learned from those that were looked for."""
+    """Learned from blocks that were looked up."""
     taken: float = 0.0
-    """Blocks that calls took within about the last `WINDOW_S`."""
+    """Blocks that calls allocated within about the last `WINDOW_S`."""
     since_s: float = 0.0
 
     def take(self, blocks: float, now_s: float) -> None:
-        """A call took so many."""
+        """A call allocated `blocks`."""
         self.taken = self._lately(now_s) + blocks
         self.since_s = now_s
 
     def from_now_s(self, free_blocks: int, now_s: float) -> float:
-        """What is set free now will stay so long: as in the past, or longer while calls take few."""
+        """Seconds that a block freed now will stay: as in the past, or longer while calls allocate few."""
         lately = self._lately(now_s)
         return max(self.seconds, QUIET_SHARE * free_blocks * WINDOW_S / lately) if lately > 0 else inf
 
@@ -53,14 +53,14 @@ class CacheResidency:
         return self.taken * exp(min(0.0, self.since_s - now_s) / WINDOW_S)
 
     def learn(self, age_s: float, *, was_there: bool) -> None:
-        """Blocks set free `age_s` ago were still there, or were not."""
+        """Blocks freed `age_s` ago were still there, or were not."""
         if was_there != (age_s <= self.seconds):
             self.seconds = age_s if self.seconds == inf else self.seconds + ALPHA * (age_s - self.seconds)
 
 
 @dataclass(slots=True)
 class CostModel:
-    """What things cost on this engine, in seconds."""
+    """Costs on this engine, in seconds."""
 
     block_bytes: int
     block_tokens: int
@@ -81,13 +81,13 @@ class CostModel:
         self.prefill = Rate(1.0 / FIRST_GUESS_PREFILL_TOKENS_PER_S)
 
     def store_s(self, blocks: int) -> float:
-        """Copying so many blocks to the host."""
+        """Copying `blocks` to the host."""
         return blocks * self.to_host.seconds
 
     def load_s(self, blocks: int) -> float:
-        """Copying so many blocks to the device."""
+        """Copying `blocks` to the device."""
         return blocks * self.to_device.seconds
 
     def recompute_s(self, blocks: int) -> float:
-        """Computing so many blocks again."""
+        """Computing `blocks` again."""
         return blocks * self.block_tokens * self.prefill.seconds

@@ -1,9 +1,9 @@
-"""How long will this stall still last?
+"""Forecast of stall durations, as distributions learned per role and tool.
 
-One histogram over the logarithm of the duration per (role, tool), online and in bounded memory. A quantile does not
-mind an outlier; the weight of the past fades, so that a tool that has changed is believed. While there is little data
-the user's estimate counts half (paper: b = 0.5). What has been waited already is taken into account: a tool that was
-expected for 1 s and runs for 5 s is not expected back in -4 s.
+One histogram over the logarithm of the duration per (role, tool), online and in bounded memory. Quantiles are robust
+against outliers; the weight of the past fades, so that the forecast follows a tool that changes. While there is little
+data the user's estimate counts half (paper: b = 0.5). The elapsed time is taken into account: a tool that was expected
+for 1 s and has run for 5 s is not expected back in -4 s.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ BINS: Final = 92
 """From 1 ms up to four months."""
 MAX_KEYS: Final = 4_096
 UNKNOWN_S: Final = 1.0
-"""What a stall is taken for that nobody knows anything of (paper's code)."""
+"""Median of a stall without estimate and history (from the paper's implementation)."""
 ESTIMATE_SIGMA: Final = 0.5
-"""Log-normal spread that a user's estimate is given."""
+"""Log-normal spread around a user's estimate."""
 UNKNOWN_SIGMA: Final = 1.5
 FADE: Final = 0.98
 """Weight of the past at each new observation: about the last 50 count."""
 ENOUGH: Final = 8.0
-"""Observations from which on the user's estimate is not asked any more."""
+"""Observations from which on the user's estimate no longer counts."""
 _SPLIT_EVENLY: Final = 0.5
 _DUMPED: Final = len(Role._fields) + 2
 """Items of one dumped history: its role, the tool and the weights."""
 UNSEEN_SHARE: Final = 0.05
-"""So many stalls outlast everything seen before."""
+"""Share of stalls that outlast everything seen before."""
 
 
 def _bin(seconds: float) -> int:
@@ -50,7 +50,7 @@ def _edge(index: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class DurationDistribution:
-    """The distribution of the rest of one stall, in seconds from now."""
+    """Distribution of the remaining duration of one stall, in seconds from now."""
 
     weights: tuple[float, ...]
     """Probability of each bin of the *whole* duration."""
@@ -61,7 +61,7 @@ class DurationDistribution:
         return DurationDistribution(self.weights, elapsed_s)
 
     def quantile(self, q: float) -> float:
-        """With this probability the stall is over in so many seconds."""
+        """The seconds within which the stall is over with probability `q`."""
         alive = self._alive()
         left = q * sum(alive)
         if left <= 0.0:
@@ -74,7 +74,7 @@ class DurationDistribution:
         return max(0.0, _edge(BINS) - self.elapsed_s)
 
     def cdf(self, seconds: float) -> float:
-        """The probability that the stall is over in so many seconds."""
+        """The probability that the stall is over within `seconds`."""
         alive, until_s = self._alive(), self.elapsed_s + seconds
         within = 0.0
         for index, weight in enumerate(alive):
@@ -85,13 +85,13 @@ class DurationDistribution:
 
     @property
     def mean_s(self) -> float:
-        """Expected rest."""
+        """Expected remaining duration."""
         alive = self._alive()
         middles = ((max(_edge(i), self.elapsed_s) + _edge(i + 1)) / 2 for i in range(BINS))
         return max(0.0, sum(w * m for w, m in zip(alive, middles, strict=True)) / sum(alive) - self.elapsed_s)
 
     def _alive(self) -> list[float]:
-        """What is left of the distribution. What has outlived much of what was seen may last as long again."""
+        """Bins beyond the elapsed time. A stall that has outlived most of what was seen may last as long again."""
         alive = [0.0] * BINS
         for index, weight in enumerate(self.weights):
             low, high = _edge(index), _edge(index + 1)
@@ -105,7 +105,7 @@ class DurationDistribution:
 
 
 def _spread(median_s: float, sigma: float, from_s: float = 0.0) -> tuple[float, ...]:
-    """A log-normal distribution over the bins, of what lies beyond `from_s`."""
+    """A log-normal distribution over the bins beyond `from_s`."""
     center = log(max(median_s, SHORTEST_S) / SHORTEST_S) * BINS_PER_E
     scale = sigma * BINS_PER_E * sqrt(2.0)
     cumulated = [0.0, *(0.5 * (1 + erf((edge - center) / scale)) for edge in range(1, BINS)), 1.0]
@@ -153,7 +153,7 @@ class Forecast:
         self._histories.put(key, history, role.tenant)
 
     def stall(self, role: Role, tool: str | None, estimate_s: float | None = None) -> DurationDistribution:
-        """The whole duration of a stall that begins now, as far as it can be known."""
+        """The whole duration of a stall that begins now, from history and estimate."""
         history = self._histories.get((role, tool or ""))
         if history is None or not history.total:
             if estimate_s is None:
@@ -189,7 +189,7 @@ class Forecast:
         ]
 
     def restore(self, dumped: Iterable[Any]) -> None:
-        """Take what `dump` gave; entries that make no sense are left out."""
+        """Load the result of `dump`; malformed entries are left out."""
         for entry in dumped:
             if not isinstance(entry, list | tuple) or len(entry) != _DUMPED or not isinstance(entry[-1], Mapping):
                 continue

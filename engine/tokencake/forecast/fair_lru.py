@@ -1,6 +1,6 @@
-"""A bounded mapping that several owners share: where it is full, the owner of the most entries loses its oldest.
+"""Bounded LRU mapping shared by several owners: when it is full, the owner of the most entries loses its oldest.
 
-So no owner can push out another that holds less than it. With one owner this is an ordinary LRU.
+So no owner evicts entries of another that has fewer. With one owner it is an ordinary LRU.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ _Value = TypeVar("_Value")
 
 
 class FairLRU(Generic[_Key, _Value]):
-    """At most `limit` entries. Reading one does not make it younger; putting it again does.
+    """At most `limit` entries. Reading one does not make it newer; putting it again does.
 
     Args:
-        limit: entries of all owners together; infinite where the caller takes out what is too much.
+        limit: entries of all owners together; infinite where the caller evicts.
     """
 
     def __init__(self, limit: float) -> None:
@@ -49,7 +49,7 @@ class FairLRU(Generic[_Key, _Value]):
         yield from self._keys.get(owner, ())
 
     def owner_of(self, key: _Key) -> str:
-        """Who owns `key`; empty for one that is not there."""
+        """The owner of `key`; empty for one that is not there."""
         return self._owners.get(key, "")
 
     def oldest_of_most(self) -> _Key | None:
@@ -61,7 +61,7 @@ class FairLRU(Generic[_Key, _Value]):
         return len(self._keys.get(owner, ()))
 
     def put(self, key: _Key, value: _Value, owner: str = "") -> list[tuple[_Key, _Value]]:
-        """Make `key` the youngest entry, of `owner`; returns what had to go for it."""
+        """Make `key` the newest entry, of `owner`; returns the evicted entries."""
         self.pop(key)
         self._values[key] = value
         self._owners[key] = owner

@@ -1,7 +1,7 @@
-"""What has been learned of the graphs that applications run? How long nodes take, how often they come, what follows.
+"""Statistics of the graphs that applications run: seconds per call of each node, visits per application, edges.
 
-A graph that nobody has described is learned from the order of its calls. Whoever names no graph is known by the agent
-that began the application, and its nodes by their agents and names.
+A graph without a `graph` event is learned from the order of its calls. An application whose hints name no graph is
+identified by the agent of its first call, and its nodes by agent and name.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ from tokencake.protocol import Graph
 _MAX_NODES: Final = 8_192
 _MAX_GRAPHS: Final = 64
 _MAX_EDGES: Final = 256
-"""Edges learned of one graph; a graph with more of them has no order."""
+"""Maximum number of learned edges of one graph."""
 _RATE: Final = 0.2
 _FIRST_CALL_S: Final = 5.0
-"""A call takes so long as far as is known before the first one has ended."""
+"""Seconds of a call until the first one has ended."""
 _STALE: Final = 64
-"""Calls after which the ways of a graph are measured anew; in the beginning, each time their number has doubled."""
+"""Calls after which the path costs of a graph are measured again; at first, each time their number has doubled."""
 _RECENT: Final = 64
-"""Applications after which those before count for half."""
+"""Applications after which the counts are halved."""
 _ENOUGH: Final = 16
-"""Calls of a graph that have ended before its order, and the absence of a node among them, mean something."""
+"""Ended calls of a graph from which on its order, and the absence of a node, count."""
 _RARE: Final = 0.1
-"""Of the calls of a node: what follows less often is no edge of a learned graph."""
+"""Minimum share of a node's calls that an edge of a learned graph follows."""
 
 
 @dataclass(slots=True)
 class _Node:
-    """What the calls of one place are like, on average of late."""
+    """Fading means over the calls of one node."""
 
     call_s: float
     gap_s: float = 0.0
-    """From the end of a call to the begin of what waits for it: tools, people, code."""
+    """From the end of a call to the start of the call that waits for it: tools, people, code."""
     calls: float = 0.0
     apps: float = 0.0
     """Applications that had these calls."""
@@ -52,17 +52,17 @@ class _Node:
 
 @dataclass(frozen=True, slots=True)
 class PathCosts:
-    """One graph, measured."""
+    """Seconds along the longest path from each node of one graph to its end."""
 
     topology: GraphTopology
     remaining_s: dict[str, float]
-    """Calls and what is between them."""
+    """Calls and the gaps between them."""
     service_s: dict[str, float]
     """Calls alone."""
     is_described: bool
 
     def cycle(self, node: str) -> tuple[str, ...]:
-        """The nodes that go round with it, itself included; none where it comes once."""
+        """The nodes on a cycle with it, itself included; none where it is on no cycle."""
         cycle = self.topology.sccs[self.topology.scc_of[node]]
         return cycle if node in self.topology.descendants[node] else ()
 
@@ -76,7 +76,7 @@ class _Measured:
 
 @dataclass(slots=True)
 class GraphStatsMemory:
-    """What all tenants' lore takes, bounded and shared fairly; what was not seen for longest is forgotten."""
+    """The statistics of all tenants, in bounded memory that is shared fairly; the least recently seen is forgotten."""
 
     nodes: FairLRU[NodeKey, _Node] = field(default_factory=lambda: FairLRU(_MAX_NODES))
     calls: FairLRU[str, Counter[str]] = field(default_factory=lambda: FairLRU(_MAX_NODES))
@@ -88,12 +88,12 @@ class GraphStatsMemory:
 
 
 class GraphStats:
-    """Everything learned of the graphs of one tenant, whose names no other tenant's have.
+    """Statistics of the graphs of one tenant; the names of its graphs are scoped by tenant.
 
     Args:
-        graph_named: the description of a graph, where there is one.
-        memory: where it is kept, beside other tenants'.
-        tenant: whose it is.
+        graph_named: the `graph` event of a graph, where there is one.
+        memory: where the statistics of all tenants are kept.
+        tenant: prefix of the tenant.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class GraphStats:
     # --- learning -----------------------------------------------------------------------------------
 
     def learn_call(self, node_key: NodeKey, took_s: float, visits: int) -> None:
-        """A call of this place took so long, and was its application's so many-th."""
+        """Record the duration of one call of this node and its ordinal within the application."""
         self.call_s += _RATE * (took_s - self.call_s)
         memory = self._memory
         node = memory.nodes.get(node_key) or _Node(took_s)
@@ -126,32 +126,32 @@ class GraphStats:
             memory.edges.pop(forgotten, None)
             del memory.counts[forgotten]
 
-    def learn_successor(self, before: NodeKey, behind: NodeKey, gap_s: float | None) -> None:
-        """A call came, so many seconds after the one that it had waited for had ended; None where that is a guess."""
+    def learn_successor(self, before: NodeKey, after: NodeKey, gap_s: float | None) -> None:
+        """Record an edge, and the gap in seconds between the two calls; None where the first call is a guess."""
         node = self._memory.nodes.get(before)
         if node is not None and gap_s is not None:
             node.gap_s += _RATE * (gap_s - node.gap_s)
         graph = before[0]
-        if graph == behind[0] and graph in self._memory.calls and self._graph_named(graph) is None:
+        if graph == after[0] and graph in self._memory.calls and self._graph_named(graph) is None:
             edges = self._memory.edges.setdefault(graph, Counter())
-            edge = before[1], behind[1]
+            edge = before[1], after[1]
             if edge in edges or len(edges) < _MAX_EDGES:
                 edges[edge] += 1
 
     # --- what is known ------------------------------------------------------------------------------
 
     def gap_s(self, node_key: NodeKey) -> float:
-        """Seconds between the end of a call of this place and what follows it."""
+        """Seconds between the end of a call of this node and the call that follows it."""
         node = self._memory.nodes.get(node_key)
         return 0.0 if node is None else node.gap_s
 
     def service_s(self, node_key: NodeKey) -> float:
-        """Seconds of one call of this place."""
+        """Seconds of one call of this node."""
         node = self._memory.nodes.get(node_key)
         return self.call_s if node is None else node.call_s
 
     def path_costs(self, graph: str) -> PathCosts | None:
-        """The graph as last measured; None while it is neither described nor learned."""
+        """The path costs of the graph as last measured; None while it is neither described nor learned."""
         described = self._graph_named(graph)
         memory = self._memory
         calls = memory.calls.get(graph)
@@ -180,7 +180,7 @@ class GraphStats:
 
         def service_s(name: str) -> float:
             node = nodes.get((graph, name))
-            if node is None:  # no call comes from here: code, or a branch that nobody takes
+            if node is None:  # a node without calls: code, or a branch that is not taken
                 return 0.0 if is_known else self.call_s
             return node.call_s * node.visits
 

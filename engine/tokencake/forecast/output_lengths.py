@@ -1,4 +1,4 @@
-"""How long will an answer be? What answers in the same role have been, as quantiles over the recent ones."""
+"""Output lengths of recent calls by role, and their quantiles."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _ENOUGH: Final = 4
 
 
 class OutputLengthHistory:
-    """Recent lengths, in tokens, of the answers in each role; bounded, and shared fairly between tenants."""
+    """Recent output lengths in tokens, by role; bounded, and shared fairly between tenants."""
 
     def __init__(self) -> None:
         self._recent: FairLRU[Role, deque[int]] = FairLRU(_ROLES)

@@ -1,7 +1,7 @@
-"""Will anybody extend what this call left?
+"""Probability that a later call extends the prefix of a finished one, learned by role.
 
-A hint says what the graph allows: of three branches that end in a join, the prompt behind it begins with one at most.
-So it is counted for each role how often the next call has come.
+A hint only says what the graph allows: of three branches that end in a join, the prompt after the join extends at most
+one. So for each role the share of calls that were extended is counted.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ Claim: TypeAlias = Literal["final", "over"]
 FADE: Final = 0.9
 """Weight of the past at each new observation: about the last ten count."""
 PRIOR_WEIGHT: Final = 1.0
-"""What the hint says counts like so many observations."""
+"""Weight of the prior, in observations."""
 PRIOR_DECLARED: Final = 1.0
-"""Chance where the hint says that the call will be extended."""
+"""Prior where the hint declares `reuse: extends`."""
 PRIOR_UNDECLARED: Final = 0.5
 PRIOR_CLAIMED: Final = 0.0
-"""Chance where a claim says that it will not."""
+"""Prior under a claim that the call will not be extended."""
 MAX_BELIEVED: Final = 0.1
-"""A claim is believed where the next call has come less often than so."""
+"""A claim is believed where the learned probability is below this."""
 MAX_KEYS: Final = 4_096
 
 
 @dataclass(slots=True)
 class ReuseProbability:
-    """How often calls were extended, by role. In bounded memory."""
+    """Share of calls that were extended, by role. In bounded memory."""
 
     _seen: FairLRU[tuple[Role, Claim | None], tuple[float, float]] = field(default_factory=lambda: FairLRU(MAX_KEYS))
     """Weight of all observations, and of those in which the next call came."""
 
     def learn(self, hint: Hint | None, *, came: bool, claim: Claim | None = None) -> None:
-        """A stall is over, or a claim was made: the next call came, or it never will."""
+        """A stall is over, or a claim was made: whether the next call came."""
         if hint is not None:
             self._learn(role_of(hint), claim, came=came)
 
@@ -54,7 +54,7 @@ class ReuseProbability:
         self._seen.put(key, (seen * FADE + 1.0, returned * FADE + came), role.tenant)
 
     def probability(self, hint: Hint | None, claim: Claim | None = None) -> float:
-        """With this probability the call will be extended; under a `claim` that it will not."""
+        """The probability that the call will be extended; with a `claim`, given that claim."""
         prior = (
             PRIOR_CLAIMED
             if claim is not None

@@ -16,9 +16,9 @@ NodeKey: TypeAlias = tuple[str, str]
 
 
 class Role(NamedTuple):
-    """Agent, and where in its graph it calls; "" for what the hint does not say.
+    """Agent, graph and node; "" for what the hint does not say.
 
-    The prefix of its tenant is a part of it: no tenant learns of another's calls.
+    The tenant's prefix is a part of it: statistics are never shared between tenants.
     """
 
     agent: str = ""
@@ -28,7 +28,7 @@ class Role(NamedTuple):
 
     @property
     def of_agent(self) -> Role:
-        """The same for all nodes of the agent: for what does not depend on the node, such as the time a tool takes."""
+        """The agent without graph and node: for what does not depend on the node, for example a tool's duration."""
         return self._replace(graph="", node="")
 
     @property

@@ -19,13 +19,13 @@ from tokencake.space_scheduler.settings import SpaceSettings
 
 
 class DefaultSpacePolicy:
-    """Order by the seniority of the application; whoever fits may run, what is promised included."""
+    """Order by the seniority of the application; a call is admitted if it and all growth reservations fit."""
 
     rank_reasons = (
-        "its tenant has had less of the device",
+        "its tenant has had less service",
         "its application is more senior",
-        "it has the longer way to go",
-        "it came first",
+        "it has the longer remaining path",
+        "it arrived first",
     )
 
     def __init__(self, settings: SpaceSettings) -> None:
@@ -36,7 +36,9 @@ class DefaultSpacePolicy:
 
     def begin(self, applications: AppTracker, state: AdmissionState, now: float) -> None:
         """See `SpacePolicy`."""
-        del now  # seniority is a fixed moment: who waits longer need not be lifted, since nobody is put before it
+        del (
+            now
+        )  # seniority is a fixed time: no ageing is needed, since no later application is put before a waiting call
         self._total_blocks = state.total_blocks
         self._context = rank_context(
             applications.calls.values(),
@@ -58,12 +60,12 @@ class DefaultSpacePolicy:
     def refusal(self, call: LiveRequest, need_blocks: int, state: AdmissionState) -> Refusal | None:
         """See `SpacePolicy`."""
         if not self._settings.guarded:
-            return None  # vLLM waits for the first that does not fit, and lets nobody pass
+            return None  # vLLM waits for the head of the queue, without backfilling
         if state.bypass_expired:
             return "closed"
         if need_blocks + sum(reservation.pending_blocks for reservation in state.reservations) > state.free_blocks:
             return "full"
-        # Where nobody was passed over, it may grow beyond what is free: those that it goes before give way.
+        # The head of the queue may grow beyond what is free: calls behind it are preempted.
         return self._backfill_refusal(call, need_blocks, state) if state.bypassed else None
 
     def _backfill_refusal(self, call: LiveRequest, need_blocks: int, state: AdmissionState) -> Refusal | None:
@@ -81,14 +83,14 @@ class DefaultSpacePolicy:
         return "delays" if is_late else None
 
     def _would_start_long_app(self, call: LiveRequest, need_blocks: int) -> bool:
-        """Whether it is the first of a long application: once begun, that would compete with those that have.
+        """Whether it is the first call of a long application: started ones already compete for the memory.
 
-        What is short is through before anybody can mind.
+        A short application is done before it delays others.
         """
         if call.hint is None or call.app.served_s:
             return False
         return service_level(call.app, expected_service_s(call, need_blocks / self._total_blocks), self._settings) > 0
 
     def reserve(self) -> dict[str, int]:
-        """See `SpacePolicy`. Order does here what a reserve does there."""
+        """See `SpacePolicy`. There is no reserve: order decides."""
         return {"size": 0, "used": 0}

@@ -1,8 +1,8 @@
-"""When will each chain on the host be read again?
+"""Eviction policies of the host tier.
 
-The host evicts what is needed last. The queue tells it for calls that wait, the forecast for agents that are stalled;
-what a running call holds is on the device and needed on the host only after its own stall. All blocks of an engine cost
-the same to copy and nearly the same to compute, so that the cost per byte is one for all and the time decides.
+`NextUse` evicts what is needed last: the queue says it for waiting calls, the forecast for stalled agents; what a
+running call holds is on the device and needed on the host only after its own stall. All blocks of an engine cost the
+same to copy and nearly the same to compute, so the time alone decides.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from tokencake.time_scheduler.policy import EvictionInputs
 from tokencake.time_scheduler.prefixes import Phase
 
 LEAST_PROBABILITY: Final = 0.01
-"""What was never extended is as good as a hundred times as far off."""
+"""Lower bound: what was never extended counts as a hundred times as far."""
 RUNNING_REMAINING_S: Final = 1.0
 _MIN_PACE_S: Final = 0.001
 
 
 def distance_s(phase: Phase, place: int, remaining_s: float, queued: int, admission_interval_s: float) -> float:
-    """Seconds until a chain's blocks will be read.
+    """Seconds until the blocks of a prefix will be read.
 
     Args:
-        phase: of the chain.
-        place: in the queue, of a waiting call.
+        phase: of the prefix.
+        place: position of a waiting call in the queue.
         remaining_s: until the agent is back.
-        queued: calls that wait.
+        queued: number of waiting calls.
         admission_interval_s: between two admissions.
     """
     admission_interval_s = max(admission_interval_s, _MIN_PACE_S)

@@ -1,4 +1,4 @@
-"""How much of the memory is kept for which agent type? The published partition (paper, Algorithm 2).
+"""Published memory partition: a reserve of blocks for each critical agent type (paper, Algorithm 2).
 
 The memory is a shared pool and a reserve. The reserve grows while the device is full and shrinks while it is empty;
 the critical agent types, the best-scored three quarters, divide it by what they hold and by their scores. It is
@@ -80,7 +80,7 @@ class Pools:
 
     @property
     def shared_free_blocks(self) -> int:
-        """Free blocks that are nobody's reserve; a reserve that shrank below its use is charged to them."""
+        """Free blocks outside all reserves; a reserve that shrank below its use is charged to them."""
         return max(0, self.free_blocks - sum(self.idle_reserve(agent_type) for agent_type in self.reserved))
 
     def can_take(self, agent_type: str, blocks: int, waiting_types: frozenset[str]) -> bool:

@@ -1,8 +1,8 @@
-"""What is a call worth in the published scheduler, and what is an agent type?
+"""Published scores of a call and of an agent type (paper, equations 5 and 6).
 
-Equations 5 and 6 of the paper; terms and weights are those of the authors' implementation. The ages are the engine's
-own, where theirs are the client's; what the client computes there from the graph comes here from the hint: importance
-is the depth where the user gives none, `similarity` the inverse of the fan-out.
+Terms and weights are those of the authors' implementation. Ages are the engine's own, where theirs are the client's.
+What their client computes from the graph comes from the hint here: importance is the depth where the user gives none,
+`similarity` the inverse of the fan-out.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def request_score(call: LiveRequest, first_app_s: float, now: float) -> float:
     """Structure, synchronisation and ageing of one call; highest goes first.
 
     Args:
-        call: who waits or runs.
+        call: waiting or running.
         first_app_s: when the first application was seen, from which offsets of applications count.
         now: on the engine's clock.
     """

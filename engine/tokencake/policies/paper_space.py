@@ -16,7 +16,7 @@ from tokencake.space_scheduler.settings import SpaceSettings
 class PaperSpacePolicy:
     """Scores and Algorithm 2, with logical accounting on real blocks."""
 
-    rank_reasons = ("it came before a call without a hint", "its score is higher", "it came first")
+    rank_reasons = ("it arrived before a call without a hint", "its score is higher", "it arrived first")
 
     swaps = False
 
@@ -43,7 +43,7 @@ class PaperSpacePolicy:
         self._held = Counter[str]()
         for name, blocks in state.exclusive_blocks.items():
             self._held[agent_type_of(applications.calls[name])] += blocks
-        # What several calls share is charged to nobody: it counts once, as not free.
+        # Shared blocks are charged to no agent type: they count once, as not free.
         self._plain = sorted(call.number for call in calls if call.hint is None and not call.is_running)
         is_due = self._refreshed_step is None or state.step - self._refreshed_step >= REFRESH_STEPS
         if is_due and (agent_types := self._agent_types(applications, now)):
@@ -69,7 +69,7 @@ class PaperSpacePolicy:
         del need_blocks, shares_prefix
         if call.is_running:
             return (-1.0, -request_score(call, self._first_app_s or 0.0, self._now), call.number)
-        # A call without a hint is a barrier: hinted ones are ordered among those that came before it.
+        # A call without a hint is a barrier: hinted ones are ordered among those that arrived before it.
         barrier = bisect_left(self._plain, call.number)
         return (barrier, -request_score(call, self._first_app_s or 0.0, self._now), call.number)
 

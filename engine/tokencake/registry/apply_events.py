@@ -1,6 +1,6 @@
-"""What does an event change in the record of the call or the session that it names?
+"""Application of events to the records of calls and sessions.
 
-Events may come twice and in any order: each says for itself what became of it.
+Events may arrive twice and in any order: each application returns an outcome of its own.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ WaitEvent: TypeAlias = protocol.StallStart | protocol.StallEnd
 
 
 def note_tool(call: CallRecord, event: ToolEvent, now: float, limit: int) -> EventOutcome:
-    """A tool call of `call`, which may have at most `limit`, began, went on or ended."""
+    """Apply a tool event to `call`, which may have at most `limit` tool calls."""
     match event:
         case protocol.ToolStart():
             return _start(call, event, now, limit)
@@ -75,7 +75,7 @@ def _end(call: CallRecord, event: protocol.ToolEnd, now: float, limit: int) -> E
 
 
 def _new_tool(call: CallRecord, event: protocol.ToolStart | protocol.ToolEnd, limit: int) -> ToolCall | None:
-    """The record of a tool call heard of for the first time; None where the call has too many."""
+    """The record of a new tool call; None where the call has too many."""
     if len(call.tools) >= limit:
         return None
     tool = call.tools[event.tool_call] = ToolCall(event.tool)
@@ -83,7 +83,7 @@ def _new_tool(call: CallRecord, event: protocol.ToolStart | protocol.ToolEnd, li
 
 
 def note_wait(session: Session, event: WaitEvent, now: float, limit: int) -> EventOutcome:
-    """A wait of `session`, of which at most `limit` are kept, began or ended."""
+    """Apply the start or end of a wait to `session`, which may have at most `limit` waits."""
     at_s = now - event.ago_s
     wait = session.waits.get(event.kind)
     if isinstance(event, protocol.StallStart):
@@ -93,7 +93,7 @@ def note_wait(session: Session, event: WaitEvent, now: float, limit: int) -> Eve
             return "late"
         _keep(session, event.kind, Wait(at_s, event.estimate_s), limit)
         return "applied"
-    if wait is None:  # its start may still come, and is late then
+    if wait is None:  # its start may still arrive, and is late then
         _keep(session, event.kind, Wait(at_s, ended_s=at_s), limit)
         return "applied"
     if wait.ended_s is not None:

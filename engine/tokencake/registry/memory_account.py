@@ -1,4 +1,4 @@
-"""Memory of the registry, by tenant: what each record takes, and which record goes first.
+"""Memory account of the registry, by tenant: the estimated size of each record, and the least recently used one.
 
 Sizes are estimates in bytes of CPython objects: a fixed part for each kind of record, and its texts. Tests compare them
 with what the interpreter really allocates.
@@ -34,7 +34,7 @@ ITEM_BYTES: Final = 70
 
 
 def text_bytes(*texts: str | None) -> int:
-    """What these texts take."""
+    """Bytes of these texts."""
     return sum(sys.getsizeof(text) for text in texts if text)
 
 
@@ -73,7 +73,7 @@ def _nested_bytes(value: object) -> int:
 
 @dataclass(slots=True)
 class Account:
-    """What is kept for one tenant: its records in the order of their last use, each with its bytes."""
+    """The records of one tenant in the order of their last use, each with its bytes."""
 
     records: OrderedDict[tuple[RecordKind, str], int] = field(default_factory=OrderedDict)
     total_bytes: int = 0
@@ -100,7 +100,7 @@ class Accounts:
         self._by_tenant: dict[str, Account] = {}
 
     def of(self, tenant: str) -> Account:
-        """The account of `tenant`, which is opened where there is none."""
+        """The account of `tenant`, created where there is none."""
         return self._by_tenant.setdefault(tenant, Account())
 
     def records_of(self, tenant: str) -> list[tuple[RecordKind, str]]:
@@ -114,7 +114,7 @@ class Accounts:
         return Timeline() if account is None else account.calls
 
     def add(self, tenant: str, kind: RecordKind, name: str, size: int) -> None:
-        """The record takes `size` bytes more; a new one is the most recently used."""
+        """Add `size` bytes to the record; a new one is the most recently used."""
         account = self.of(tenant)
         account.records[kind, name] = account.records.get((kind, name), 0) + size
         account.total_bytes += size
@@ -131,5 +131,5 @@ class Accounts:
 
     @property
     def largest(self) -> Account | None:
-        """The account of the tenant that takes most."""
+        """The account of the tenant with the most bytes."""
         return max(self._by_tenant.values(), key=lambda account: account.total_bytes, default=None)

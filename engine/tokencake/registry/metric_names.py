@@ -44,38 +44,38 @@ HistogramName: TypeAlias = Literal["tool_s", "queue_s", "critical_queue_s", "for
 
 COUNTERS: Final[dict[CounterName, tuple[str, tuple[str, ...]]]] = {
     "hints": (
-        "LLM calls by what became of their hint: accepted, absent, void, unmarked, or refused for want of memory",
+        "LLM calls by the outcome of their hint: accepted, absent, void, unmarked, or refused for lack of memory",
         ("outcome",),
     ),
     "events": ("Events by type and outcome", ("type", "outcome")),
     "calls": ("Hinted calls that ended: finished or aborted", ("outcome",)),
     "forgotten": ("Records dropped because of age or the registry's bounds", ("record",)),
     "errors": ("Exceptions inside the plug-in that were caught", ()),
-    "undeclared_metrics": ("Numbers of the engine that are not shown, for want of a metric with this name", ()),
+    "undeclared_metrics": ("Numbers of the engine that are not shown because no metric with this name is declared", ()),
     "space_refusals": (
-        "Waiting calls passed over in a step, by reason",
+        "Waiting calls skipped in a step, by reason",
         ("reason",),
     ),
-    "space_swaps": ("Running calls swapped out for an older application's", ()),
-    "space_inversions": ("Critical calls that gave way to others: at admission or by preemption", ("kind",)),
-    "kv_decisions": ("Finished calls by what became of their KV: keep, offload, drop or leave", ("action", "why")),
+    "space_swaps": ("Running calls swapped out for a call of a more senior application", ()),
+    "space_inversions": ("Priority inversions of critical calls, at admission or by preemption", ("kind",)),
+    "kv_decisions": ("Finished calls by the decision on their KV: keep, offload, drop or leave", ("action", "why")),
     "kv_uploads": ("Uploads before a call: started, used, late, wasted, failed or no_room", ("outcome",)),
     "kv_stores": ("Calls whose KV was queued for the host", ("outcome",)),
     "kv_offloads": (
         "Blocks stored, read back (used), or evicted unread: with a hit on the device (spare), without (wasted)",
         ("outcome",),
     ),
-    "kv_freed_block_seconds": ("Device blocks that stalled calls left to others, times seconds", ()),
+    "kv_freed_block_seconds": ("Device blocks freed by offloading stalled calls, times seconds", ()),
     "kv_loads": (
         "Calls that load their prefix (queued), wait while it is loaded (waited), or compute what left the host (gone)",
         ("outcome",),
     ),
     "kv_stalls": ("Stalls that ended without a call", ("outcome",)),
-    "kv_pins": ("Pinned chains given up for others", ("outcome",)),
+    "kv_pins": ("Pinned prefixes given up for waiting or running calls", ("outcome",)),
     "kv_tokens_saved": ("Prompt tokens not computed, by how they were kept", ("by",)),
     "kv_copied_bytes": ("Bytes copied, all ranks", ("direction",)),
     "kv_copy_seconds": ("Seconds that copies took", ("direction",)),
-    "kv_copy_failures": ("Copies that failed and were made up for by computing", ("direction",)),
+    "kv_copy_failures": ("Failed copies, replaced by computing", ("direction",)),
     "kv_evictions": ("Blocks evicted", ("tier",)),
 }
 GAUGES: Final[dict[GaugeName, str]] = {
@@ -83,12 +83,12 @@ GAUGES: Final[dict[GaugeName, str]] = {
     "live_calls": "Hinted requests waiting or running",
     "stalled_calls": "Calls whose agent waits for a tool",
     "registry_bytes": "Memory of the records of sessions, calls, applications and graphs, by estimate",
-    "longest_wait_s": "For how long the call has waited that has waited longest for its first slot, in seconds",
-    "promised_blocks": "KV blocks that the calls that run will yet take at one time, as far as can be foreseen",
+    "longest_wait_s": "Longest current wait for a first slot, in seconds",
+    "promised_blocks": "KV blocks reserved for the expected growth of running calls, at its peak",
 }
 LABELLED_GAUGES: Final[dict[LabelledGaugeName, tuple[str, str]]] = {
-    "kv_blocks": ("KV blocks of the device by who has them; the states add up to all of them", "state"),
-    "space_reserve_blocks": ("KV blocks kept for critical calls: how many, and how many of them they hold", "part"),
+    "kv_blocks": ("KV blocks of the device by state; the states add up to all of them", "state"),
+    "space_reserve_blocks": ("KV blocks reserved for critical calls (size), and those of them in use (used)", "part"),
 }
 HISTOGRAMS: Final[dict[HistogramName, tuple[str, str]]] = {
     "tool_s": ("tool_seconds", "Duration of tool calls in seconds"),

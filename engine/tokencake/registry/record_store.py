@@ -1,7 +1,7 @@
-"""Records of sessions, calls, applications and graphs, within bounds of count, memory and age.
+"""Store of the records of sessions, calls, applications and graphs, bounded in count, memory and age.
 
-Beyond a bound for all, the tenant that takes most memory loses the records that it used least recently. Beyond its
-share, a tenant loses its own. A call that is in the engine is never forgotten.
+Beyond a global bound, the tenant with the most memory loses its least recently used records. Beyond its share, a tenant
+loses its own. A call that is in the engine is never forgotten.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tokencake.registry.records import App, CallRecord, Session, lifetime_of
 from tokencake.registry.timeline import TICK_S, Timeline, after
 
 _STEPS: Final = 8
-"""Records looked at for each one that is added, when some have to go."""
+"""Records examined for eviction for each one that is added."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +38,11 @@ class Limits:
     tool_calls_per_call: int = optional(count(10_000), 128)
     waits_per_session: int = optional(count(1_000), 16)
     idle_s: float = optional(number(1.0, 1e9), 3_600.0)
-    """A session or application that was not used for so long is forgotten."""
+    """Seconds without use after which a session or application is forgotten."""
 
 
 class RecordStore:
-    """What is kept, and for how long."""
+    """The records, their order of use and their memory account."""
 
     def __init__(self, limits: Limits | None = None, *, has_tenants: bool = False) -> None:
         self.limits = limits or Limits()
@@ -83,12 +83,12 @@ class RecordStore:
         return session
 
     def _charge(self, call: CallRecord, size: int) -> None:
-        """`call` takes `size` bytes more, as a part of its session."""
+        """Add `size` bytes to `call`, as a part of its session."""
         call.kept_bytes += size
         self._accounts.add(call.hint.tenant, "session", call.hint.session, size)
 
     def _has_room(self, tenant: str, but: str | None = None) -> bool:
-        """Whether `tenant` may have more, after as much was forgotten as needs be; nothing of the session `but`.
+        """Whether `tenant` may add records, after old ones were forgotten; none of the session `but` is.
 
         A call adds a bounded number of records, so a bounded number of steps is enough.
         """
@@ -101,7 +101,7 @@ class RecordStore:
         return self._over(own) is not own
 
     def _over(self, own: Account) -> Account | None:
-        """The account that has to give something up: `own` beyond its share, or the largest beyond a bound for all."""
+        """The account that must lose records: `own` beyond its share, or the largest beyond a global bound."""
         limits = self.limits
         kept_bytes = limits.kept_mib * 2**20
         if self._has_tenants and own.total_bytes > limits.tenant_share * kept_bytes:
@@ -115,7 +115,7 @@ class RecordStore:
         return self._accounts.largest if is_over else None
 
     def _forget_oldest(self, account: Account, but: str | None) -> None:
-        """Forget the least recently used record; of a session that is in use, its oldest call that is over."""
+        """Forget the least recently used record; of a session that is in use, its oldest finished call."""
         kind, name = account.oldest or ("session", "")
         match kind:
             case "session":
@@ -138,7 +138,7 @@ class RecordStore:
                 assert_never(kind)
 
     def _expire(self, now: float) -> None:
-        """Forget what was not used for too long, oldest first; amortised O(1) per added call."""
+        """Forget records that were idle for too long, oldest first; amortised O(1) per added call."""
         for _ in range(_STEPS):
             session = next(iter(self.sessions.values()), None)
             if session is None or now - session.touched_s <= self.limits.idle_s:
@@ -210,6 +210,6 @@ class RecordStore:
 
 
 def kept_tool_bytes(call: CallRecord, tool_call: str) -> int:
-    """What a tool call of `call` takes; 0 where it is not known."""
+    """Bytes of a tool call of `call`; 0 where it is not known."""
     tool = call.tools.get(tool_call)
     return 0 if tool is None else tool_bytes(tool_call, tool.tool, tool.stages) + text_bytes(tool.stage)

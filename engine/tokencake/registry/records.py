@@ -1,4 +1,4 @@
-"""What is kept of a tool call, a call, a session and an application?"""
+"""Records of a tool call, a call, a session and an application."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ CallStatus: TypeAlias = Literal["waiting", "running", "finished", "aborted"]
 
 @dataclass(slots=True)
 class ToolCall:
-    """One tool call. `started_s` is None until a start or an end with a duration has told it."""
+    """One tool call. `started_s` is None until a start event, or an end event with a duration."""
 
     tool: str | None
     started_s: float | None = None
@@ -34,7 +34,7 @@ class ToolCall:
 
 @dataclass(slots=True)
 class CallRecord:
-    """One LLM call: what its hint said, what the scheduler did with it, the tool calls it asked for."""
+    """One LLM call: its hint, what the scheduler did with it, and its tool calls."""
 
     id: str
     hint: Hint
@@ -52,9 +52,9 @@ class CallRecord:
     """Whether one of its requests came to its end."""
     tools: dict[str, ToolCall] = field(default_factory=dict)
     order_s: float = 0.0
-    """Its place in the order of arrival: `arrived_s`, or a tick behind the call before it."""
+    """Its position in the order of arrival: `arrived_s`, or a tick after the call before it."""
     kept_bytes: int = 0
-    """What it and its tool calls take, by estimate."""
+    """Estimated bytes of it and its tool calls."""
 
 
 @dataclass(slots=True)
@@ -96,7 +96,7 @@ class App:
 
 
 def lifetime_of(hint: Hint) -> str:
-    """What ends the session of a call for good: the application if the session is its own, else only the session's end.
+    """Id of what ends the session of a call: the application where the session is its own, else the session itself.
 
     An application's own sessions are those whose id is the application's, or begins with it and a slash. Another
     session, as one named after a thread, is extended by later applications.

@@ -1,9 +1,9 @@
-"""What does the engine know of its agents right now?
+"""Registry of the agents that an engine serves: sessions, calls, tool calls and applications.
 
 The registry joins two streams: what the scheduler does with calls (added, scheduled, preempted, finished) and what the
-clients report between calls (events). It is bounded and expiring: beyond its bounds the tenant that takes most memory
-loses the records that it used least recently, and never one with a live call. All times are seconds on one monotonic
-clock that the caller passes in as `now`.
+clients report between calls (events). It is bounded: beyond its bounds the tenant with the most memory loses its least
+recently used records, and never one with a live call. All times are seconds on one monotonic clock that the caller
+passes in as `now`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MAX_OBSERVATIONS: Final = 10_000
 
 
 class Registry(RecordStore):
-    """Sessions, calls and stalls, as far as hints and events told. Not thread-safe: it lives on the engine loop."""
+    """Sessions, calls and stalls, from hints and events. Not thread-safe: it lives on the engine loop."""
 
     def __init__(self, limits: Limits | None = None, *, has_tenants: bool = False) -> None:
         super().__init__(limits, has_tenants=has_tenants)
@@ -36,7 +36,7 @@ class Registry(RecordStore):
     def add_call(self, request_id: str, hint: Hint, prompt_tokens: int, now: float) -> bool:
         """A hinted request entered the engine. Requests of a session that share a call id are one call (`n`, a retry).
 
-        The call shows that the session waits for nothing any more, whatever got lost on the way.
+        A new call ends all stalls of its session, even where their end events were lost.
 
         Returns:
             Whether it is kept. It is not where its tenant's live calls take all the memory that the tenant may have.
@@ -52,7 +52,7 @@ class Registry(RecordStore):
         call_id = hint.call or request_id
         call = self.calls.get(call_id)
         if call is not None and call.hint.session != session.id:
-            call_id, call = request_id, None  # somebody else's id
+            call_id, call = request_id, None  # the id is another session's
         self._end_stalls(session, now, but=call_id)
         if call is None or not call.live_requests:
             tools = call.tools if call else {}
@@ -73,7 +73,7 @@ class Registry(RecordStore):
         return True
 
     def schedule_call(self, request_id: str, device_tokens: int, host_tokens: int, now: float) -> None:
-        """The request got its first slot, with so many prompt tokens found on the device and on the host."""
+        """The request got its first slot; the tokens are those of its prompt found on the device and on the host."""
         call = self._requests.get(request_id)
         if call is None or call.scheduled_s is not None:
             return
@@ -110,9 +110,9 @@ class Registry(RecordStore):
     # --- the clients' side ------------------------------------------------------------------------
 
     def apply(self, event: Event, now: float) -> EventOutcome:
-        """Take one event in; in which order events arrive does not matter, twice is as once."""
+        """Apply one event. Order-independent and idempotent."""
         outcome = self._apply(event, now)
-        if outcome != "unknown":  # another engine may know it; whoever asked them all counts it
+        if outcome != "unknown":  # another engine may know it; the caller that asked all of them counts it
             self.counts["events", event.type, outcome] += 1
         return outcome
 
@@ -162,9 +162,9 @@ class Registry(RecordStore):
         return outcome
 
     def _end_stalls(self, session: Session, now: float, but: str | None = None) -> None:
-        """Presume that everything `session` waited for is over, but for the tools of the call `but`.
+        """Close all waits and tools of `session`, but for the tools of the call `but`.
 
-        A tool closed this way has no status until its own end comes, which is taken then.
+        A tool closed this way has no status until its own end event arrives, which is applied then.
         """
         for wait in session.waits.values():
             if wait.ended_s is None:
@@ -178,7 +178,7 @@ class Registry(RecordStore):
                 self._note_stall(call)
 
     def ended_by(self, event: Event) -> list[Session]:
-        """The known sessions that `event` ends; no other event and no other session drops a prefix."""
+        """The known sessions that `event` ends."""
         match event:
             case protocol.SessionEnd():
                 names = {event.session}
@@ -211,18 +211,18 @@ class Registry(RecordStore):
         account.unknown_graphs.setdefault(graph)
 
     def unknown_graphs(self, tenant: str = "") -> list[str]:
-        """Graph hashes that hints of `tenant` named and no event has described: what to ask the clients for."""
+        """Graph hashes that hints of `tenant` named without a `graph` event: the clients are asked for these."""
         return list(self._accounts.of(tenant).unknown_graphs)
 
     # --- numbers ----------------------------------------------------------------------------------
 
     @property
     def totals(self) -> dict[str, int]:
-        """How much is known now."""
+        """Number of records."""
         return {"sessions": len(self.sessions), "calls": len(self.calls), "live_calls": len(self._requests)}
 
     def totals_of(self, tenant: str) -> dict[str, int]:
-        """How much is known now of one tenant."""
+        """Number of records of one tenant."""
         sessions = [self.sessions[name] for kind, name in self._accounts.records_of(tenant) if kind == "session"]
         return {
             "sessions": len(sessions),

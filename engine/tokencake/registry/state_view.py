@@ -1,4 +1,4 @@
-"""How does the state show what the registry keeps? As JSON, times in seconds since the epoch."""
+"""JSON view of the registry for `GET /v1/tokencake/state`; times in seconds since the epoch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from tokencake.registry.registry import Registry
 
 Clock: TypeAlias = Callable[[float | None], float | None]
-"""Turns a time of the engine's clock into what a reader of the state wants."""
+"""Turns a time of the engine's clock into seconds since the epoch."""
 
 
 def state_view(
@@ -29,12 +29,12 @@ def state_view(
     """One page of calls, the newest ones, with their sessions and apps. See `page_of` for what it costs at most.
 
     Args:
-        registry: what is known.
+        registry: the records.
         epoch_offset_s: added to every time, to turn the monotonic clock into seconds since the epoch.
         session: only this session.
         app: only calls of this application.
-        tenant: only this tenant's calls and their number; None is the operator, who sees everything.
-        limit: at most so many calls.
+        tenant: only this tenant's calls and their number; None: everything, for the operator.
+        limit: maximum number of calls.
         before: the `next` of the page before this one.
 
     Returns:

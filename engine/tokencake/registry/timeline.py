@@ -1,4 +1,4 @@
-"""Records in the order of their time, read in pages from the newest on, with a bound on what one page costs."""
+"""Records in the order of their time, read in pages from the newest on, with a bound on the cost of a page."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import Final, Generic, TypeVar
 _Item = TypeVar("_Item")
 
 TICK_S: Final = 1e-5
-"""Between the times of two records, at least: a page ends at a time, and no record is in two pages or in none. As wide
-as seconds since the epoch in a float need it."""
+"""Minimum distance between the times of two records: a page ends at a time, and every record is in one page. Wide
+enough for seconds since the epoch in a float."""
 MAX_VISITED: Final = 2_000
-"""Records looked at for one page."""
+"""Records examined for one page."""
 MAX_WEIGHT: Final = 2_000
-"""Of the records of one page together; a single one may weigh more."""
+"""Total weight of the records of one page; a single one may weigh more."""
 
 
 def after(now_s: float, last_s: float) -> float:
-    """The time of a record that comes at `now_s` behind one of `last_s`."""
+    """The time of a record that arrives at `now_s` after one of `last_s`."""
     return max(now_s, last_s + TICK_S)
 
 
@@ -39,8 +39,8 @@ def page_of(
 ) -> Page[_Item]:
     """The first page of records with their times; a record that is None is gone.
 
-    A page may have fewer than `limit` records, or none, and not be the last: `MAX_VISITED` of them were looked at, or
-    those found weigh `MAX_WEIGHT`.
+    A page may have fewer than `limit` records, or none, and not be the last: `MAX_VISITED` were examined, or those
+    found weigh `MAX_WEIGHT`.
     """
     found: list[tuple[float, _Item]] = []
     left = MAX_WEIGHT

@@ -1,1 +1,1 @@
-"""Admission, order and preemption of requests: what an agent's place in its application is worth."""
+"""Admission, order and preemption of requests: contract and settings, applications, seniority, growth, explanations."""

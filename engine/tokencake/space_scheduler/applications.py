@@ -1,8 +1,8 @@
-"""What is known of the applications whose calls wait and run? Age, service had, live calls, way to the end.
+"""Tracker of the applications with waiting or running requests: age, service received, live requests, remaining path.
 
-Ages are the engine's own: an application is as old as its first call *here*. Service is counted in device-seconds: the
-share of the KV blocks that its calls held, times how long they held them. One device-second is the whole memory for
-one second. A call without a hint is an application of its own.
+Ages are the engine's own: an application is as old as its first request *here*. Service is counted in device-seconds:
+the share of the KV blocks that its requests held, times how long they held them. One device-second is the whole memory
+for one second. A request without a hint is an application of its own.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from tokencake.space_scheduler.branches import Branch, StalledBranches, slacks_s
 from tokencake.space_scheduler.tenant_table import Tenant, TenantTable
 
 _MAX_KEPT: Final = 8_192
-"""Applications without a live call that are remembered, so that their next call finds its place."""
+"""Applications without a live request that are remembered for their next one."""
 
 _IDLE_S: Final = 3_600.0
 _UNKNOWN_TOKENS: Final = 512
-"""Length of an answer of which nothing is known; limits are often set far above what is written."""
+"""Output length where nothing is known; `max_tokens` is often far above what is generated."""
 
 _LEAST_LIFE_S: Final = 60.0
-"""A branch is waited for at least so long; a longer gap than usual says that it is over."""
+"""Minimum time that a join waits for a stalled branch; after `_LONG_GAP` times the usual gap the branch is over."""
 _LONG_GAP: Final = 4.0
 
 
@@ -43,12 +43,12 @@ class Application:
     touched_s: float
     served_s: float = 0.0
     is_critical: bool = False
-    """Whether a call of it was on a critical path: somebody waits for its end."""
+    """Whether a call of it was on a critical path."""
     live: dict[str, LiveRequest] = field(default_factory=dict)
     root: str = ""
     """The agent of its first call."""
     visits: Counter[NodeKey] = field(default_factory=Counter)
-    """How often a call of this graph and node came."""
+    """Calls by graph and node."""
     answers: Counter[str] = field(default_factory=Counter)
     """Live requests of each live call: several with `n` > 1."""
     stalled: StalledBranches = field(default_factory=StalledBranches)
@@ -71,39 +71,39 @@ class LiveRequest:
     branch: Branch | None
     """Where it is in its application; None without a hint."""
     service_s: float
-    """Seconds of calls on the longest way from its begin to the end of its application; 0 where nobody knows."""
+    """Seconds of calls on the longest path from its start to the end of its application; 0 where unknown."""
     expected_tokens: int
-    """Length of the answer to be reckoned with."""
+    """Expected output length."""
     is_running: bool = False
     started_s: float | None = None
     first_skipped_s: float | None = None
-    """When it was first passed over as the first in line, since it last ran."""
+    """When it was first bypassed as the head of the queue, since it last ran."""
     accounted_s: float = 0.0
-    """Up to when its service has been counted."""
+    """Time up to which its service is accounted."""
     preemptions: int = 0
     swaps: int = 0
-    """How often it was swapped out for an older application's call."""
+    """How often it was swapped out for a request of a more senior application."""
     swapped_for: Application | None = None
     """That application, until it runs again."""
     swap_failed: bool = False
-    """Whether others gave way to it and it did not start although there was room: nobody does again."""
+    """True once a swap freed room for it and it did not start: no request is swapped out for it again."""
     slack_s: float | None = None
     """As of the last time that `AppTracker.slack_s` measured its application."""
 
     @property
     def remaining_s(self) -> float:
-        """Longest way from its begin to the end of its application, tools included; 0 where nobody knows."""
+        """Longest path from its start to the end of its application, tools included; 0 where unknown."""
         return 0.0 if self.branch is None else self.branch.remaining_s
 
 
 class AppTracker:
-    """Everything above, kept from what the scheduler does and what hints and graphs tell."""
+    """Applications and live requests, from what the scheduler does and what hints and graphs say."""
 
     def __init__(self, graph_named: Callable[[str], Graph | None], *, answer_quantile: float) -> None:
         self.calls: dict[str, LiveRequest] = {}
         self.lengths = OutputLengthHistory()
         self.version = 0
-        """Changes when a call comes or goes, or when one is started or stopped."""
+        """Changes when a request is added, ends, starts or is preempted."""
         self.tenants = TenantTable(graph_named)
         self._quantile = answer_quantile
         self._apps: FairLRU[str, Application] = FairLRU(inf)
@@ -166,7 +166,7 @@ class AppTracker:
             self.version += 1
 
     def account_service(self, request_id: str, share: float, now: float) -> None:
-        """The request has held this share of the blocks since it was last charged."""
+        """The request has held this share of the blocks since its service was last accounted."""
         if (call := self.calls.get(request_id)) is not None and call.is_running:
             device_s = share * (now - call.accounted_s)
             call.accounted_s = now
@@ -200,14 +200,14 @@ class AppTracker:
     def _expected_tokens(self, role: Role, hint: Hint | None, max_tokens: int) -> int:
         learned = self.lengths.quantile(role, self._quantile)
         told = hint.expected_output_tokens if hint is not None else None
-        # What was measured outweighs what is claimed, and no answer outgrows its limit.
+        # A measured length outweighs a claimed one, and no output exceeds its limit.
         known = learned if learned is not None else told
         return min(_UNKNOWN_TOKENS if known is None else known, max_tokens)
 
     # --- where a call is in its application ---------------------------------------------------------
 
     def _branch(self, app: Application, name: str, hint: Hint, now: float) -> tuple[Branch, float]:
-        """The branch of the call `name` that comes, and the seconds of calls on its way."""
+        """The branch of the arriving call `name`, and the seconds of calls on its remaining path."""
         if not app.visits:
             app.root = hint.agent or ""
         node_key = role_of(hint).node_key(app.tenant.id, app.root)
@@ -226,18 +226,18 @@ class AppTracker:
         ):
             told_s = (hint.remaining or 0) * graph_stats.call_s
             return replace(branch, remaining_s=told_s), told_s
-        # Of the rounds of a loop that are expected, those that the application has had are over.
+        # The expected rounds of a cycle, less those that the application has had.
         rounds = {other: app.visits[node_key[0], other] - (other == node) for other in path_costs.cycle(node)}
         service_s, gaps_s = path_costs.service_s[node], path_costs.remaining_s[node] - path_costs.service_s[node]
         for other, count in rounds.items():
             service_s -= count * graph_stats.service_s((node_key[0], other))
             gaps_s -= count * graph_stats.gap_s((node_key[0], other))
         service_s, gaps_s = max(service_s, graph_stats.service_s(node_key)), max(gaps_s, 0.0)
-        rest_s = self._after_parent(app, branch, path_costs)
-        return replace(branch, remaining_s=service_s + gaps_s + rest_s), service_s + rest_s
+        caller_s = self._remaining_of_caller(app, branch, path_costs)
+        return replace(branch, remaining_s=service_s + gaps_s + caller_s), service_s + caller_s
 
-    def _after_parent(self, app: Application, branch: Branch, path_costs: PathCosts) -> float:
-        """What is left for the agent that waits for a sub-agent, where the graph does not lead back to it."""
+    def _remaining_of_caller(self, app: Application, branch: Branch, path_costs: PathCosts) -> float:
+        """Remaining path of the caller of a sub-agent, where the graph does not lead back to the caller."""
         parent = app.stalled.of_call(branch.parent)
         if parent is None:
             return 0.0
@@ -246,7 +246,7 @@ class AppTracker:
         return 0.0 if leads_back else parent.remaining_s
 
     def _stall(self, call: LiveRequest, now: float) -> None:
-        """The call is over: its branch waits in a tool, or for others, unless it says that nothing will follow."""
+        """The call has finished: its branch is stalled, unless the hint says that nothing will follow."""
         branch, hint = call.branch, call.hint
         if branch is None or hint is None or call.app.answers[branch.call]:
             return
@@ -258,9 +258,9 @@ class AppTracker:
         call.app.stalled.leave(replace(branch, at_s=now, remaining_s=left_s, until_s=until_s))
 
     def slack_s(self, call: LiveRequest, now: float) -> float | None:
-        """What its branch has to spare at its next join; None where it has no siblings.
+        """Slack of its branch at its next join; None where it has no siblings.
 
-        An application is measured when it is asked for, and again when calls have come, gone or changed their state.
+        The slack of an application is measured when it is asked for, and again after `version` has changed.
         """
         app = call.app
         if app.measured_version != self.version:
@@ -269,7 +269,7 @@ class AppTracker:
         return call.slack_s
 
     def is_critical(self, call: LiveRequest, now: float) -> bool:
-        """Whether others of its application wait for it: measured where it has siblings, else as its client says."""
+        """Whether its application waits for it: by its slack where it has siblings, else by its hint."""
         slack_s = self.slack_s(call, now)
         return slack_s == 0.0 if slack_s is not None else call.hint is not None and call.hint.critical is True
 
@@ -283,7 +283,7 @@ class AppTracker:
         ):
             call.slack_s = slack_s
 
-    # --- who belongs together ---------------------------------------------------------------------
+    # --- applications -----------------------------------------------------------------------------
 
     def _application(self, request_id: str, hint: Hint | None, tenant: str, now: float) -> Application:
         owner = self.tenants.arrive(tenant)
@@ -296,7 +296,7 @@ class AppTracker:
         return app
 
     def _bound(self, now: float) -> None:
-        """Forget what is idle for too long; where there are too many, of the tenant that has most."""
+        """Forget applications that are idle for too long; where there are too many, of the tenant that has most."""
         for _ in range(4):
             is_crowded = len(self._apps) > _MAX_KEPT + len(self.calls)
             name = self._apps.oldest_of_most() if is_crowded else next(iter(self._apps), None)

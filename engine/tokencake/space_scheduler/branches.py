@@ -1,8 +1,8 @@
-"""Which branches of an application are alive, and how much time has each to spare at the join that waits for it?
+"""Live branches of an application, and the slack of each: the seconds it can slip without delaying its join.
 
-A branch is a call that waits or runs, or an agent in a tool whose next call is still to come. Two branches feed one
-join if they say so, or if the graph leads from both of them to one node. The one that is farthest from the end is what
-the others wait for: its slack is 0, and theirs is the difference.
+A branch is a waiting or running call, or a stalled agent whose next call is still to come. Two branches feed one join
+if their hints say so, or if the graph leads from both of them to one node. The branch with the longest remaining path
+is critical: its slack is 0, and that of the others is the difference.
 """
 
 from __future__ import annotations
@@ -21,30 +21,30 @@ MAX_STALLED: Final = 64
 """Stalled branches remembered of one application."""
 
 MAX_NODES: Final = 64
-"""An application that is at more places at once has no slack: to compare them all would take too long."""
+"""The slack of an application with branches at more nodes is not measured: comparing them takes too long."""
 
 _Key: TypeAlias = "tuple[str | None, str | None, NodeKey]"
 
 
 @dataclass(frozen=True, slots=True)
 class Branch:
-    """Where one branch is, and how far from the end of its application."""
+    """Position of one branch in its graph, and its remaining path."""
 
     call: str
     session: str
     node_key: NodeKey
     join: str | None
     parent: str | None
-    """The call in whose tool this branch works."""
+    """The call inside whose tool call this branch works."""
     at_s: float
-    """When its call came, or ended where it is stalled."""
+    """When its call arrived, or ended where it is stalled."""
     remaining_s: float
-    """From then on, by the longest way."""
+    """From then on, along the longest path."""
     until_s: float = float("inf")
-    """A stalled branch without a call by then is waited for by nobody."""
+    """Deadline after which a stalled branch no longer holds up its join."""
 
     def left_s(self, now: float) -> float:
-        """What is left of its way."""
+        """What is left of its remaining path."""
         return max(0.0, self.remaining_s - (now - self.at_s))
 
 
@@ -56,7 +56,7 @@ class StalledBranches:
         self._last: Branch | None = None
 
     def leave(self, branch: Branch) -> None:
-        """A call ended, and its branch will go on."""
+        """A call ended, and its branch is stalled."""
         self._last = self._branches[branch.call] = branch
 
     def of_call(self, call: str | None) -> Branch | None:
@@ -64,20 +64,20 @@ class StalledBranches:
         return None if call is None else self._branches.get(call)
 
     def living(self, now: float) -> list[Branch]:
-        """Those that somebody still waits for."""
+        """Those before their deadline."""
         return [branch for branch in self._branches.values() if now < branch.until_s]
 
     def arrive(
         self, session: str, node_key: NodeKey, join: str | None, parent: str | None, path_costs: PathCosts | None
     ) -> tuple[Branch | None, bool]:
-        """A call came: the branches that it continues or joins are over.
+        """A call arrived: the branches that it continues or joins are over.
 
         Returns:
-            The call that it waited for, the last to end, as far as can be told, and whether that is sure.
+            The branch that ended last of those it waited for, and whether that is sure or a guess.
         """
         is_known = any(branch.session == session for branch in self._branches.values())
         over: dict[str, Branch] = {}
-        for branch in self._branches.values():  # an agent comes before those that work in its tool
+        for branch in self._branches.values():  # a caller comes before its sub-agents
             is_own = branch.session == session or branch.parent in over
             is_beside = branch.parent == parent and branch.call != parent
             if is_own or (is_beside and _joins(branch, node_key, join, path_costs, is_known)):
@@ -90,7 +90,7 @@ class StalledBranches:
 
 
 def _joins(branch: Branch, node_key: NodeKey, join: str | None, path_costs: PathCosts | None, is_known: bool) -> bool:
-    """Whether a call of `node_key` comes behind the join that `branch` feeds."""
+    """Whether a call of `node_key` follows the join that `branch` feeds."""
     if (
         path_costs is None
         or branch.node_key[0] != node_key[0]
@@ -103,11 +103,11 @@ def _joins(branch: Branch, node_key: NodeKey, join: str | None, path_costs: Path
 def slacks_s(
     branches: Sequence[Branch], path_costs_of: Callable[[str], PathCosts | None], now: float
 ) -> list[float | None]:
-    """Seconds that each branch of one application can be late without its join being so; None for one without siblings.
+    """Slack of each branch: the seconds it can slip without delaying its join; None for one without siblings.
 
     Args:
-        branches: all that are alive.
-        path_costs_of: the measured graph of a name.
+        branches: all live ones of one application.
+        path_costs_of: the path costs of a graph by its name.
         now: on the engine's clock.
     """
     farthest: dict[_Key, float] = {}

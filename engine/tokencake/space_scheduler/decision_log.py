@@ -1,7 +1,7 @@
-"""The last decisions of the Space Scheduler: why did my call wait?
+"""Log of the latest admission decisions, by call.
 
-An entry holds ids and numbers as fields. Sentences are made of it when it is read, and for its reader: a tenant learns
-of its own calls only, and neither an id nor a number of another's.
+An entry holds ids and numbers as fields. The sentence is made when it is read, and for its reader: a tenant learns of
+its own calls only, and neither an id nor a number of another tenant.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class ExplainedDecision:
     """Prefix of the call's tenant; empty where tenants are not kept apart."""
     kind: Kind
     reason: str = ""
-    """Why, in words without ids."""
+    """Why, without ids."""
     behind: tuple[str, str] | None = None
-    """Application and tenant of the call that went before it, or that it was swapped out for."""
+    """Application and tenant of the call ahead of it, or of the one that it was swapped out for."""
     waited_s: float | None = None
     need_blocks: int | None = None
     free_blocks: int | None = None
@@ -47,13 +47,13 @@ class ExplainedDecision:
             case "started":
                 return f"started after {self.waited_s:.2f} s"
             case "waits" if self.behind is None:
-                return f"is first in line; {need}{free}"
+                return f"is at the head of the queue; {need}{free}"
             case "waits":
                 return f"waits behind {self._other(shows_others=shows_others)} ({self.reason}); {need}"
             case "refused":
-                return f"passed over: {self.reason}; needs {self.need_blocks} blocks{free}"
+                return f"skipped: {self.reason}; needs {self.need_blocks} blocks{free}"
             case "preempted" if self.behind is None:
-                return "lost its memory: calls before it had to grow"
+                return "was preempted: calls ahead of it had to grow"
             case "preempted":
                 return f"was swapped out for {self._other(shows_others=shows_others)}, a more senior application"
 
@@ -112,8 +112,8 @@ class DecisionLog:
             epoch_offset_s: added to every time.
             call: only about this call.
             app: only about calls of this application.
-            limit: at most so many.
-            tenant: only about this tenant's calls, and in its words; None is the operator, who sees everything.
+            limit: maximum number of decisions.
+            tenant: only about this tenant's calls, without what is not its own; None: everything, for the operator.
             before: the `next` of the page before this one.
 
         Returns:

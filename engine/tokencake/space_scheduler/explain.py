@@ -1,4 +1,4 @@
-"""Why did my call wait? The Space Scheduler's decisions in words, its inversions and its longest wait."""
+"""Explanations of the Space Scheduler's decisions, priority inversions and the longest wait: why did my call wait?"""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from tokencake.space_scheduler.settings import SpaceSettings
 
 _EXPLAINED: Final = 16
-"""Waiting calls, from the first in line on, whose wait is explained at one ranking."""
+"""Waiting calls at the head of the queue whose wait is explained at one ranking."""
 
 
 class DecisionExplainer:
-    """Listens to the scheduler; decides nothing."""
+    """Records what the scheduler reports; decides nothing."""
 
     def __init__(
         self, settings: SpaceSettings, policy: SpacePolicy, applications: AppTracker, registry: Registry
@@ -42,9 +42,9 @@ class DecisionExplainer:
         free_blocks: int,
         now: float,
     ) -> None:
-        """The step is over: who `started`, and who still waits, first in line first."""
+        """The step is over: the requests that `started`, and those still `waiting`, in the order of the queue."""
         for name in started:
-            # A call that comes back, after a preemption or with its user's next turn, has not waited since it came.
+            # A call that resumes after a preemption has not waited since it arrived.
             if (call := self._calls.get(name)) is not None and call.started_s == now:
                 waited_s, tenant = now - call.arrived_s, call.app.tenant
                 self._longest_wait_s = max(self._longest_wait_s, waited_s)
@@ -67,7 +67,7 @@ class DecisionExplainer:
 
     def _why(self, ahead: Rank, behind: Rank) -> str:
         pairs = zip(ahead, behind, self._policy.rank_reasons, strict=True)
-        return next((words for mine, other, words in pairs if mine != other), "it came first")
+        return next((reason for mine, other, reason in pairs if mine != other), "it arrived first")
 
     def _count_inversions(self, waiting: Sequence[str], started: Sequence[str], now: float) -> None:
         minor = sum(not self._is_critical(name, now) for name in started)
@@ -85,7 +85,7 @@ class DecisionExplainer:
         self._add(now, call, "preempted", str(call.preemptions), behind=behind)
 
     def note_skipped(self, call: LiveRequest, reason: Refusal, need_blocks: int, free_blocks: int, now: float) -> None:
-        """The gate passed over `call`."""
+        """The admission gate skipped `call` in this step."""
         self._add(now, call, "refused", reason, REFUSALS[reason], need_blocks=need_blocks, free_blocks=free_blocks)
 
     def forget(self, request_id: str) -> None:
@@ -93,7 +93,7 @@ class DecisionExplainer:
         self._log.forget(request_id)
 
     def longest_wait_s(self, now: float, tenant: str | None = None) -> float:
-        """Of the calls, or of those of one tenant, that still wait for their first slot."""
+        """The longest wait so far of the calls, or of those of one tenant, that wait for their first slot."""
         waiting = (call for call in self._calls.values() if call.started_s is None)
         own = (call for call in waiting if tenant in (None, call.app.tenant.id))
         return max((now - call.arrived_s for call in own), default=0.0)

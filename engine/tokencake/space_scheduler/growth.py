@@ -1,8 +1,8 @@
-"""Will what has been admitted still fit when it has grown? The peak of the blocks that admitted calls will yet take.
+"""Growth reservation: the peak of the blocks that admitted calls will still take until they end.
 
-Every running call grows by one token a step and gives its own blocks back at its end, so demand has its peaks just
-before an end. A call holds back what it needs until then, and no longer: memory that one will have given back before
-another wants it is promised to both.
+Every running call grows by one token a step and frees its exclusive blocks at its end, so demand peaks just before an
+end. A call reserves what it needs until its own end and no longer: blocks that one call frees before another needs them
+are reserved for both.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class GrowthReservation:
-    """What one admitted call will yet take and give."""
+    """Blocks that one admitted call will still take, and those that it will free."""
 
     left_tokens: int
-    """Of its answer, as far as it can be foreseen."""
+    """Expected rest of its output."""
     pending_blocks: int
-    """Of its prompt, not allocated yet."""
+    """Of its prompt, not yet allocated."""
     freed_blocks: int
-    """Held by it alone now: they come free with its end."""
+    """Its exclusive blocks, freed with its end."""
 
 
 def peak_blocks(reservations: Iterable[GrowthReservation], block_tokens: int) -> int:
-    """Blocks that must be free now for all `reservations` to be kept."""
+    """Blocks that must be free now for all `reservations` to hold."""
     ordered = sorted(reservations, key=lambda reservation: reservation.left_tokens)
     pending = sum(reservation.pending_blocks for reservation in ordered)
     alive, returned, peak = len(ordered), 0, pending
     for reservation in ordered:
-        # Just before this one ends: it and the later ones have grown by as much, the earlier ones are gone.
+        # Just before this one ends: it and the later ones have grown by its tokens, the earlier ones are gone.
         grown = -(-reservation.left_tokens // block_tokens) * alive
         peak = max(peak, pending + grown - returned)
         pending -= reservation.pending_blocks
@@ -41,7 +41,7 @@ def peak_blocks(reservations: Iterable[GrowthReservation], block_tokens: int) ->
 def tokens_until_free(
     reservations: Iterable[GrowthReservation], need_blocks: int, free_blocks: int, block_tokens: int
 ) -> int:
-    """After how many tokens of everybody's answers `need_blocks` are free, nobody else being admitted."""
+    """Decode steps after which `need_blocks` are free if no other call is admitted (backfilling's shadow time)."""
     ordered = sorted(reservations, key=lambda reservation: reservation.left_tokens)
     pending = sum(reservation.pending_blocks for reservation in ordered)
     alive, returned = len(ordered), 0
@@ -67,8 +67,8 @@ def would_delay(
     """Whether admitting `coming` now would make one of `waiting` start later.
 
     Args:
-        coming: what it will take; nothing of it is allocated yet.
-        waiting: blocks that calls need which go before it and do not fit now, the first in line first.
+        coming: the call to be admitted; nothing of it is allocated yet.
+        waiting: blocks that each blocked call ahead of it needs, in the order of the queue.
         reservations: of all admitted calls.
         free_blocks: now.
         block_tokens: tokens of a block.

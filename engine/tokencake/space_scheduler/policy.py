@@ -1,4 +1,4 @@
-"""What does a policy of the Space Scheduler see, and what does it answer? Values in, ranks and refusals out."""
+"""Contract of an admission policy: the state of the blocks in, ranks and refusals out."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ Rank: TypeAlias = tuple[float, ...]
 Refusal: TypeAlias = Literal[
     "full", "promised", "delays", "critical", "begun", "order", "kept", "closed", "reserved", "undeclared"
 ]
-"""Why a waiting call is passed over. `undeclared` stands for any other value that a policy gives: the call is passed
-over as well, since the policy did not let it in."""
+"""Why a waiting call is skipped in a step. `undeclared` stands for any other value that a policy gives: the call is
+skipped as well, since the policy did not admit it."""
 
 REFUSALS: Final[dict[Refusal, str]] = {
-    "full": "it does not fit beside the calls that run",
-    "promised": "the memory is promised to what the calls that run will yet write",
-    "delays": "it would still hold memory when a call before it could have it",
+    "full": "it does not fit beside the running calls",
+    "promised": "the free memory is reserved for the expected growth of running calls",
+    "delays": "it would delay a call ahead of it",
     "critical": "a call of an application with a critical path waits for memory",
-    "begun": "its application has not begun, and calls of others that have wait for memory",
-    "order": "a call without a hint that came before it waits for memory",
-    "kept": "what is free was given up for a call of an older application",
-    "closed": "a call before it has been passed for too long",
+    "begun": "it would start another long application while calls of started ones wait for memory",
+    "order": "a call without a hint that arrived earlier waits for memory",
+    "kept": "the free memory is reserved for the call that others were swapped out for",
+    "closed": "a call ahead of it has been bypassed for too long",
     "reserved": "the rest of the memory is reserved for critical agent types",
     "undeclared": "the policy refused it for a reason that is not declared",
 }
@@ -42,17 +42,17 @@ class AdmissionState:
     reservations: tuple[GrowthReservation, ...] = ()
     """Of all admitted calls."""
     bypassed: tuple[int, ...] = ()
-    """What each call needs that was passed over in this step, the first in line first."""
+    """Blocks that each call needs that was bypassed in this step, in the order of the queue."""
     has_bypassed_critical: bool = False
     """Whether one of them belongs to an application with a critical path."""
     has_bypassed_unhinted: bool = False
     """Whether one of them came without a hint."""
     bypass_expired: bool = False
-    """Whether the first of them has been passed for so long that nobody may pass it any more."""
+    """True once the first of them was bypassed longer than `pass_s`; backfilling then stops."""
     exclusive_blocks: Mapping[str, int] = field(default_factory=dict)
-    """By request: blocks that nobody else holds, as of the last ranking."""
+    """By request: blocks that no other request holds, as of the last ranking."""
     taken: tuple[tuple[LiveRequest, int], ...] = ()
-    """Calls admitted since, and what they need."""
+    """Calls admitted since, and the blocks that they need."""
     step: int = 0
     """Steps of the engine so far."""
 
@@ -62,7 +62,7 @@ class SpacePolicy(Protocol):
 
     @property
     def rank_reasons(self) -> tuple[str, ...]:
-        """For each part of a rank: why the call with the lower one goes first."""
+        """For each part of a rank: why the call with the lower value goes first."""
 
     @property
     def swaps(self) -> bool:
@@ -72,10 +72,16 @@ class SpacePolicy(Protocol):
         """A new ranking begins: everything that `rank` and `refusal` may read of the live calls is as of now."""
 
     def rank(self, call: LiveRequest, *, need_blocks: int, shares_prefix: bool) -> Rank:
-        """Its place among the calls that wait, and among those that run; valid until the next `begin`."""
+        """Its order among the waiting calls, and among the running ones; valid until the next `begin`.
+
+        Args:
+            call: waiting or running.
+            need_blocks: to hold all its tokens.
+            shares_prefix: whether running calls hold most of its prompt.
+        """
 
     def refusal(self, call: LiveRequest, need_blocks: int, state: AdmissionState) -> Refusal | None:
-        """Why a waiting call may not take `need_blocks` now, or None. Whoever is refused is passed over this step."""
+        """Why a waiting call may not take `need_blocks` now, or None. A refused call is skipped in this step."""
 
     def reserve(self) -> dict[str, int]:
         """As of the last ranking: `size`, blocks kept for critical calls, and `used`, how many of them they hold."""

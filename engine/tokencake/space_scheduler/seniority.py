@@ -1,17 +1,18 @@
-"""Whose call goes first? The one whose application is the most senior, and inside it the one with the longest way.
+"""Seniority: the order of calls by application, with a virtual start time that is shifted by bounded amounts.
 
-Seniority is a moment on the engine's clock, earlier goes first: when the application was first seen here, shifted by
-bounded amounts. So a call that waits is passed only by applications that came before a fixed moment, and by each of
-them only until it has had its service: nobody waits for ever.
+Seniority is a time on the engine's clock, earlier goes first: when the application was first seen here, shifted by
+bounded amounts. So a waiting call is overtaken only by applications that arrived before a fixed time, and by each of
+them only until it has had its service: no call starves. Inside an application the longest remaining path goes first.
 
     seniority_s = first seen
                 + head_start_s x level        level 0: with what is known to come it will have had less than `short_s`
                                               1 + served / `long_s`, rounded down: every other
                 - sibling_s                   if running calls hold most of its prompt
-                - (claim - mean claim of its tenant's live calls)
-    claim       = importance_s x importance + critical_s if its application has a critical path
+                - (boost - mean boost of its tenant's live calls)
+    boost       = importance_s x importance + critical_s if its application has a critical path
 
-Calls without a hint stay in the order of their arrival: they have one level, that of the mean of them, and no sibling.
+Calls without a hint stay in the order of their arrival: they have one level, that of the mean of them, and no
+`sibling_s`.
 """
 
 from __future__ import annotations
@@ -28,19 +29,19 @@ if TYPE_CHECKING:
     from tokencake.space_scheduler.tenant_table import Tenant
 
 DEFAULT_IMPORTANCE = 5.0
-"""Of a call whose user has said nothing; the middle of the range."""
+"""Of a call without a claimed importance; the middle of the range."""
 
 
 @dataclass(frozen=True, slots=True)
 class RankContext:
-    """What a call is compared with: the same for all calls of one step."""
+    """What a call is compared with; the same for all calls of one step."""
 
     tenant_levels: dict[str, int]
-    """Of each active tenant: by how many quanta it has had more than the least served one."""
+    """Of each active tenant: quanta of service beyond the least served tenant."""
     mean_boosts_s: dict[str, float]
-    """Mean claim of each tenant's live calls."""
+    """Mean priority boost of each tenant's live calls."""
     unhinted_levels: dict[str, int]
-    """Of each tenant's calls without a hint."""
+    """Service level of each tenant's calls without a hint."""
 
 
 def rank_context(
@@ -63,16 +64,16 @@ def rank_context(
 
 
 def priority_boost_s(call: LiveRequest, settings: SpaceSettings) -> float:
-    """How much sooner the client wants it than a call of its own that it says nothing of, in seconds."""
+    """Priority boost claimed by the client, in seconds, before the mean of its tenant is taken off."""
     hint = call.hint
     importance = DEFAULT_IMPORTANCE if hint is None or hint.importance is None else hint.importance
     return settings.importance_s * importance + (settings.critical_s if call.app.is_critical else 0.0)
 
 
 def service_level(app: Application, expected_service_s: float, settings: SpaceSettings) -> int:
-    """How much service the application has had; `expected_service_s` device-seconds are expected to come.
+    """Level of the service received; `expected_service_s` device-seconds are expected to come.
 
-    A claim that little comes is good until `short_s` have been had.
+    An application that claims to be short is believed until it has had `short_s`.
     """
     if app.served_s + expected_service_s < settings.short_s:
         return 0
@@ -80,7 +81,7 @@ def service_level(app: Application, expected_service_s: float, settings: SpaceSe
 
 
 def expected_service_s(call: LiveRequest, share: float) -> float:
-    """Device-seconds that are known to come of its application; the call needs this `share` of the blocks."""
+    """Device-seconds that its application is expected to use; the call needs this `share` of the blocks."""
     return share * max(call.expected_tokens * call.app.tenant.token_s, call.service_s)
 
 
@@ -90,10 +91,10 @@ def seniority_s(
     """The formula above.
 
     Args:
-        call: who waits or runs.
+        call: waiting or running.
         settings: the amounts.
         context: of this step.
-        share: of all KV blocks, how many the call needs.
+        share: of all KV blocks that the call needs.
         shares_prefix: whether running calls hold most of its prompt.
     """
     app = call.app

@@ -1,7 +1,7 @@
-"""Who gives way to an old application whose call does not fit? Calls of much younger ones, where little is lost by it.
+"""Choice of the running calls to swap out for a blocked call of a more senior application.
 
-A call that is swapped out costs a copy and a load, and its blocks lie idle while they move. So nobody is swapped out
-where the blocks come free by themselves soon, nobody who is nearly done, nobody too often, and nobody in vain.
+A swap costs a copy and a load, and the blocks are idle while they move. So there is no swap if blocks are freed soon
+anyway, and never one of a call that is nearly done, was swapped out too often, or frees too little.
 """
 
 from __future__ import annotations
@@ -16,38 +16,38 @@ if TYPE_CHECKING:
     from tokencake.space_scheduler.settings import SpaceSettings
 
 _FADE_TOKENS: Final = 2**20
-"""Tokens computed after which those before count for half."""
+"""Computed tokens after which the counts are halved."""
 
 
 @dataclass(frozen=True, slots=True)
 class SwapCandidate:
-    """A running call that could give way."""
+    """A running call that could be swapped out."""
 
     call: LiveRequest
     exclusive_blocks: int
-    """They come free when it gives way."""
+    """Freed when it is swapped out."""
     shared_blocks: int
-    """They come free when the other calls of its application give way too."""
+    """Freed when the other calls of its application are swapped out too."""
     left_tokens: int
-    """Of its answer, as far as can be foreseen."""
+    """Expected rest of its output."""
 
 
 @dataclass(slots=True)
 class RecomputeBudget:
-    """How much of what was swapped out had to be computed again, of all that was computed?"""
+    """Share of all computed tokens that were computed again for swapped-out calls."""
 
     computed_tokens: float = 0.0
     lost_tokens: float = 0.0
 
     def add(self, computed_tokens: int, lost_tokens: int) -> None:
-        """Of one step."""
+        """Add the tokens of one step."""
         self.computed_tokens += computed_tokens
         self.lost_tokens += lost_tokens
         if self.computed_tokens > _FADE_TOKENS:
             self.computed_tokens, self.lost_tokens = self.computed_tokens / 2, self.lost_tokens / 2
 
     def are_within(self, share: float) -> bool:
-        """Whether not more than this share of all tokens was lost."""
+        """Whether at most this share of all tokens was lost."""
         return self.lost_tokens <= share * self.computed_tokens
 
 
@@ -67,14 +67,14 @@ def victims(
     apps: Sequence[str],
     settings: SpaceSettings,
 ) -> list[SwapCandidate]:
-    """Whom to swap out so that `head` fits; nobody where all of them would not be enough.
+    """The calls to swap out so that `head` fits; none where all of them would not be enough.
 
     Args:
-        head: the call that waits first in line.
-        short_blocks: how many blocks it is short of.
-        running: calls that run.
+        head: the call at the head of the queue.
+        short_blocks: how many blocks it lacks.
+        running: running calls.
         apps: ids of the live applications, the most senior first.
-        settings: how old, how young, how near the end, how often.
+        settings: thresholds of seniority, remaining output and number of swaps.
     """
     if short_blocks <= 0 or head.app.id not in apps[: settings.swap_oldest]:
         return []
@@ -82,7 +82,7 @@ def victims(
     by_app = _eligible(running, young, head.app.first_seen_s, settings)
     chosen: list[SwapCandidate] = []
     freed = 0
-    # The youngest application goes first and as a whole: what its calls share comes free with the last of them.
+    # The youngest application goes first and as a whole: blocks that its calls share are freed with the last of them.
     for name in reversed(apps):
         calls = by_app.get(name, [])
         enough = [candidate for candidate in calls if candidate.exclusive_blocks >= short_blocks - freed]

@@ -1,7 +1,7 @@
-"""Tenants of the calls that wait and run: the service that each has had, and what its own calls have taught.
+"""Tenants of the live calls: service received and statistics learned from their own calls.
 
-A tenant learns from its own calls alone: what another runs, or claims, changes nothing of what is expected of it. Where
-tenants are not kept apart there is one, without a name.
+A tenant's statistics come from its own calls alone: what another runs, or claims, does not change them. Where tenants
+are not kept apart there is one, without a name.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from tokencake.protocol import Graph
 
 _MAX_KEPT: Final = 8_192
 _FIRST_TOKEN_S: Final = 0.02
-"""A token of an answer takes so long as far as is known before the first call has ended."""
+"""Seconds per output token until the first call has ended."""
 _LEARNING_RATE: Final = 0.1
 
 
 @dataclass(slots=True)
 class Tenant:
-    """All calls of the holder of one API key. `served_s` is lifted to its peers' on return."""
+    """The holder of one API key. `served_s` is in device-seconds."""
 
     id: str
     """The prefix of its ids; empty where tenants are not kept apart."""
@@ -29,12 +29,12 @@ class Tenant:
     served_s: float = 0.0
     live_calls: int = 0
     longest_wait_s: float = 0.0
-    """Of its calls that have started."""
+    """Of its calls that have started, in seconds."""
     token_s: float = _FIRST_TOKEN_S
-    """Seconds that a call takes for each token of its answer, on average of late."""
+    """Fading mean of a call's seconds per output token."""
 
     def learn_call(self, took_s: float, output_tokens: int) -> None:
-        """A call of it took so long for so many tokens of an answer."""
+        """Record the duration and the output length of one call."""
         self.token_s += _LEARNING_RATE * (took_s / max(1, output_tokens) - self.token_s)
 
 
@@ -47,7 +47,7 @@ class TenantTable:
         self._tenants: dict[str, Tenant] = {}
 
     def arrive(self, name: str) -> Tenant:
-        """A call of this tenant comes. Time spent idle is no credit: it stands where the least served others stand."""
+        """A call of this tenant arrives. After idling it resumes with the service of the least-served active tenant."""
         tenant = self.get(name)
         if not tenant.live_calls:
             others = [other.served_s for other in self._tenants.values() if other.live_calls]
@@ -66,7 +66,7 @@ class TenantTable:
         return [tenant for tenant in self._tenants.values() if tenant.live_calls]
 
     def longest_wait_s(self, name: str) -> float:
-        """Of the calls of this tenant that have started, as far as it is remembered."""
+        """Of the calls of this tenant that have started; 0 where the tenant is not known."""
         known = self._tenants.get(name)
         return 0.0 if known is None else known.longest_wait_s
 

@@ -1,1 +1,1 @@
-"""Offload and upload of the KV of stalled agents: which prefixes will be used again, and when."""
+"""Offload and upload of the KV of stalled agents: contracts and settings, prefix index, stall tracker, host tier."""

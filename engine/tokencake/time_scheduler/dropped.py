@@ -1,8 +1,8 @@
-"""Blocks that nothing will extend any more: which of them may be given away before others, oldest first.
+"""Blocks of dropped prefixes, which are reused before other free blocks, oldest first.
 
-A prefix is dropped where its call has said `reuse: final`, or where its session is over. A block that a session beyond
-the dropped one has used, as a system prompt, is not given away first. The end of a session is only a claim: what is
-asked for after it refutes it.
+A prefix is dropped where its call has claimed `reuse: final`, or where its session is over. A block that another
+session has used, for example of a system prompt, is not among them. The end of a session is only a claim: a later
+request for the blocks refutes it.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ if TYPE_CHECKING:
     from tokencake.forecast.roles import Role
 
 _ASKED_SHARE: Final = 0.5
-"""A call of another session that asks for so much of a dropped prefix refutes the claim too."""
+"""A call of another session that asks for at least this share of a dropped prefix refutes the claim too."""
 
 
 class SharedBlocks:
-    """Blocks that more than one lifetime has used: of `capacity` blocks, the longest unused are forgotten."""
+    """Users of each block, by lifetime, for `capacity` blocks; the least recently used are forgotten."""
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
         self._users: OrderedDict[bytes, str | None] = OrderedDict()
-        """The one lifetime that has used a block; None for several."""
+        """The one lifetime that has used a block; None for several of them."""
 
     def use(self, block_hashes: Sequence[bytes], lifetime: str) -> None:
         """A call of `lifetime` has used the prefix `block_hashes`."""
@@ -37,7 +37,7 @@ class SharedBlocks:
             self._users.popitem(last=False)
 
     def is_exclusive(self, key: bytes, lifetime: str) -> bool:
-        """Whether no other lifetime than this is known to have used the block."""
+        """Whether only this lifetime is known to have used the block."""
         return self._users.get(key, lifetime) == lifetime
 
 
@@ -49,16 +49,16 @@ class _Drop:
     claim: Claim
     lifetime: str
     blocks: int
-    """That only it had."""
+    """Number of its exclusive blocks."""
     asked: int = 0
     is_refuted: bool = False
 
 
 class Dropped:
-    """The private blocks of dropped prefixes, by hash; the oldest of more than `capacity` are forgotten."""
+    """The exclusive blocks of dropped prefixes, by hash; the oldest of more than `capacity` are forgotten."""
 
     def __init__(self, capacity: int, refute: Callable[[Role, Claim], None]) -> None:
-        """`refute` hears of each prefix that was asked for after it had been dropped."""
+        """`refute` is called for each prefix that is asked for after it was dropped."""
         self._capacity, self._refute = capacity, refute
         self._waiting: OrderedDict[bytes, _Drop] = OrderedDict()
         self._first: OrderedDict[bytes, _Drop] = OrderedDict()
@@ -68,7 +68,7 @@ class Dropped:
         return len(self._waiting)
 
     def add(self, role: Role, claim: Claim, lifetime: str, block_hashes: Sequence[bytes]) -> None:
-        """`block_hashes` are the blocks of a dropped prefix that nothing else wants, the first to go first."""
+        """`block_hashes` are the unreferenced blocks of a dropped prefix, in the order of their reuse."""
         drop = _Drop(role, claim, lifetime, len(block_hashes))
         for key in block_hashes:
             self._first.pop(key, None)
@@ -78,7 +78,7 @@ class Dropped:
             (self._first or self._waiting).popitem(last=False)
 
     def wake(self, block_hashes: Sequence[bytes], lifetime: str) -> list[bytes]:
-        """A call of `lifetime` asks for `block_hashes`: none of them is dropped any more.
+        """A call of `lifetime` asks for `block_hashes`: they are no longer dropped.
 
         Returns:
             Those that had been put first.
@@ -99,7 +99,7 @@ class Dropped:
         return first
 
     def take(self) -> bytes | None:
-        """The longest dropped block that was not put first yet: from now on it is."""
+        """The longest dropped block that was not put first yet; from now on it counts as put first."""
         if not self._waiting:
             return None
         key, drop = self._waiting.popitem(last=False)
@@ -112,7 +112,7 @@ class Dropped:
             self._waiting[key] = drop
 
     def discard(self, key: bytes) -> None:
-        """The block is wanted again."""
+        """The block is referenced again."""
         self._first.pop(key, None)
 
     def is_first(self, key: bytes) -> bool:

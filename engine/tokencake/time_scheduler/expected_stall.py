@@ -18,9 +18,9 @@ GIVE_UP_MIN_S: Final = 60.0
 GIVE_UP_MAX_S: Final = 3_600.0
 """A stall is given up after `clamp(4 x its 90 % quantile, 60 s, 1 h)`."""
 AFTER_TOOLS: Final = "(after its tools)"
-"""In place of a tool's name: from the end of the last tool to the next call, which may wait at a join."""
+"""Instead of a tool's name: from the end of the last tool to the next call, which may wait at a join."""
 ANSWER: Final = "(answer)"
-"""In place of a tool's name: from a call's first slot to its end."""
+"""Instead of a tool's name: from a call's first slot to its end."""
 
 
 def expected_remaining(
@@ -31,15 +31,15 @@ def expected_remaining(
     forecast: Forecast,
     now_s: float,
 ) -> DurationDistribution:
-    """The rest of the stall of `prefix`, from what events have told or, before they came, from the hint.
+    """The remaining stall of `prefix`, from its events or, before they came, from the hint.
 
-    With several tools open it is the longest that counts: the agent goes on when the last has ended. A tool inside
-    which sub-agents work lasts as long as they do. Behind the last tool a branch may have to wait for its siblings.
+    With several open tools the longest counts: the agent continues when the last has ended. A tool inside which
+    sub-agents work lasts as long as they do. After the last tool a branch may have to wait for its join peers.
     """
     agent = role_of(prefix.hint).of_agent
     tools = call.tools if call else {}
     subagents = prefixes.subagents_of(prefix)
-    # The answer of the last sub-agent says better than any past when such a tool ends.
+    # The answer of the last sub-agent tells better than the tool's history when such a tool ends.
     ending = {h.hint.parent_tool_call for h in subagents if h.hint} - {
         h.hint.parent_tool_call for h in subagents if h.hint and h.hint.reuse != "final"
     }
@@ -68,7 +68,7 @@ def expected_remaining(
 
 
 def ended_s(prefix: CachedPrefix, tools: Iterable[ToolCall], session: Session | None) -> float | None:
-    """When the last of what the agent is known to have waited for ended; None where nothing is known."""
+    """When the last of the tools and waits of the agent ended; None where none is known."""
     ends = [tool.ended_s for tool in tools if tool.ended_s is not None]
     waits = session.waits.values() if session else ()
     ends += [wait.ended_s for wait in waits if wait.ended_s is not None and wait.ended_s >= prefix.since_s]
@@ -87,7 +87,7 @@ def _remaining_after_tools(
 
 
 def _call_remaining(prefix: CachedPrefix, forecast: Forecast, now_s: float) -> DurationDistribution:
-    """Until another call, which this agent waits for, is over: its own stall, or its answer."""
+    """Until another call that this agent waits for is over: its own stall, or its answer."""
     if prefix.phase == "stalled":
         return Forecast().stall(Role(), None, prefix.remaining_s(now_s))
     agent = role_of(prefix.hint).of_agent
@@ -103,7 +103,7 @@ def _tool_remaining(tool: ToolCall, agent: Role, forecast: Forecast, now_s: floa
         known = [stage.estimate_s for stage in tool.stages if stage.estimate_s is not None]
         estimate_s = sum(known) if known else None
     if tool.fraction and elapsed_s:
-        # What has been done tells the pace better than any past.
+        # The reported fraction tells the pace better than the tool's history.
         return Forecast().stall(Role(), None, elapsed_s / tool.fraction).given_elapsed(elapsed_s)
     if tool.stage and tool.stages and (remaining_s := _remaining_stages_s(tool)) is not None:
         return Forecast().stall(Role(), None, elapsed_s + remaining_s).given_elapsed(elapsed_s)
@@ -127,7 +127,7 @@ def _median(remaining: DurationDistribution) -> float:
 
 
 def give_up_after(remaining: DurationDistribution, deadlines_s: Iterable[float | None]) -> float:
-    """Seconds after which nobody is expected to come any more."""
+    """Seconds after which no call is expected any more: the latest deadline, else a multiple of the late quantile."""
     told = [seconds for seconds in deadlines_s if seconds is not None]
     if told:
         return min(GIVE_UP_MAX_S, max(told))

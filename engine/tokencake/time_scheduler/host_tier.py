@@ -1,8 +1,8 @@
-"""Which KV blocks does host memory hold, and which go when it is full?
+"""Index of the KV blocks in host memory, with eviction.
 
-A tree of blocks by hash: a block is only ever here when the block before it is, so what is found is always a prefix.
-A prefix shared by many agents is stored once. Blocks leave from the ends of the chains, the least valuable end first;
-a block that a copy reads or writes stays until the copy is over. Nothing is copied here: slots are numbers.
+A tree of blocks by hash: a block is only in the index while the block before it is, so a match is always a prefix. A
+prefix shared by many agents is stored once. Blocks are evicted from the ends of prefixes, the farthest next use first;
+a block that a copy reads or writes is pinned until the copy is over. Nothing is copied here: slots are numbers.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ class HostBlock:
     children: int = 0
     pins: int = 0
     was_hit: bool = False
-    """A later call found it on the device: there was no need to copy it yet."""
+    """A later call found it on the device: the copy was not needed so far."""
     was_read: bool = False
     """It was copied back."""
     is_ready: bool = False
     is_gone: bool = False
-    """Out of the index; the slot is still taken while a copy uses it."""
+    """Removed from the index; the slot stays taken while a copy uses it."""
 
 
 Distance: TypeAlias = Callable[[HostBlock], float]
-"""How far off the next use of the end of a chain is; `inf` where none is expected. The farthest goes first."""
+"""Distance of the next use of a block at the end of a prefix; `inf` where none is expected. The farthest goes first."""
 
 
 def leading(keys: Sequence[bytes], is_here: Callable[[bytes], bool]) -> int:
-    """How many leading keys of a chain are here, by bisection: for where a chain is shortened at its end only."""
+    """Number of leading keys that are here, by bisection: where prefixes are only shortened at their end."""
     return bisect_left(keys, True, key=lambda key: not is_here(key))
 
 
@@ -48,14 +48,14 @@ class HostTier:
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
-        self.on_evict: Callable[[HostBlock], None] = lambda block: None  # noqa: ARG005  # until somebody wants to know
+        self.on_evict: Callable[[HostBlock], None] = lambda block: None  # noqa: ARG005  # until it is set
         self._blocks: dict[bytes, HostBlock] = {}
         self._ends: dict[bytes, HostBlock] = {}
-        """Blocks without a child: where chains may be shortened."""
+        """Blocks without a child: the candidates of eviction."""
         self._free: list[int] = []
         """Slots that were used before."""
         self._fresh = 0
-        """The first slot that was never used: a large capacity costs nothing until it is."""
+        """The first slot that was never used: a large capacity costs nothing until it is filled."""
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -68,15 +68,15 @@ class HostTier:
     # --- look ---------------------------------------------------------------------------------------
 
     def known(self, keys: Sequence[bytes]) -> int:
-        """How many leading blocks of the chain `keys` are here or on their way here."""
+        """Number of leading blocks of the prefix `keys` that are here or on their way here."""
         return leading(keys, self._blocks.__contains__)
 
     def loadable(self, keys: Sequence[bytes]) -> int:
-        """How many leading blocks of the chain `keys` can be loaded now: they are stored in order."""
+        """Number of leading blocks of the prefix `keys` that can be loaded now: they are stored in order."""
         return leading(keys, lambda key: (block := self._blocks.get(key)) is not None and block.is_ready)
 
     def ready(self, keys: Sequence[bytes]) -> list[HostBlock]:
-        """The leading blocks of `keys`, any part of a chain, that can be loaded now."""
+        """The leading blocks of `keys`, any part of a prefix, that can be loaded now."""
         found = []
         for key in keys:
             block = self._blocks.get(key)
@@ -90,10 +90,10 @@ class HostTier:
     def reserve(
         self, keys: Sequence[bytes], now_s: float, distance: Distance, *, own_distance: float = -inf
     ) -> list[HostBlock]:
-        """Take slots for the blocks of the chain `keys` that are not here, in order, as many as can be had.
+        """Take slots for the blocks of the prefix `keys` that are not here, in order, as far as there is room.
 
-        Blocks are evicted only where their next use is farther off than `own_distance`. The blocks come pinned and not
-        ready: copy, then `settle`.
+        Blocks are evicted only where their next use is farther than `own_distance`. The returned blocks are pinned and
+        not ready: copy, then `settle`.
         """
         first = self.known(keys)
         missing = keys[first:]
@@ -101,7 +101,7 @@ class HostTier:
             return []
         anchor = self._blocks[keys[first - 1]] if first else None
         if anchor is not None:
-            anchor.pins += 1  # it may be an end, and must not be evicted to make room for its own child
+            anchor.pins += 1  # it may be an end, and must not be evicted for its own child
         if len(missing) > self.free_slots:
             self._evict(len(missing) - self.free_slots, distance, own_distance)
         taken: list[HostBlock] = []
@@ -125,7 +125,7 @@ class HostTier:
         return self._fresh - 1
 
     def settle(self, blocks: Iterable[HostBlock], *, ok: bool) -> None:
-        """The copies into `blocks` are over. Failed ones are forgotten, with everything that hangs on them."""
+        """The copies into `blocks` are over. Failed ones are forgotten, with their descendants."""
         blocks = list(blocks)
         for block in blocks:
             block.is_ready = ok and not block.is_gone
@@ -145,14 +145,14 @@ class HostTier:
             self.on_evict(end)
             count -= 1
             if parent is not None and not parent.children and not parent.pins:
-                # Whoever wanted the end wants the block before it just as soon.
+                # The block before the end is needed no later than the end.
                 nearest = max(negative, -distance(parent))
                 heapq.heappush(heap, (nearest, parent.used_s, parent.slot, parent))
 
     # --- use ----------------------------------------------------------------------------------------
 
     def pin(self, blocks: Iterable[HostBlock]) -> None:
-        """Keep `blocks` where they are until they are unpinned."""
+        """Protect `blocks` from eviction until they are unpinned."""
         for block in blocks:
             block.pins += 1
 
@@ -164,7 +164,7 @@ class HostTier:
                 self._free.append(block.slot)
 
     def touch(self, keys: Iterable[bytes], now_s: float) -> None:
-        """The chain `keys` was used now."""
+        """The prefix `keys` was used now."""
         for key in keys:
             block = self._blocks.get(key)
             if block is None:
@@ -172,17 +172,17 @@ class HostTier:
             block.used_s = now_s
 
     def hit(self, keys: Sequence[bytes]) -> None:
-        """A call found the chain `keys` on the device."""
+        """A call found the prefix `keys` on the device."""
         known = self.known(keys)
         block = self._blocks[keys[known - 1]] if known else None
-        while block is not None and not block.was_hit:  # what is before a block that was hit was hit too
+        while block is not None and not block.was_hit:  # the blocks before a hit block are hit too
             block.was_hit = True
             block = block.parent
 
     # --- forget -------------------------------------------------------------------------------------
 
     def forget(self, blocks: Iterable[HostBlock]) -> None:
-        """Take `blocks` and everything behind them out of the index, for example because a copy of them is bad."""
+        """Remove `blocks` and their descendants from the index, for example because a copy of them failed."""
         doomed: set[HostBlock | None] = {block for block in blocks if not block.is_gone}
         if doomed:
             for block in list(self._blocks.values()):  # parents come before their children
@@ -191,7 +191,7 @@ class HostTier:
                     self._remove(block)
 
     def reset(self) -> None:
-        """Forget everything; slots under a copy come back when it is over."""
+        """Forget everything; slots under a copy are freed when it is over."""
         for block in list(self._blocks.values()):
             self._remove(block)
 
@@ -221,7 +221,7 @@ class HostTier:
                 for block in self._blocks.values()
             ),
             "children are miscounted": all(self._blocks[key].children == count for key, count in children.items()),
-            "the ends of chains are wrong": {key for key, count in children.items() if not count} == set(self._ends),
+            "the ends of prefixes are wrong": {key for key, count in children.items() if not count} == set(self._ends),
             "a forgotten block is in the index": not any(block.is_gone for block in self._blocks.values()),
         }
         return [rule for rule, holds in rules.items() if not holds]

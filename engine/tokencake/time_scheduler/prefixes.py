@@ -22,12 +22,12 @@ Phase: TypeAlias = Literal["waiting", "running", "stalled"]
 
 MAX_PREFIXES: Final = 4_096
 MIN_OVERLAP: Final = 0.5
-"""A call that shares at least so much of a stalled chain of its session is taken for the one that extends it."""
+"""A call that shares at least this part of a stalled prefix of its session counts as the one that extends it."""
 
 
 @dataclass(slots=True, eq=False)
 class CachedPrefix:
-    """One prefix somebody will want, from its head on."""
+    """The KV of one request that waits, runs or is expected to be extended."""
 
     id: str
     """The request's id."""
@@ -36,40 +36,40 @@ class CachedPrefix:
     phase: Phase
     since_s: float
     tenant: str = ""
-    """Prefix of its tenant; empty where none is known."""
+    """Prefix of its tenant's ids; empty where none is known."""
     expected_children: int | None = None
-    """Calls that will extend it and have not come; None until the first of them says how many there are."""
+    """Calls that will extend it and have not arrived; None until the first of them gives the fan-out."""
     give_up_s: float | None = None
     keep_until_s: float | None = None
-    """When a pinned chain is copied after all; None where it is not pinned for a short stall."""
+    """When a pinned prefix is copied after all; None where it is not pinned for a short stall."""
     due_s: float | None = None
     """When its upload should start; None where none is planned."""
     back_s: float = 0.0
-    """When the agent is expected back, in the middle of the forecast."""
+    """When the agent is expected back: the median of the forecast."""
     claim: Claim | None = None
-    """Why no call should extend it, believed or not."""
+    """Why no call should extend it, whether believed or not."""
     outcome: str = "none"
-    """What was decided for the stall, for the answer and the state."""
+    """The decision for its stall, as reported in the answer and the state."""
     is_uploaded: bool = False
-    """Its upload is complete or was given up: there is only one for each stall."""
+    """Its upload is complete or was given up: there is one upload per stall."""
 
     def remaining_s(self, now_s: float) -> float:
-        """Until the agent is back, in the middle of the forecast. Once overdue, it lasts about as long again."""
+        """Seconds until the agent is back, by the median. An overdue stall is expected to last as long again."""
         return abs(self.back_s - now_s)
 
 
 @dataclass(slots=True)
 class PrefixIndex:
-    """All chains of one engine, in bounded memory."""
+    """All prefixes of one engine, in bounded memory."""
 
     by_id: OrderedDict[str, CachedPrefix] = field(default_factory=OrderedDict)
     refcounts: dict[bytes, int] = field(default_factory=dict)
-    """By how many chains each block is wanted."""
+    """Number of prefixes that contain each block."""
     _stalled_at: dict[bytes, list[CachedPrefix]] = field(default_factory=dict)
-    """Stalled chains by their last block."""
+    """Stalled prefixes by their last block."""
     _by_session: dict[str, set[str]] = field(default_factory=dict)
     _subagents: dict[str, set[str]] = field(default_factory=dict)
-    """Chains of sub-agents by the call inside which they work."""
+    """Prefixes of sub-agents by the call inside whose tool call they work."""
 
     def __iter__(self) -> Iterator[CachedPrefix]:
         return iter(self.by_id.values())
@@ -77,9 +77,9 @@ class PrefixIndex:
     def arrive(
         self, request_id: str, block_hashes: Sequence[bytes], hint: Hint | None, now_s: float, tenant: str = ""
     ) -> CachedPrefix | None:
-        """A call came with a prompt of the full blocks `block_hashes`; returns the stalled chain that it extends.
+        """A call arrived with a prompt of the full blocks `block_hashes`; returns the stalled prefix that it extends.
 
-        Of its own tenant: where cached prefixes are shared, another's may have the same blocks.
+        Only of its own tenant: where cached prefixes are shared, another tenant's may have the same blocks.
         """
         tenant = hint.tenant if hint is not None else tenant
         predecessor = self._predecessor(block_hashes, tenant) or self._same_session_match(block_hashes, hint)
@@ -105,7 +105,7 @@ class PrefixIndex:
         prefix.phase = "waiting"
 
     def stall(self, request_id: str, block_hashes: Sequence[bytes], now_s: float) -> CachedPrefix | None:
-        """The call is over and left the blocks `block_hashes`; its chain waits for those who extend it."""
+        """The call has finished and left the blocks `block_hashes`; its prefix waits to be extended."""
         prefix = self.remove(request_id)
         if prefix is None or not block_hashes:
             return None
@@ -114,7 +114,7 @@ class PrefixIndex:
         return stalled
 
     def remove(self, request_id: str) -> CachedPrefix | None:
-        """Nobody wants this chain any more."""
+        """Remove this prefix from the index; returns it, or None."""
         prefix = self.by_id.pop(request_id, None)
         if prefix is None:
             return None
@@ -142,11 +142,11 @@ class PrefixIndex:
         return prefix
 
     def of_session(self, session: str) -> list[CachedPrefix]:
-        """Its chains."""
+        """The prefixes of a session."""
         return [self.by_id[name] for name in self._by_session.get(session, ())]
 
     def subagents_of(self, prefix: CachedPrefix) -> list[CachedPrefix]:
-        """Those of the sub-agents that work inside a tool call of this chain's call."""
+        """Prefixes of the sub-agents that work inside a tool call of this prefix's call."""
         call = (prefix.hint.call if prefix.hint else None) or prefix.id
         return [self.by_id[name] for name in self._subagents.get(call, ())]
 
@@ -164,11 +164,11 @@ class PrefixIndex:
         ]
 
     def unreferenced(self, prefix: CachedPrefix) -> list[bytes]:
-        """The blocks of a removed chain that nobody else wants, from the tail."""
+        """The blocks of a removed prefix that no other prefix contains, from the tail."""
         return [key for key in reversed(prefix.block_hashes) if key not in self.refcounts]
 
     def overflow(self) -> Iterable[CachedPrefix]:
-        """Stalled chains beyond the bound, the oldest of the tenant with most; the caller removes them."""
+        """Stalled prefixes beyond the bound, the oldest of the tenant with most; the caller removes them."""
         surplus = len(self.by_id) - MAX_PREFIXES
         if surplus <= 0:
             return []
@@ -200,9 +200,9 @@ class PrefixIndex:
         return None
 
     def _same_session_match(self, block_hashes: Sequence[bytes], hint: Hint | None) -> CachedPrefix | None:
-        """The stalled chain of the same session that `block_hashes` shares most of.
+        """The stalled prefix of the same session with the largest overlap with `block_hashes`.
 
-        An answer often comes back in other tokens than it was given in: then the prompt is extended, the answer is not.
+        Clients often re-tokenise the answer, so the next prompt matches the blocks of the prompt but not the answer's.
         """
         best, best_share = None, MIN_OVERLAP
         for prefix in self.of_session(hint.session) if hint is not None else ():
@@ -214,5 +214,5 @@ class PrefixIndex:
 
 
 def _common(one: Sequence[bytes], other: Sequence[bytes]) -> int:
-    """Blocks that two chains share: a hash stands for all that is before it."""
+    """Number of blocks that two prefixes share: a hash stands for all blocks before it."""
     return bisect_left(range(min(len(one), len(other))), True, key=lambda place: one[place] != other[place])

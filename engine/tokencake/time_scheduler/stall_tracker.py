@@ -1,6 +1,6 @@
-"""Which agents are stalled, how long will each stall still last, and what does its end teach?
+"""Tracker of stalled agents: when each stall begins and ends, its forecast, and what its end teaches.
 
-Joins the chains of one engine with the registry of calls and events. Knows nothing of blocks or copies.
+Joins the prefix index of one engine with the registry of calls and events. Knows nothing of block pools or copies.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 
 
 _BLOCKS: Final = 65_536
-"""Of an engine whose size is not told."""
+"""Default number of device blocks."""
 _DROPPED_TIMES: Final = 2
 _SHARED_TIMES: Final = 4
-"""So many times the blocks of the device are remembered, dropped ones and users."""
+"""Remembered dropped blocks and block users, as multiples of the device's blocks."""
 
 
 class StallTracker:
-    """The stalls of one engine with so many device `blocks`."""
+    """The stalls of one engine with this number of device `blocks`."""
 
     def __init__(self, registry: Registry, blocks: int = _BLOCKS) -> None:
         self.prefixes = PrefixIndex()
@@ -43,7 +43,7 @@ class StallTracker:
         self.dropped = Dropped(_DROPPED_TIMES * blocks, self.reuse.refute)
         self._shared = SharedBlocks(_SHARED_TIMES * blocks)
         self._given_up: BoundedDict[str, CachedPrefix] = BoundedDict(MAX_PREFIXES)
-        """The last chain of a session that was given up, with one block from its middle."""
+        """The last prefix of each session that was given up, reduced to one block from its middle."""
         self._registry = registry
 
     # --- the life of a call -----------------------------------------------------------------------------
@@ -51,7 +51,7 @@ class StallTracker:
     def arrive(
         self, request_id: str, block_hashes: Sequence[bytes], hint: Hint | None, now: float, tenant: str = ""
     ) -> CachedPrefix | None:
-        """A call came; returns the stalled chain that it extends, and learns from its return."""
+        """A call arrived; returns the stalled prefix that it extends, and learns from its return."""
         predecessor = self.prefixes.arrive(request_id, block_hashes, hint, now, tenant)
         late = None if hint is None else self._given_up.pop(hint.session, None)
         came = predecessor or (late if late is not None and late.block_hashes[0] in block_hashes else None)
@@ -61,7 +61,7 @@ class StallTracker:
         return predecessor
 
     def wake(self, block_hashes: Sequence[bytes], request_id: str, hint: Hint | None) -> list[bytes]:
-        """A call asks for `block_hashes`: no longer dropped are these; returns those that had been put first."""
+        """A call asks for `block_hashes`: they are no longer dropped; returns those that had been put first."""
         return self.dropped.wake(block_hashes, request_id if hint is None else lifetime_of(hint))
 
     def _learn_outcome(self, prefix: CachedPrefix, *, came: bool) -> None:
@@ -77,7 +77,7 @@ class StallTracker:
         if not tools and not (hint and hint.expects_tools):
             self.forecast.learn(agent, None, now - predecessor.since_s)
         for tool in tools:
-            if tool.is_open and tool.started_s is not None:  # its end was lost: the next call is one
+            if tool.is_open and tool.started_s is not None:  # its end event was lost: the next call ends it
                 self.forecast.learn(agent, tool.tool, now - tool.started_s)
         if hint is not None and tools:
             over_s = ended_s(predecessor, tools, self.session_of(predecessor))
@@ -85,7 +85,7 @@ class StallTracker:
             self.forecast.learn(role_of(hint), AFTER_TOOLS, 0.0 if is_open or over_s is None else now - over_s)
 
     def start(self, request_id: str, now: float) -> None:
-        """A call has a slot, for the first time or again."""
+        """A call got a slot, for the first time or again."""
         if (prefix := self.prefixes.by_id.get(request_id)) is not None:
             prefix.phase, prefix.since_s = "running", now
 
@@ -106,7 +106,7 @@ class StallTracker:
         return prefix, remaining
 
     def drop(self, prefix: CachedPrefix) -> None:
-        """A claim says that nothing will extend it, and is believed: what only it had may go first."""
+        """A believed claim says that nothing will extend it: its exclusive blocks are reused first."""
         self.prefixes.remove(prefix.id)
         if prefix.claim is None:
             return
@@ -117,7 +117,7 @@ class StallTracker:
         self.dropped.add(role_of(prefix.hint), prefix.claim, lifetime, private)
 
     def give_up(self, prefix: CachedPrefix) -> None:
-        """No call came for so long that none is expected; one that comes after all is learned from."""
+        """The stall has lasted too long for a call to be expected; one that arrives after all is learned from."""
         self.prefixes.remove(prefix.id)
         if prefix.expected_children is None and prefix.hint is not None:
             self._learn_outcome(prefix, came=False)
@@ -127,20 +127,20 @@ class StallTracker:
     # --- what is expected -------------------------------------------------------------------------------
 
     def remaining(self, prefix: CachedPrefix, now: float) -> DurationDistribution:
-        """How long its stall will still last."""
+        """The distribution of its remaining stall."""
         return expected_remaining(
             prefix, self.call_of(prefix), self.session_of(prefix), self.prefixes, self.forecast, now
         )
 
     def has_open_subagents(self, prefix: CachedPrefix) -> bool:
-        """Whether it waits for a sub-agent that will call again: then nobody can say how long."""
+        """Whether it waits for a sub-agent that will call again: its stall has no reliable forecast then."""
         return any(
             subagents.hint is None or subagents.hint.reuse != "final"
             for subagents in self.prefixes.subagents_of(prefix)
         )
 
     def reforecast(self, prefix: CachedPrefix, now: float) -> DurationDistribution:
-        """The same, after something has told more about it."""
+        """The same after an event; the expected return and the deadline of the prefix are updated."""
         remaining, call = self.remaining(prefix, now), self.call_of(prefix)
         prefix.back_s = now + remaining.quantile(0.5)
         prefix.give_up_s = now + give_up_after(
@@ -149,7 +149,7 @@ class StallTracker:
         return remaining
 
     def believed_claim(self, prefix: CachedPrefix) -> Claim | None:
-        """Why nothing will extend it, where such claims have been true."""
+        """Its claim that nothing will extend it, where such claims have been true."""
         claim = prefix.claim
         return claim if claim is not None and self.reuse.is_believed(prefix.hint, claim) else None
 
@@ -196,7 +196,7 @@ class StallTracker:
         return self.stalled_at(call.id)
 
     def stalled_at(self, call_id: str) -> list[CachedPrefix]:
-        """The chains that this call left."""
+        """The stalled prefixes that this call left."""
         call = self._registry.calls.get(call_id)
         return [] if call is None else [c for c in self._stalled(call.hint.session) if self.call_of(c) is call]
 
@@ -204,9 +204,9 @@ class StallTracker:
         return [prefix for prefix in self.prefixes.of_session(session) if prefix.phase == "stalled"]
 
     def call_of(self, prefix: CachedPrefix) -> CallRecord | None:
-        """What the registry knows of its call."""
+        """The registry's record of its call."""
         return None if prefix.hint is None else self._registry.calls.get(prefix.hint.call or prefix.id)
 
     def session_of(self, prefix: CachedPrefix) -> Session | None:
-        """What the registry knows of its session."""
+        """The registry's record of its session."""
         return None if prefix.hint is None else self._registry.sessions.get(prefix.hint.session)

@@ -1,4 +1,4 @@
-"""When the end of a chain on the host will be read again."""
+"""When the end of a prefix on the host will be read again."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_waiting_calls_are_read_in_the_order_of_the_queue() -> None:
     assert own_s == 2.0
 
 
-def test_a_stalled_chain_is_read_when_the_queue_is_through_and_its_agent_back() -> None:
+def test_a_stalled_prefix_is_read_when_the_queue_is_through_and_its_agent_back() -> None:
     engine = Engine()
     engine.add("soon", "stalled", back_s=13.0)
     engine.add("late", "stalled", back_s=40.0)
@@ -92,7 +92,7 @@ def test_what_is_rarely_extended_is_farther_off_in_proportion_up_to_a_hundred_ti
     assert engine.distances("half", {})[1] <= 1_000.0
 
 
-def test_a_chain_that_is_not_stored_yet_has_a_distance_only_for_itself() -> None:
+def test_a_prefix_that_is_not_stored_yet_has_a_distance_only_for_itself() -> None:
     engine = Engine()
     engine.add("own", "stalled", back_s=5.0, stored=0)
     engine.add("other", "stalled", back_s=7.0, stored=0)
@@ -101,7 +101,7 @@ def test_a_chain_that_is_not_stored_yet_has_a_distance_only_for_itself() -> None
     assert (ends, own_s) == ({}, 5.0)
 
 
-def test_a_block_at_which_two_chains_end_is_as_near_as_the_nearer_one() -> None:
+def test_a_block_at_which_two_prefixes_end_is_as_near_as_the_nearer_one() -> None:
     engine = Engine()
     engine.add("one", "waiting")
     engine.prefixes.arrive("two", keys("one"), SURE, 0.0)
@@ -114,7 +114,7 @@ def test_a_block_at_which_two_chains_end_is_as_near_as_the_nearer_one() -> None:
     assert engine.distances("one", {})[0]["one"] == 9.0
 
 
-def test_only_the_end_that_the_host_has_of_a_chain_is_near() -> None:
+def test_only_the_end_that_the_host_has_of_a_prefix_is_near() -> None:
     engine = Engine()
     engine.add("own", "stalled", back_s=5.0, stored=3)
     distance, _ = NextUse().distances(engine.inputs("own", {}, 0.0))

@@ -85,10 +85,10 @@ def test_the_first_in_line_says_what_it_needs_and_the_others_behind_whom_they_wa
     listener.step(5.0, waiting=calls, ranks=ranks)
 
     assert listener.told() == [
-        ("a", "is first in line; needs up to 10 blocks, 7 are free"),
-        ("b", "waits behind a (its tenant has had less of the device); needs up to 11 blocks"),
-        ("c", "waits behind b (it has the longer way to go); needs up to 12 blocks"),
-        ("d", "waits behind c (it came first); needs up to 13 blocks"),
+        ("a", "is at the head of the queue; needs up to 10 blocks, 7 are free"),
+        ("b", "waits behind a (its tenant has had less service); needs up to 11 blocks"),
+        ("c", "waits behind b (it has the longer remaining path); needs up to 12 blocks"),
+        ("d", "waits behind c (it arrived first); needs up to 13 blocks"),
     ]
 
 
@@ -133,7 +133,7 @@ def test_a_bounded_number_of_waits_is_explained(listener: Listener, call: MakeCa
 def test_a_refusal_says_why_what_is_needed_and_what_is_free(listener: Listener, call: MakeCall) -> None:
     listener.explainer.note_skipped(call("a"), "delays", 30, 12, 2.0)
 
-    assert listener.told() == [("a", f"passed over: {REFUSALS['delays']}; needs 30 blocks, 12 are free")]
+    assert listener.told() == [("a", f"skipped: {REFUSALS['delays']}; needs 30 blocks, 12 are free")]
 
 
 def test_a_preempted_call_says_for_whom(listener: Listener, call: MakeCall) -> None:
@@ -144,7 +144,7 @@ def test_a_preempted_call_says_for_whom(listener: Listener, call: MakeCall) -> N
     listener.explainer.note_preempted(one.request_id, [], 3.0)
 
     assert listener.told() == [
-        ("a", "lost its memory: calls before it had to grow"),
+        ("a", "was preempted: calls ahead of it had to grow"),
         ("a", "was swapped out for old, a more senior application"),
     ]
 
@@ -248,7 +248,7 @@ def test_decisions_of_one_moment_are_told_once_each_in_pages_of_one(listener: Li
 def test_a_call_of_unknown_need_waits_all_the_same(listener: Listener, call: MakeCall) -> None:
     listener.explainer.note_waiting([call("a").request_id], [], {}, {}, 7, 1.0)
 
-    assert listener.told() == [("a", "is first in line; needs up to 0 blocks, 7 are free")]
+    assert listener.told() == [("a", "is at the head of the queue; needs up to 0 blocks, 7 are free")]
 
 
 def test_a_tenant_learns_nothing_of_anothers_application(listener: Listener, call: MakeCall) -> None:

@@ -68,7 +68,7 @@ def test_the_log_keeps_the_same_words_about_a_call_once_and_is_bounded():
 
     assert [add("a", "x", 1.0), add("a", "x", 2.0), add("a", "y", 3.0), add("b", "x", 4.0)] == [True, False, True, True]
     words = [entry["words"] for entry in log.view(100.0, call=None, app=None, limit=10)["decisions"]]
-    assert [sentence.partition(";")[0] for sentence in words] == ["passed over: y", "passed over: x"]
+    assert [sentence.partition(";")[0] for sentence in words] == ["skipped: y", "skipped: x"]
     assert [entry["at"] for entry in log.view(100.0, call="b", app=None, limit=10)["decisions"]] == [104.0]
     assert log.view(0.0, call=None, app="other", limit=10)["decisions"] == []
 

@@ -1,4 +1,4 @@
-"""The index of host memory: chains whole, shared once, bounded."""
+"""The index of host memory: prefixes whole, shared once, bounded."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_a_block_under_a_copy_is_not_evicted() -> None:
     assert tier.reserve(prefix("x", 4), 0.0, far) == []
 
 
-def test_the_head_of_a_chain_is_not_evicted_for_its_tail() -> None:
+def test_the_head_of_a_prefix_is_not_evicted_for_its_tail() -> None:
     tier = HostTier(4)
     keys = prefix("a", 8)
     stored(tier, keys[:4])

@@ -83,7 +83,7 @@ def test_of_blocks_as_far_off_the_least_recently_used_goes() -> None:
     assert [tier.known(prefix(name, 1)) for name in "abc"] == [1, 1, 0]
 
 
-def test_touching_stops_where_a_chain_leaves_the_host() -> None:
+def test_touching_stops_where_a_prefix_leaves_the_host() -> None:
     tier = HostTier(3)
     first, second = stored(tier, prefix("k", 2))
     tier.touch([b"k0", b"unknown", b"k1"], 7.0)
@@ -135,7 +135,7 @@ def test_pins_are_counted() -> None:
     assert len(tier.reserve(prefix("new", 1), 0.0, far)) == 1
 
 
-def test_a_chain_grows_from_the_end_that_is_here() -> None:
+def test_a_prefix_grows_from_the_end_that_is_here() -> None:
     tier = HostTier(4)
     stored(tier, prefix("k", 2))
     grown = tier.reserve(prefix("k", 4), 0.0, far)
@@ -188,7 +188,7 @@ def test_slots_are_used_again_before_new_ones() -> None:
 
 
 def broken(**changes: object) -> list[str]:
-    """The rules that do not hold after this was changed in a chain of two blocks."""
+    """The rules that do not hold after this was changed in a prefix of two blocks."""
     tier = HostTier(4)
     first, second = stored(tier, prefix("k", 2))
     match changes:
@@ -213,5 +213,5 @@ def test_the_rules_notice_what_is_wrong() -> None:
     assert "a block is here without the one before it" in broken(parent=None)
     assert broken(children=2) == ["children are miscounted"]
     assert broken(gone=True) == ["a forgotten block is in the index"]
-    assert broken(end=True) == ["the ends of chains are wrong"]
+    assert broken(end=True) == ["the ends of prefixes are wrong"]
     assert broken(free=3) == ["there are more slots than memory"]

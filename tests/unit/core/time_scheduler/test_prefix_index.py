@@ -1,4 +1,4 @@
-"""Which stalled chain a call extends, which blocks are wanted, and what goes beyond the bound."""
+"""Which stalled prefix a call extends, which blocks are wanted, and what goes beyond the bound."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def stalled(prefixes: PrefixIndex, name: str, keys: list[bytes], given: Hint | N
 
 
 @pytest.mark.parametrize(("shared", "is_kin"), [(3, False), (4, True), (5, True), (8, True)])
-def test_a_call_that_shares_half_of_a_stalled_chain_of_its_session_extends_it(shared: int, is_kin: bool) -> None:
+def test_a_call_that_shares_half_of_a_stalled_prefix_of_its_session_extends_it(shared: int, is_kin: bool) -> None:
     prefixes = PrefixIndex()
     stalled(prefixes, "one", blocks("k", 8), hint())
     keys = [*blocks("k", shared), *blocks("other", 4)]
@@ -35,7 +35,7 @@ def test_a_call_that_shares_half_of_a_stalled_chain_of_its_session_extends_it(sh
     assert ("one" in prefixes.by_id) != is_kin
 
 
-def test_of_several_chains_of_its_session_a_call_extends_the_one_it_shares_most_of() -> None:
+def test_of_several_prefixes_of_its_session_a_call_extends_the_one_it_shares_most_of() -> None:
     prefixes = PrefixIndex()
     stalled(prefixes, "half", [*blocks("k", 4), *blocks("x", 4)], hint())
     stalled(prefixes, "most", [*blocks("k", 6), *blocks("y", 2)], hint("s2"))
@@ -55,7 +55,7 @@ def test_a_call_that_runs_is_nobodys_to_extend() -> None:
     assert list(prefixes.by_id) == ["one", "two"]
 
 
-def test_the_longest_chain_that_a_prompt_begins_with_is_extended() -> None:
+def test_the_longest_prefix_that_a_prompt_begins_with_is_extended() -> None:
     prefixes = PrefixIndex()
     stalled(prefixes, "short", blocks("k", 2), hint("x"))
     stalled(prefixes, "long", blocks("k", 4), hint("y"))
@@ -69,7 +69,7 @@ def test_the_longest_chain_that_a_prompt_begins_with_is_extended() -> None:
 
 
 @pytest.mark.parametrize("fan_out", [None, 1, 2, 3])
-def test_a_chain_is_wanted_until_as_many_calls_have_come_as_the_first_of_them_says(fan_out: int | None) -> None:
+def test_a_prefix_is_wanted_until_as_many_calls_have_come_as_the_first_of_them_says(fan_out: int | None) -> None:
     prefixes = PrefixIndex()
     stalled(prefixes, "one", blocks("k", 4), hint())
     for number in range((fan_out or 1) - 1):
@@ -82,7 +82,7 @@ def test_a_chain_is_wanted_until_as_many_calls_have_come_as_the_first_of_them_sa
     assert "one" not in prefixes.by_id
 
 
-def test_a_call_that_left_nothing_leaves_no_chain() -> None:
+def test_a_call_that_left_nothing_leaves_no_prefix() -> None:
     prefixes = PrefixIndex()
     prefixes.arrive("one", blocks("k", 2), hint(), 0.0)
 
@@ -138,7 +138,7 @@ def test_siblings_feed_the_same_join_of_the_same_application_in_other_sessions()
 
 
 @pytest.mark.parametrize("surplus", [-1, 0, 1, 2])
-def test_beyond_the_bound_the_oldest_stalled_chains_go(monkeypatch: pytest.MonkeyPatch, surplus: int) -> None:
+def test_beyond_the_bound_the_oldest_stalled_prefixes_go(monkeypatch: pytest.MonkeyPatch, surplus: int) -> None:
     monkeypatch.setattr("tokencake.time_scheduler.prefixes.MAX_PREFIXES", 4)
     prefixes = PrefixIndex()
     prefixes.arrive("waits", blocks("w", 1), hint(), 0.0)
@@ -148,7 +148,7 @@ def test_beyond_the_bound_the_oldest_stalled_chains_go(monkeypatch: pytest.Monke
     assert [prefix.id for prefix in prefixes.overflow()] == [f"c{number}" for number in range(max(0, surplus))]
 
 
-def test_beyond_the_bound_the_tenant_with_most_stalled_chains_loses(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_beyond_the_bound_the_tenant_with_most_stalled_prefixes_loses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tokencake.time_scheduler.prefixes.MAX_PREFIXES", 2)
     prefixes = PrefixIndex()
     for name, tenant in (("a1", "a::"), ("b1", "b::"), ("b2", "b::"), ("b3", "b::")):
@@ -167,7 +167,7 @@ STEPS = st.lists(
 
 
 @given(STEPS)
-def test_every_block_is_wanted_by_as_many_chains_as_hold_it(trace: list[tuple[str, str, str, int]]) -> None:
+def test_every_block_is_wanted_by_as_many_prefixes_as_hold_it(trace: list[tuple[str, str, str, int]]) -> None:
     prefixes = PrefixIndex()
     for step, name, text, count in trace:
         keys = blocks(text, count)

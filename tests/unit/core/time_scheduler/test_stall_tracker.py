@@ -151,7 +151,7 @@ def test_a_call_that_is_extended_raises_the_chance_and_one_that_is_not_lowers_it
     assert engine.tracker.reuse.probability(hint) < 0.75
 
 
-def test_a_call_that_comes_after_its_chain_was_given_up_is_learned_from() -> None:
+def test_a_call_that_comes_after_its_prefix_was_given_up_is_learned_from() -> None:
     engine = Engine()
     prefix = engine.run("c", now=100.0, took_s=5.0)
     engine.tracker.give_up(prefix)
@@ -161,7 +161,7 @@ def test_a_call_that_comes_after_its_chain_was_given_up_is_learned_from() -> Non
     assert engine.learned(AGENT, None) == seen(400.0)
 
 
-def test_a_prompt_without_the_block_of_its_middle_does_not_extend_a_chain_that_was_given_up() -> None:
+def test_a_prompt_without_the_block_of_its_middle_does_not_extend_a_prefix_that_was_given_up() -> None:
     engine = Engine()
     prefix = engine.run("c", now=100.0, took_s=5.0)
     engine.tracker.give_up(prefix)
@@ -185,7 +185,7 @@ def test_a_call_given_up_learns_the_length_of_its_stall_when_it_comes() -> None:
     assert engine.learned(AGENT, None) == seen(50.0), "once"
 
 
-def test_of_many_chains_given_up_the_oldest_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_many_prefixes_given_up_the_oldest_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tokencake.time_scheduler.stall_tracker.MAX_PREFIXES", 2)
     engine = Engine()
     for name in ("c", "d", "e"):
@@ -251,7 +251,7 @@ def test_a_block_that_another_lifetime_has_used_is_not_given_away_first_though_n
     assert [engine.tracker.dropped.take() for _ in range(3)] == [b"c", b"d", None]
 
 
-def test_dropping_a_chain_is_learned_unless_some_of_its_heirs_have_come() -> None:
+def test_dropping_a_prefix_is_learned_unless_some_of_its_heirs_have_come() -> None:
     engine = Engine()
     prefix = engine.run("c", now=100.0, reuse="final")
     engine.extend(prefix, 120.0)  # refuted
@@ -268,7 +268,7 @@ def test_dropping_a_chain_is_learned_unless_some_of_its_heirs_have_come() -> Non
     assert engine.tracker.reuse.probability(plain.hint) == 0.5, "without a claim nothing is learned of it"
 
 
-def test_the_end_of_a_session_drops_its_stalled_chains_where_such_ends_are_believed() -> None:
+def test_the_end_of_a_session_drops_its_stalled_prefixes_where_such_ends_are_believed() -> None:
     engine = Engine()
     engine.run("c", now=100.0)
     engine.begin("c2", blocks("c2"), Hint(session="s-c", agent="a", node="n"), 110.0)
@@ -279,7 +279,7 @@ def test_the_end_of_a_session_drops_its_stalled_chains_where_such_ends_are_belie
     assert engine.tracker.prefixes.by_id["d"].claim == "over"
 
 
-def test_the_end_of_an_application_drops_the_chains_of_its_own_sessions() -> None:
+def test_the_end_of_an_application_drops_the_prefixes_of_its_own_sessions() -> None:
     engine = Engine()
     engine.run("c", now=100.0, session="app/one", app="app")
     engine.run("d", now=100.0, session="thread", app="app")
@@ -316,7 +316,7 @@ def test_events_change_what_is_expected_and_deadlines_when_it_is_given_up() -> N
     assert engine.tracker.reforecast(prefix, 120.0).quantile(0.5) < 1.0
 
 
-def test_a_chain_without_a_record_of_its_call_is_expected_back_all_the_same() -> None:
+def test_a_prefix_without_a_record_of_its_call_is_expected_back_all_the_same() -> None:
     engine = Engine()
     engine.tracker.arrive("c", blocks("c"), None, 100.0)
     found = engine.tracker.finish("c", blocks("c"), 106.0)
@@ -326,7 +326,7 @@ def test_a_chain_without_a_record_of_its_call_is_expected_back_all_the_same() ->
     assert found[0].give_up_s == pytest.approx(106.0 + max(60.0, 4 * remaining.quantile(0.9)))
 
 
-def test_waits_tell_of_the_stalled_chains_of_their_session() -> None:
+def test_waits_tell_of_the_stalled_prefixes_of_their_session() -> None:
     engine = Engine()
     engine.run("c", now=100.0)
     engine.begin("c2", blocks("c2"), Hint(session="s-c", agent="a"), 106.0)
@@ -336,7 +336,7 @@ def test_waits_tell_of_the_stalled_chains_of_their_session() -> None:
     assert engine.on_event(protocol.Graph("g", {}, ()), 109.0) == ([], [])
 
 
-def test_only_the_chain_that_a_call_left_is_stalled_in_its_tools() -> None:
+def test_only_the_prefix_that_a_call_left_is_stalled_in_its_tools() -> None:
     engine = Engine()
     engine.run("c", now=100.0, session="s")
     engine.run("d", now=110.0, session="s")

@@ -24,7 +24,7 @@ def stalled(prefixes: PrefixIndex, name: str, keys: list[bytes], **fields: objec
     prefixes.stall(name, keys, 1.0)
 
 
-def test_the_call_that_extends_a_chain_ends_its_stall() -> None:
+def test_the_call_that_extends_a_prefix_ends_its_stall() -> None:
     prefixes = PrefixIndex()
     stalled(prefixes, "one", KEYS[:4])
     predecessor = prefixes.arrive("two", KEYS[:6], hint(), 2.0)

@@ -26,7 +26,7 @@ from tokencake_vllm.vllm_adapter.block_view import BlockView
 class Policy:
     """Refuses what it is told to, and remembers what it has seen."""
 
-    rank_reasons = ("it came first",)
+    rank_reasons = ("it arrived first",)
 
     def __init__(self) -> None:
         self.refused: dict[str, Any] = {}

@@ -213,7 +213,7 @@ def test_the_log_says_why_a_call_waits(make_scheduler: Any, make_request: Any, s
     words = {(entry["app"], entry["kind"]): entry["words"] for entry in answer["decisions"]}
 
     assert words["old", "started"].startswith("started after ")
-    assert words["young", "waits"] == "is first in line; needs up to 8 blocks, 3 are free"
+    assert words["young", "waits"] == "is at the head of the queue; needs up to 8 blocks, 3 are free"
     assert words["younger", "waits"].startswith("waits behind young (its application is more senior)")
     assert answer["longest_wait_s"] >= 0
     assert json.loads(json.dumps(answer)) == answer

@@ -168,7 +168,7 @@ def test_empty_blocks_and_such_as_nobody_wants_are_taken_first_and_no_more_than_
 
 
 @pytest.mark.parametrize(("back_s", "gives"), [(21.0, False), (21.1, True), (5.0, False)])
-def test_a_chain_gives_to_one_that_is_needed_in_less_than_half_the_time_less_a_second(
+def test_a_prefix_gives_to_one_that_is_needed_in_less_than_half_the_time_less_a_second(
     back_s: float, gives: bool
 ) -> None:
     engine = Engine(4)
@@ -192,7 +192,7 @@ def test_those_needed_last_give_first_and_a_bounded_number_is_asked(monkeypatch:
     assert ids(engine.queue.reclaimable(mine, 9, 0.0)) == [*ids(blocks["b"]), *ids(blocks["c"])]
 
 
-def test_a_running_chain_and_what_is_not_on_the_host_or_held_gives_nothing() -> None:
+def test_a_running_prefix_and_what_is_not_on_the_host_or_held_gives_nothing() -> None:
     engine = Engine(8)
     later = engine.device.take(keys("later", 4), free=True)
     runs = engine.device.take(keys("runs", 1), free=True)
@@ -207,7 +207,7 @@ def test_a_running_chain_and_what_is_not_on_the_host_or_held_gives_nothing() -> 
     assert runs[0].ref_cnt == 0
 
 
-def test_what_another_chain_wants_too_and_all_before_it_stays() -> None:
+def test_what_another_prefix_wants_too_and_all_before_it_stays() -> None:
     engine = Engine(8)
     later = engine.device.take(keys("later", 4), free=True)
     engine.use_up()

@@ -168,7 +168,7 @@ def test_an_upload_that_fails_is_counted_and_tried_no_more() -> None:
     assert (engine.uploads.has_uploaded("c"), len(engine.uploads), engine.cache.pinned_blocks) == (False, 0, 0)
 
 
-def test_a_chain_that_is_gone_when_its_upload_lands_is_not_due_again() -> None:
+def test_a_prefix_that_is_gone_when_its_upload_lands_is_not_due_again() -> None:
     engine = Engine()
     engine.stalled("c", 9)
     engine.start()
@@ -286,7 +286,7 @@ def test_a_long_piece_is_brought_in_part_if_a_job_fits() -> None:
     assert engine.start() == [], "three are less than a job"
 
 
-def test_where_there_is_no_room_the_chain_is_tried_again_after_some_steps_and_counted_once() -> None:
+def test_where_there_is_no_room_the_prefix_is_tried_again_after_some_steps_and_counted_once() -> None:
     engine = Engine(10)
     engine.stalled("c", 4)
     engine.wait(160)
@@ -299,7 +299,7 @@ def test_where_there_is_no_room_the_chain_is_tried_again_after_some_steps_and_co
     assert engine.start(7 + 2 * RETRY_STEPS) == [4]
 
 
-def test_a_chain_that_finds_no_room_lets_none_behind_it_start() -> None:
+def test_a_prefix_that_finds_no_room_lets_none_behind_it_start() -> None:
     engine = Engine(10)
     engine.stalled("c", 4)
     engine.stalled("d", 1)
@@ -309,7 +309,7 @@ def test_a_chain_that_finds_no_room_lets_none_behind_it_start() -> None:
     assert engine.start(2) == [1], "a step later it is that one's turn"
 
 
-def test_a_chain_that_is_due_twice_keeps_its_turn() -> None:
+def test_a_prefix_that_is_due_twice_keeps_its_turn() -> None:
     engine = Engine(10)
     engine.stalled("c", 4)
     engine.wait(160)

@@ -52,7 +52,7 @@ def set_up(**times: float) -> WakeupTimer:
     return alarm
 
 
-def test_chains_are_due_from_their_time_on_in_its_order() -> None:
+def test_prefixes_are_due_from_their_time_on_in_its_order() -> None:
     alarm = set_up(late=3.0, early=1.0, never=inf, same=3.0)
     assert [alarm.is_due(now) for now in (0.9, 1.0)] == [False, True]
     assert list(alarm.take_due(0.5)) == []
@@ -61,7 +61,7 @@ def test_chains_are_due_from_their_time_on_in_its_order() -> None:
     assert not alarm.is_due(1e9)
 
 
-def test_the_next_time_is_that_of_a_chain_that_is_still_of_interest() -> None:
+def test_the_next_time_is_that_of_a_prefix_that_is_still_of_interest() -> None:
     alarm = set_up(gone=1.0, live=2.0, also=3.0)
 
     assert alarm.next_s(anyone) == 1.0

@@ -51,7 +51,7 @@ class Engine:
 # --- out ----------------------------------------------------------------------------------------------
 
 
-def test_a_chain_is_stored_in_jobs_and_what_the_host_has_only_once() -> None:
+def test_a_prefix_is_stored_in_jobs_and_what_the_host_has_only_once() -> None:
     engine = Engine()
     blocks = engine.device.take(keys("k", 9))
     assert engine.cache.store(keys("k", 9), blocks, 1.0, lambda _: inf, 0.0) == 9
