@@ -164,6 +164,7 @@ def test_empty_blocks_and_such_as_nobody_wants_are_taken_first_and_no_more_than_
     assert found(0) == []
     assert found(3) == [5, 6, ids(nobodys)[1]]
     assert found(4) == [5, 6, *ids(nobodys)[::-1]]
+    assert found(5) == [5, 6, *ids(nobodys)[::-1], wanted[1].block_id]
     assert found(9) == [5, 6, *ids(nobodys)[::-1], *ids(wanted)[::-1]]
 
 

@@ -70,6 +70,13 @@ def test_the_next_time_is_that_of_a_prefix_that_is_still_of_interest() -> None:
     assert alarm.next_s(anyone) is None
 
 
+def test_a_chain_that_is_never_due_is_no_reason_to_wake(timers: list[Timer]) -> None:
+    alarm = set_up(never=inf)
+    assert alarm.next_s(anyone) is None
+    alarm.arm(10.0, anyone)
+    assert timers == []
+
+
 def test_an_engine_that_sleeps_is_woken_when_the_first_is_due(timers: list[Timer]) -> None:
     alarm = set_up(a=15.0)
     alarm.arm(10.0, anyone)

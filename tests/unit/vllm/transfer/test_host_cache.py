@@ -221,6 +221,19 @@ def test_a_call_waits_while_its_prefix_is_on_its_way_and_is_counted_once() -> No
     assert engine.cache.match("s", keys("k", 3), 3) == 0
 
 
+def test_the_copy_of_the_first_block_that_a_call_waits_for_is_urgent() -> None:
+    engine = Engine()
+    engine.store("k", 3)
+    engine.cache.match("r", keys("k", 3), 0)
+    engine.cache.admit("r", keys("k", 3), [1], 1)
+    engine.cache.match("s", keys("k", 3), 1)
+    engine.cache.admit("s", keys("k", 3), [1, 2, 3], 2)
+    engine.cache.match("t", keys("k", 3), 0)
+    jobs, urgent = engine.cache.transfers.drain_jobs()
+
+    assert [job.id for job in jobs if job.id in urgent] == [jobs[0].id]
+
+
 def test_a_call_that_ended_waits_and_matches_no_more() -> None:
     engine = Engine()
     engine.store("k", 3)
