@@ -101,10 +101,10 @@ def is_killed(mutant: Mutant, seconds: dict[str, float], tests_by_line: dict[str
     if "" in tests:  # what runs at import may matter to all that use the file
         tests = {test for found in by_line.values() for test in found}
     ordered = sorted(tests & set(seconds), key=seconds.__getitem__)
-    while sum(seconds[test] for test in ordered) > BUDGET_S:
+    while (total_s := sum(seconds[test] for test in ordered)) > BUDGET_S:
         ordered.pop()
     paths = sorted({test.partition("::")[0] for test in ordered})
-    return bool(ordered) and not passes(paths, Only(ordered), 5 * BUDGET_S, "-x")
+    return bool(ordered) and not passes(paths, Only(ordered), 30 + 3 * int(total_s), "-x")
 
 
 def run(package: str, globs: tuple[str, ...], tests: str, sample: int, given: argparse.Namespace) -> None:
