@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "engine")]
 
 from tokencake_vllm.transfer.block_memory import block_views, host_rows  # noqa: E402  # the path comes first
+from tokencake_vllm.transfer.checksums import Checksums  # noqa: E402
 from tokencake_vllm.transfer.jobs import TransferJob  # noqa: E402
 from tokencake_vllm.transfer.thread_copier import ThreadCopier  # noqa: E402
 
@@ -42,7 +43,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=100, help="of each kind")
     options = parser.parse_args()
     views = block_views({"layer": torch.zeros(BLOCKS, 1, 1, BLOCK_WORDS)}, BLOCKS)
-    copier = ThreadCopier(views, host_rows(views, BLOCKS), checks=False)
+    copier = ThreadCopier(views, host_rows(views, BLOCKS), checksums=Checksums(0, BLOCKS))
     weights = [torch.randn(WIDTH, WIDTH) / WIDTH**0.5 for _ in range(LAYERS)]
     state = torch.randn(32, WIDTH)
     ids, everything = itertools.count(1), tuple(range(BLOCKS))

@@ -30,14 +30,14 @@ def check_copies(report: Report, options: argparse.Namespace) -> None:
     import torch  # noqa: PLC0415  # after vLLM's processes are forked
 
     from benchmarks.gpu import exactness, kv_caches, worlds  # noqa: PLC0415  # they import what `stand_ins` makes
-    from tokencake_vllm.transfer import stream_copier  # noqa: PLC0415  # as above
+    from tokencake_vllm.transfer import copy_lane  # noqa: PLC0415  # as above
 
     if not (options.paper or torch.cuda.is_available()):
         raise SystemExit("there is no CUDA device; --paper checks the logic without one")
     draw = random.Random(options.seed)  # noqa: S311  # repeatable, not secret
     kind: type[worlds.Gpu | worlds.Paper] = worlds.Paper if options.paper else worlds.Gpu
     if options.paper:
-        stream_copier.STAGING_BYTES = 5 * kv_caches.SMALL.row_bytes  # type: ignore[misc]  # jobs of several pieces
+        copy_lane.STAGING_BYTES = 5 * kv_caches.SMALL.row_bytes  # type: ignore[misc]  # jobs of several pieces
     report.attempt(exactness.layouts, kind(draw))
     report.attempt(exactness.order, kind, draw, 10 if options.paper else 40)
     report.attempt(exactness.soak, kind(draw), 100 if options.paper else 1_500)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final, Self
 import torch
 
 from tokencake_vllm.transfer.block_memory import block_views, host_rows, parts_of
+from tokencake_vllm.transfer.checksums import Checksums
 from tokencake_vllm.transfer.jobs import TransferJob, TransferKind, TransferResult
 from tokencake_vllm.transfer.stream_copier import StreamCopier
 
@@ -28,7 +29,8 @@ class Rig:
         self.world, self.caches = world, caches
         self.views = block_views(caches, blocks)
         self.rows = host_rows(self.views, slots)
-        self.copier = StreamCopier(self.views, self.rows, checks=False, cuda=world.cuda, **world.copier_options)
+        checksums = Checksums(1_000, len(self.rows))
+        self.copier = StreamCopier(self.views, self.rows, checksums=checksums, cuda=world.cuda, **world.copier_options)
         self.open = 0
         """Jobs that have not been told as ended."""
         self._jobs = 0

@@ -26,11 +26,13 @@ from tokencake.settings import section
 from tokencake.time_scheduler.host_tier import HostTier
 from tokencake.time_scheduler.settings import TimeSettings
 from tokencake_vllm.component import ErrorContainment
+from tokencake_vllm.transfer.block_memory import block_views
 from tokencake_vllm.transfer.copier import make_copier
 from tokencake_vllm.transfer.host_cache import HostCache
 from tokencake_vllm.transfer.host_memory import shortage
 from tokencake_vllm.transfer.host_size import block_bytes_of, host_slots, unsupported_reason
 from tokencake_vllm.transfer.jobs import Copier, NoCopier, TransferJob, TransferResult
+from tokencake_vllm.transfer.self_check import SelfCheck, self_check
 from tokencake_vllm.transfer.step_messages import NOOP_LOAD, StepJobs, StepReports
 
 if TYPE_CHECKING:
@@ -70,6 +72,8 @@ class TokenCakeConnector(KVConnectorBase_V1, SupportsHMA):
         self._reports: dict[int, tuple[int, float, bool]] = {}
         self._slots = 0
         """Blocks that this worker's host memory holds."""
+        self._self_check: SelfCheck | None = None
+        self._mismatches: tuple[int, ...] = ()
         self._tells_slots = False
         # A failed load must cost time, not the request. vLLM reads this after the connector was made.
         self._kv_transfer_config.kv_load_failure_policy = "recompute"
@@ -168,7 +172,10 @@ class TokenCakeConnector(KVConnectorBase_V1, SupportsHMA):
         if self.cache is not None and isinstance(reports, StepReports):
             if reports.slots is not None:
                 with self._contain_errors:
+                    self.cache.take_self_check(reports.self_check)
                     self.cache.compare_slots(*reports.slots, host_kv_gib=self.settings.host_kv_gib)
+            with self._contain_errors:
+                self.cache.take_mismatches(reports.mismatches)
             for job_id, (ranks, seconds, ok) in reports.done.items():
                 with self._contain_errors:
                     self.cache.transfers.report(job_id, ranks, seconds, ok=ok)
@@ -213,9 +220,18 @@ class TokenCakeConnector(KVConnectorBase_V1, SupportsHMA):
                 gib,
             )
             return 0
-        checks = self.settings.debug_checksums
-        self._copier = make_copier(kv_caches, self._kv_cache_config.num_blocks, slots, checks=checks)
-        return 0 if isinstance(self._copier, NoCopier) else slots
+        every = 1 if self.settings.debug_checksums else self.settings.checksum_every
+        self._copier = make_copier(kv_caches, self._kv_cache_config.num_blocks, slots, checksum_every=every)
+        if isinstance(self._copier, NoCopier):
+            return 0
+        views = block_views(kv_caches, self._kv_cache_config.num_blocks)
+        self._self_check = check = self_check(self._copier, views, slots)
+        if check.problem is not None:
+            logger.error("TokenCake: the self-check of the copies failed: %s", check.problem)
+            self._copier.close()
+            self._copier = NoCopier()
+            return 0
+        return slots
 
     def unregister_kv_caches(self) -> None:
         """End all copies: sleep is about to take the device's memory (from vLLM 0.33 on), which comes back in place."""
@@ -278,15 +294,18 @@ class TokenCakeConnector(KVConnectorBase_V1, SupportsHMA):
 
     def _record(self, done: TransferResult) -> None:
         self._reports[done.job.id] = (1, done.seconds, done.ok)
+        if done.is_mismatch:
+            self._mismatches += (done.job.id,)
         if done.job.request is not None:
             (self._loaded if done.ok else self._failed_loads).add(done.job.request)
 
     def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
         """Reports of the jobs that ended."""
         reports, self._reports = self._reports, {}
-        slots = (self._slots, self._slots) if self._tells_slots else None
+        slots, check = ((self._slots, self._slots), self._self_check) if self._tells_slots else (None, None)
         self._tells_slots = False
-        return StepReports(reports, slots) if reports or slots else None
+        mismatches, self._mismatches = self._mismatches, ()
+        return StepReports(reports, slots, check, mismatches) if reports or slots else None
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Nothing: a request starts only when its whole load has ended."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Final
 
 from vllm.logger import init_logger
@@ -249,7 +250,12 @@ class TokenCakeMixin(_Base):
             before=before,
         )
         state["kv_blocks"] = self.kv_blocks() if tenant is None else self.own_blocks(tenant)
-        state["time"] = {"off": self.offload.off_reason, "host_blocks": self.offload.host_blocks}
+        check = self.offload.self_check
+        state["time"] = {
+            "off": self.offload.off_reason,
+            "host_blocks": self.offload.host_blocks,
+            "self_check": None if check is None else asdict(check),
+        }
         self.offload.describe_sessions(state["sessions"])
         return state
 

@@ -30,6 +30,7 @@ CounterName: TypeAlias = Literal[
     "kv_copied_bytes",
     "kv_copy_seconds",
     "kv_copy_failures",
+    "kv_checksum_mismatches",
     "kv_evictions",
 ]
 CountKey: TypeAlias = tuple[CounterName, *tuple[str, ...]]
@@ -76,6 +77,7 @@ COUNTERS: Final[dict[CounterName, tuple[str, tuple[str, ...]]]] = {
     "kv_copied_bytes": ("Bytes copied, all ranks", ("direction",)),
     "kv_copy_seconds": ("Seconds that copies took", ("direction",)),
     "kv_copy_failures": ("Failed copies, replaced by computing", ("direction",)),
+    "kv_checksum_mismatches": ("Copied blocks with another checksum than their source", ()),
     "kv_evictions": ("Blocks evicted", ("tier",)),
 }
 GAUGES: Final[dict[GaugeName, str]] = {

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from tokencake.protocol.parsing import flag, number, optional, text
+from tokencake.protocol.parsing import count, flag, number, optional, text
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,5 +42,8 @@ class TimeSettings:
     """The upload starts at least this long before that moment. Seconds, default 0.1 (paper: max(0.1 s, 1.25 T))."""
     job_mib: float = optional(number(0.001, 65_536), 64.0)
     """Copies are cut into jobs of this many MiB, so that urgent ones need not wait long. Default 64."""
+    checksum_every: int = optional(count(1_000_000), 1_000)
+    """One copied block in this many is compared with its source by checksum; where they differ, the Time Scheduler
+    turns itself off. Default 1,000; 0: none."""
     debug_checksums: bool = optional(flag, False)
     """Checksum every block on its way out and in; a block that differs fails its copy. Slow. Default false."""

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from tokencake.registry.registry import Registry
     from tokencake_vllm.component import ErrorContainment
     from tokencake_vllm.transfer.host_cache import HostCache
+    from tokencake_vllm.transfer.self_check import SelfCheck
 
 logger = init_logger("vllm.tokencake")
 
@@ -51,6 +52,11 @@ class NoOffload(SchedulerComponent):
     def host_blocks(self) -> int:
         """Blocks that the host has room for."""
         return 0
+
+    @property
+    def self_check(self) -> SelfCheck | None:
+        """What the workers' self-check of the copies found; None until they have told."""
+        return None
 
     @property
     def pinned(self) -> Mapping[str, Sequence[KVCacheBlock]]:
@@ -192,6 +198,11 @@ class TimeComponent(NoOffload):
     def host_blocks(self) -> int:
         """Blocks that the host has room for."""
         return self._cache.tier.capacity
+
+    @property
+    def self_check(self) -> SelfCheck | None:
+        """What the workers' self-check of the copies found; None until they have told."""
+        return self._cache.self_check
 
     @property
     def pinned(self) -> Mapping[str, Sequence[KVCacheBlock]]:

@@ -7,15 +7,11 @@ is one row that holds a block of all layers, so that it can be copied at once.
 from __future__ import annotations
 
 import contextlib
-import zlib
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import torch
-
-if TYPE_CHECKING:
-    from tokencake_vllm.transfer.jobs import TransferJob
 
 PIN_BYTES: Final = 64 * 2**30
 """At most so much is pinned by one call: from 512 GiB on, one registration for all fails on some drivers."""
@@ -125,31 +121,3 @@ def _take_pending_error(device: torch.device | str) -> None:
     """A failed call of the CUDA runtime leaves its error to the next kernel launch: make that launch here."""
     with contextlib.suppress(RuntimeError):
         torch.ones(1, device=device).add_(1)
-
-
-class Checksums:
-    """Of every slot, taken from the device's block on its way out."""
-
-    def __init__(self) -> None:
-        self._by_slot: dict[int, int] = {}
-
-    @staticmethod
-    def of(parts: Iterable[torch.Tensor], index: int) -> int:
-        """The checksum of one block or slot over all layers."""
-        total = 0
-        for part in parts:
-            total = zlib.crc32(part[index].contiguous().cpu().numpy().tobytes(), total)
-        return total
-
-    def check(self, job: TransferJob, views: list[torch.Tensor], slots: list[torch.Tensor]) -> None:
-        """What a copy has left must be what it was to copy.
-
-        Raises:
-            RuntimeError: it is not.
-        """
-        for block, slot in zip(job.blocks, job.slots, strict=True):
-            on_device, on_host = self.of(views, block), self.of(slots, slot)
-            expected = on_device if job.kind == "store" else self._by_slot.get(slot)
-            if not expected == on_device == on_host:
-                raise RuntimeError(f"block {block} and slot {slot} differ after a {job.kind}")
-            self._by_slot[slot] = on_device

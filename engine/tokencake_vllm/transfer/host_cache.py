@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_utils import KVCacheBlock
 
     from tokencake.forecast.costs import CostModel
+    from tokencake_vllm.transfer.self_check import SelfCheck
 
 logger = init_logger("vllm.tokencake")
 
@@ -52,7 +53,9 @@ class HostCache:
         self._matched: dict[str, tuple[int, list[HostBlock]]] = {}
         self._waiting: set[str] = set()
         """Calls that wait while somebody else's copy brings their prefix."""
-        self._mismatch: str | None = None
+        self.self_check: SelfCheck | None = None
+        """What the workers found when they started; None until they have told."""
+        self._off_reason: str | None = None
         self._offloaded_since: dict[str, tuple[int, float]] = {}
         """Blocks of a stalled chain that need not stay on the device, and since when."""
         tier.on_evict = self._count_eviction
@@ -70,12 +73,12 @@ class HostCache:
         """Why nothing is copied any more, or None."""
         if self.transfers.is_broken:
             return f"{MAX_FAILURES} copies in a row failed; the workers' logs say why"
-        return self._mismatch
+        return self._off_reason
 
     @property
     def is_off(self) -> bool:
         """Whether nothing is copied any more."""
-        return self._mismatch is not None or self.transfers.is_broken
+        return self._off_reason is not None or self.transfers.is_broken
 
     def compare_slots(self, fewest: int, most: int, host_kv_gib: float) -> None:
         """The workers tell how many slots of host memory they have: the tier's number, or nothing is copied."""
@@ -83,13 +86,35 @@ class HostCache:
         if fewest == most == capacity:
             return
         have = f"{fewest}" if fewest == most else f"{fewest} to {most}"
-        self._mismatch = f"the workers have host memory for {have} KV blocks, the scheduler counts on {capacity}"
+        reason = f"the workers have host memory for {have} KV blocks, the scheduler counts on {capacity}"
         if not fewest:
-            self._mismatch = (
+            reason = (
                 f"a worker has no host memory for {capacity} KV blocks, and its log says why; "
                 f"`time.host_kv_gib` is {host_kv_gib:g}, less may do"
             )
-        logger.error("TokenCake: the Time Scheduler is off: %s", self._mismatch)
+        self._turn_off(reason)
+
+    def take_self_check(self, found: SelfCheck | None) -> None:
+        """The workers tell what their self-check found."""
+        self.self_check = found
+        if found is not None and found.problem is not None:
+            self._turn_off(f"the self-check of the copies failed: {found.problem}")
+
+    def take_mismatches(self, jobs: Sequence[int]) -> None:
+        """Checksums of these copies differed: nothing that is copied can be trusted.
+
+        Copies from before a reset do not count: their blocks may have been given to others meanwhile.
+        """
+        found = sum(1 for job_id in jobs if self.transfers.is_current(job_id))
+        if found:
+            self.count(("kv_checksum_mismatches",), found)
+            self._turn_off("a copied block had another checksum than its source; the workers' logs say which")
+
+    def _turn_off(self, reason: str) -> None:
+        """Copy nothing any more. The first reason stays."""
+        if self._off_reason is None:
+            self._off_reason = reason
+            logger.error("TokenCake: the Time Scheduler is off: %s", reason)
 
     @property
     def holds_blocks(self) -> bool:

@@ -137,6 +137,11 @@ class InFlightTransfers:
         if copy.reports >= self.world_size:
             self._finish(self._copies.pop(job_id))
 
+    def is_current(self, job_id: int) -> bool:
+        """Whether this copy is under way and was begun after the last reset."""
+        copy = self._copies.get(job_id)
+        return copy is not None and copy.epoch == self._epoch
+
     def reset(self) -> None:
         """What the host holds is void: give back every device block that no worker is writing."""
         self._epoch += 1

@@ -35,6 +35,8 @@ class TransferResult:
     job: TransferJob
     seconds: float
     ok: bool
+    is_mismatch: bool = False
+    """Whether it failed because a checksum differed."""
 
 
 DRAIN_S: Final = 10.0

@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from vllm.logger import init_logger
 
-from tokencake_vllm.transfer.block_memory import Checksums, parts_of
+from tokencake_vllm.transfer.block_memory import parts_of
+from tokencake_vllm.transfer.checksums import ChecksumError, Checksums
 from tokencake_vllm.transfer.jobs import DRAIN_S, TransferJob, TransferResult
 
 logger = init_logger("vllm.tokencake")
@@ -52,11 +53,11 @@ def _leave_the_cores_of_the_computation() -> None:
 class ThreadCopier:
     """Copies on one thread beside the computation: what a call waits for, then uploads, then stores."""
 
-    def __init__(self, views: list[torch.Tensor], rows: torch.Tensor, *, checks: bool) -> None:
+    def __init__(self, views: list[torch.Tensor], rows: torch.Tensor, *, checksums: Checksums) -> None:
         self._views, self._slots = views, parts_of(rows, views)
         # numpy copies on the calling thread; torch would start a team of threads that spin on the computation's cores.
         self._arrays = [(view.numpy(), slots.numpy()) for view, slots in zip(views, self._slots, strict=True)]
-        self._checksums = Checksums() if checks else None
+        self._checksums = checksums
         self._tasks: list[_Task] = []
         self._done: SimpleQueue[TransferResult] = SimpleQueue()
         self._changed = threading.Condition()
@@ -108,11 +109,11 @@ class ThreadCopier:
     def _work(self) -> None:
         _leave_the_cores_of_the_computation()
         while (task := self._next()) is not None:
-            began, is_over, ok = time.perf_counter(), False, True
+            began, is_over, ok, is_mismatch = time.perf_counter(), False, True, False
             try:
                 is_over = self._copy_some(task, began + PIECE_S)
-            except Exception:
-                is_over, ok = True, False
+            except Exception as error:
+                is_over, ok, is_mismatch = True, False, isinstance(error, ChecksumError)
                 logger.exception("TokenCake: a %s of %d blocks failed", task.job.kind, len(task.job.blocks))
             ended = time.perf_counter()
             task.seconds += ended - began
@@ -120,7 +121,7 @@ class ThreadCopier:
             if is_over:
                 with self._changed:
                     self._tasks.remove(task)
-                    self._done.put(TransferResult(task.job, task.seconds, ok))
+                    self._done.put(TransferResult(task.job, task.seconds, ok, is_mismatch))
                     self._changed.notify_all()
 
     def _next(self) -> _Task | None:
@@ -154,6 +155,6 @@ class ThreadCopier:
             if time.perf_counter() >= until:
                 break
         is_over = task.place == len(job.blocks)
-        if is_over and self._checksums is not None and job.kind != "wipe":
+        if is_over and job.kind != "wipe":
             self._checksums.check(job, self._views, self._slots)
         return is_over

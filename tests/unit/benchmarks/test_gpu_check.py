@@ -16,7 +16,7 @@ pytest.importorskip("vllm", reason="the plug-in's tests need vLLM")
 from benchmarks.gpu import exactness
 from benchmarks.gpu.report import FAULT, SLOW, Report
 from benchmarks.gpu.worlds import Paper
-from tokencake_vllm.transfer import stream_copier
+from tokencake_vllm.transfer import copy_lane, stream_copier
 from tokencake_vllm.transfer.slot_transfers import TorchTransfers
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -59,7 +59,7 @@ def test_a_copier_that_leaves_a_block_out_is_a_fault(monkeypatch: pytest.MonkeyP
 
 
 def test_a_piece_that_overtakes_its_staging_buffer_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream_copier, "STAGING_BYTES", 1)
+    monkeypatch.setattr(copy_lane, "STAGING_BYTES", 1)
 
     class Torn(TorchTransfers):
         """Reads the staging row before the gather has filled it."""

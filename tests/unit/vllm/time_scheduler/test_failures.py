@@ -246,7 +246,8 @@ def test_the_time_scheduler_is_off_where_the_workers_count_other_slots(
 def test_as_many_slots_on_every_side_leave_the_time_scheduler_on(bench: Callable[..., Bench]) -> None:
     engine = bench()
     engine.cache.compare_slots(200, 200, host_kv_gib=4.0)
-    assert engine.scheduler.tokencake_state(None, None, 10)["time"] == {"off": None, "host_blocks": 200}
+    found = engine.scheduler.tokencake_state(None, None, 10)["time"]
+    assert found == {"off": None, "host_blocks": 200, "self_check": None}
 
 
 @pytest.mark.parametrize(

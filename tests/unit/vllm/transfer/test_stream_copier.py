@@ -19,8 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.harness.made_up_streams import Device, Event, Stream
-from tokencake_vllm.transfer import block_memory, slot_transfers, stream_copier
+from tokencake_vllm.transfer import block_memory, copy_lane, slot_transfers, stream_copier
 from tokencake_vllm.transfer.block_memory import block_views, new_rows, pin
+from tokencake_vllm.transfer.checksums import Checksums
 from tokencake_vllm.transfer.jobs import TransferJob
 from tokencake_vllm.transfer.slot_transfers import DriverTransfers, TorchTransfers, runs
 from tokencake_vllm.transfer.stream_copier import StreamCopier
@@ -48,12 +49,14 @@ class Immediate:
 class Bench:
     """A device with three layers, each of them by itself, and one copier."""
 
-    def __init__(self, *, checks: bool = False) -> None:
+    def __init__(self, *, every: int = 0) -> None:
         self.device = Device()
         self.layers = {f"layer{n}": torch.full((BLOCKS, 2, 4, 8), -1.0) for n in range(LAYERS)}
         self.views = block_views(self.layers, BLOCKS)
         self.rows = new_rows(self.views, SLOTS, "cpu").zero_()
-        self.copier = StreamCopier(self.views, self.rows, checks=checks, cuda=self.device, spawn=lambda _: None)
+        self.copier = StreamCopier(
+            self.views, self.rows, checksums=Checksums(every, SLOTS), cuda=self.device, spawn=lambda _: None
+        )
 
     def compute(self, block: int, value: float) -> None:
         """A step that the device has been given and that writes a block later."""
@@ -92,7 +95,7 @@ class Bench:
 
 @pytest.fixture(autouse=True)
 def small_staging(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream_copier, "STAGING_BYTES", 3 * LAYERS * 2 * 4 * 8 * 4)
+    monkeypatch.setattr(copy_lane, "STAGING_BYTES", 3 * LAYERS * 2 * 4 * 8 * 4)
 
 
 @pytest.fixture(autouse=True)
@@ -127,7 +130,7 @@ def test_the_computation_waits_for_no_copy() -> None:
 
 
 def test_a_load_is_told_only_when_all_of_it_is_there() -> None:
-    bench = Bench(checks=True)
+    bench = Bench(every=1)
     for block in range(5):
         bench.compute(block, 10.0 * block)
     bench.start(TransferJob(1, "store", (0, 1, 2, 3, 4), (5, 0, 1, 3, 2)))
@@ -169,7 +172,7 @@ def test_before_the_device_s_memory_goes_every_copy_has_ended() -> None:
 
 def test_what_is_queued_is_submitted_before_the_device_s_memory_goes() -> None:
     views = block_views({"layer": torch.zeros(BLOCKS, 2, 4, 8)}, BLOCKS)
-    copier = StreamCopier(views, new_rows(views, SLOTS, "cpu").zero_(), checks=False, cuda=Immediate())
+    copier = StreamCopier(views, new_rows(views, SLOTS, "cpu").zero_(), checksums=Checksums(0, SLOTS), cuda=Immediate())
     for number in range(50):
         copier.start(TransferJob(number, "load", (0, 1, 2, 3), (0, 1, 2, 3)))
     copier.drain()
@@ -192,7 +195,7 @@ def test_a_dead_device_fails_every_copy_and_nothing_raises(monkeypatch: pytest.M
 
 
 def test_a_block_that_changed_on_the_host_fails_its_checksum() -> None:
-    bench = Bench(checks=True)
+    bench = Bench(every=1)
     bench.start(TransferJob(1, "store", (1,), (2,)))
     bench.run()
     bench.rows[2] += 1
@@ -289,7 +292,7 @@ def test_no_more_pieces_are_under_way_than_the_ring_of_ids_has_rows() -> None:
     with bench.device:
         while bench.copier.advance():
             for half in bench.copier._lanes["load"].halves:
-                assert len(half._ends) <= stream_copier.DEPTH
+                assert len(half._ends) <= copy_lane.DEPTH
     assert sorted(done.job.id for done in bench.run()) == list(range(20))
 
 
@@ -304,7 +307,7 @@ def test_a_copier_that_is_closed_leaves_the_rest_undone() -> None:
 
 def test_the_threads_submit_by_themselves_and_end_with_the_copier() -> None:
     bench = Bench()
-    copier = StreamCopier(bench.views, bench.rows, checks=False, cuda=Immediate())
+    copier = StreamCopier(bench.views, bench.rows, checksums=Checksums(0, SLOTS), cuda=Immediate())
     copier.start(TransferJob(1, "store", (1, 2), (3, 4)))
     until = time.monotonic() + 60
     while not (done := copier.finished()):

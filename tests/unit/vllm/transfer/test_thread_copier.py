@@ -14,6 +14,7 @@ import torch
 
 from tokencake_vllm.transfer import thread_copier
 from tokencake_vllm.transfer.block_memory import block_views, host_rows
+from tokencake_vllm.transfer.checksums import Checksums
 from tokencake_vllm.transfer.copier import make_copier
 from tokencake_vllm.transfer.jobs import NoCopier, TransferJob
 from tokencake_vllm.transfer.step_messages import StepReports
@@ -83,7 +84,7 @@ def finish(copier: Any, count: int = 1) -> list[Any]:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_block_comes_back_bit_by_bit(layout: Any) -> None:
     caches = layout()
-    copier = make_copier(caches, BLOCKS, 4, checks=True)
+    copier = make_copier(caches, BLOCKS, 4, checksum_every=1)
     before = [block_of(caches, block) for block in (1, 4)]
     others = [block_of(caches, block) for block in (0, 2, 3)]
     copier.start(TransferJob(1, "store", (1, 4), (3, 0)))
@@ -114,7 +115,7 @@ def test_a_shared_cache_is_copied_once() -> None:
 
 
 def test_a_job_that_cannot_be_done_is_reported_and_the_next_goes_on() -> None:
-    copier = make_copier(separate_layers(), BLOCKS, 4, checks=False)
+    copier = make_copier(separate_layers(), BLOCKS, 4, checksum_every=0)
     copier.start(TransferJob(1, "store", (1,), (99,)))
     copier.start(TransferJob(2, "store", (1,), (2,)))
     assert {done.job.id: done.ok for done in finish(copier, 2)} == {1: False, 2: True}
@@ -124,7 +125,7 @@ def test_a_job_that_cannot_be_done_is_reported_and_the_next_goes_on() -> None:
 def test_a_block_that_changed_on_the_host_fails_its_checksum() -> None:
     views = block_views(separate_layers(), BLOCKS)
     rows = host_rows(views, 4)
-    copier = ThreadCopier(views, rows, checks=True)
+    copier = ThreadCopier(views, rows, checksums=Checksums(1, len(rows)))
     copier.start(TransferJob(1, "store", (1,), (2,)))
     finish(copier)
     rows[2] += 1
@@ -164,7 +165,7 @@ def big_copier(monkeypatch: pytest.MonkeyPatch, blocks: int, *, rests_on: bool =
     monkeypatch.setattr(thread_copier, "time", clock)
     monkeypatch.setattr(thread_copier, "threading", clock)
     views = block_views({"layer": torch.zeros(blocks, 1, 1, 64 * 1_024)}, blocks)
-    return ThreadCopier(views, host_rows(views, blocks), checks=False), clock
+    return ThreadCopier(views, host_rows(views, blocks), checksums=Checksums(0, blocks)), clock
 
 
 @pytest.mark.parametrize("kind", ["store", "load"])
@@ -218,7 +219,7 @@ def test_without_host_memory_every_job_fails_and_nothing_raises() -> None:
     def refuse(*_: Any) -> Any:
         raise MemoryError("no")
 
-    copier = make_copier(separate_layers(), BLOCKS, 4, checks=False, allocate=refuse)
+    copier = make_copier(separate_layers(), BLOCKS, 4, checksum_every=0, allocate=refuse)
     assert isinstance(copier, NoCopier)
     copier.start(TransferJob(1, "store", (1,), (2,)))
     copier.drain()
@@ -227,7 +228,7 @@ def test_without_host_memory_every_job_fails_and_nothing_raises() -> None:
 
 
 def test_a_layout_that_is_not_known_turns_copying_off() -> None:
-    assert isinstance(make_copier({"layer": torch.empty(5, 5)}, 4, 4, checks=False), NoCopier)
+    assert isinstance(make_copier({"layer": torch.empty(5, 5)}, 4, 4, checksum_every=0), NoCopier)
 
 
 def test_reports_of_two_ranks_add_up() -> None:
