@@ -12,6 +12,7 @@ from benchmarks.gpu.report import Report
 from benchmarks.gpu.rig import Rig
 from benchmarks.gpu.worlds import Fault, Gpu, Paper, World
 from tokencake_vllm.transfer.block_memory import pin
+from tokencake_vllm.transfer.self_check import SelfCheck, self_check
 
 BLOCKS: Final = 64
 SOME: Final = 16
@@ -28,6 +29,8 @@ def layouts(report: Report, world: World) -> None:
     draw = world.draw
     for layout in LAYOUTS:
         with _rig(world, layout, slots=48) as rig:
+            # On made-up streams nothing goes on while the self-check waits.
+            check = self_check(rig.copier, rig.views, 48) if world.is_real else SelfCheck(None)
             everything = list(range(BLOCKS))
             blocks, slots, targets = (
                 draw.sample(everything, 40),
@@ -52,7 +55,8 @@ def layouts(report: Report, world: World) -> None:
             is_told = len(done) == 3 and all(each.ok for each in done)  # noqa: PLR2004  # the three jobs
             report.tell(
                 f"layout {layout}",
-                is_told and all(right.values()),
+                is_told and all(right.values()) and check.problem is None,
+                self_check=check.problem or f"{check.blocks} blocks in {check.seconds * 1e3:.1f} ms",
                 **right,
                 views=len(rig.views),
                 block=list(rig.views[0].shape[1:]),

@@ -56,18 +56,14 @@ def connector_config() -> dict[str, Any]:
     }
 
 
-def connector_flags(argv: Sequence[str], *, is_cpu: bool) -> list[str]:
-    """Our connector, unless the user brings one or has switched the Time Scheduler off.
-
-    On other devices than a CPU it has to be asked for with `"enabled": true`: the copies there have run on
-    one device only (`docs/gpu.md`).
-    """
+def connector_flags(argv: Sequence[str]) -> list[str]:
+    """Our connector, unless the user brings one or has switched the Time Scheduler off."""
     if any(arg.split("=")[0].split(".")[0].replace("_", "-") == "--kv-transfer-config" for arg in argv):
         return []
     try:
-        is_on = json.loads(_value_of("--additional-config", argv) or "{}")["tokencake"]["time"].get("enabled", is_cpu)
+        is_on = json.loads(_value_of("--additional-config", argv) or "{}")["tokencake"]["time"].get("enabled", True)
     except (ValueError, KeyError, TypeError, AttributeError):  # what is malformed, the engine names
-        is_on = is_cpu
+        is_on = True
     return ["--kv-transfer-config", json.dumps(connector_config())] if is_on else []
 
 
@@ -104,14 +100,13 @@ def main(argv: Sequence[str]) -> int:
 
     from vllm.entrypoints.cli.serve import ServeSubcommand  # noqa: PLC0415
     from vllm.logger import configure_logging_from_args  # noqa: PLC0415
-    from vllm.platforms import current_platform  # noqa: PLC0415
     from vllm.utils.argparse_utils import FlexibleArgumentParser  # noqa: PLC0415
 
     parser = FlexibleArgumentParser(prog="tokencake")  # type: ignore[no-untyped-call]  # vLLM's
     commands = parser.add_subparsers(dest="subparser", required=True)
     serve = ServeSubcommand()
     serve.subparser_init(commands)
-    connector = connector_flags(argv, is_cpu=current_platform.is_cpu())
+    connector = connector_flags(argv)
     args = parser.parse_args(["serve", *argv, *connector, "--scheduler-cls", SCHEDULER])
     if args.grpc:
         print(

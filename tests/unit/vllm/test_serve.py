@@ -9,8 +9,8 @@ import pytest
 from tokencake_vllm.serve import connector_config, connector_flags
 
 
-def test_the_connector_comes_by_itself_on_a_cpu() -> None:
-    assert connector_flags(["model"], is_cpu=True) == ["--kv-transfer-config", json.dumps(connector_config())]
+def test_the_connector_comes_by_itself() -> None:
+    assert connector_flags(["model"]) == ["--kv-transfer-config", json.dumps(connector_config())]
 
 
 @pytest.mark.parametrize(
@@ -25,15 +25,9 @@ def test_the_connector_comes_by_itself_on_a_cpu() -> None:
     ],
 )
 def test_not_beside_another_and_not_when_switched_off(argv: list[str]) -> None:
-    assert connector_flags(["model", *argv], is_cpu=True) == []
+    assert connector_flags(["model", *argv]) == []
 
 
 @pytest.mark.parametrize("config", ["{", "[]", '{"tokencake": 1}', '{"tokencake": {"space": {}}}', "{}"])
 def test_what_is_malformed_is_left_for_the_engine_to_name(config: str) -> None:
-    assert connector_flags(["--additional-config", config], is_cpu=True) != []
-
-
-def test_on_other_devices_it_has_to_be_asked_for() -> None:
-    asked = ["--additional-config", '{"tokencake": {"time": {"enabled": true}}}']
-    assert connector_flags(["model"], is_cpu=False) == []
-    assert connector_flags(["model", *asked], is_cpu=False) != []
+    assert connector_flags(["--additional-config", config]) != []
