@@ -77,7 +77,8 @@ def order(report: Report, kind: type[Gpu | Paper], draw: random.Random, rounds: 
         report.tell(name, not wrong, wrong=wrong, of=rounds)
         with _rig(kind(draw, fault)) as rig:
             wrong = sum(not is_right(rig, turn) for turn in range(CONTROL_ROUNDS))
-        report.tell(f"control: {name}", wrong == CONTROL_ROUNDS, fault=fault, wrong=wrong, of=CONTROL_ROUNDS)
+        # Now and then the device happens to be late enough: most rounds must be wrong, not all.
+        report.tell(f"control: {name}", 2 * wrong > CONTROL_ROUNDS, fault=fault, wrong=wrong, of=CONTROL_ROUNDS)
 
 
 def _old_and_new(turn: int) -> tuple[list[int], list[int]]:
