@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -175,20 +176,24 @@ class Streams:
         return result
 
 
-def test_sampled_copies_on_streams_are_compared_as_they_were_when_the_job_ran() -> None:
-    engine = Streams()
+@pytest.fixture
+def engine() -> Iterator[Streams]:
+    streams = Streams()
+    yield streams
+    streams.copier.close()
+
+
+def test_sampled_copies_on_streams_are_compared_as_they_were_when_the_job_ran(engine: Streams) -> None:
     stored = engine.finish(TransferJob(1, "store", (5, 6, 7), (0, 1, 2)))
     loaded = engine.finish(TransferJob(2, "load", (8, 9), (0, 2)))
     assert (stored.ok, stored.is_mismatch, loaded.ok) == (True, False, True)
 
 
-def test_a_sampled_slot_with_other_bytes_fails_its_copy_as_a_mismatch() -> None:
-    engine = Streams()
+def test_a_sampled_slot_with_other_bytes_fails_its_copy_as_a_mismatch(engine: Streams) -> None:
     result = engine.finish(TransferJob(1, "store", (5, 6), (0, 1)), lambda: engine.rows[0].add_(1))
     assert (result.ok, result.is_mismatch) == (False, True)
     assert engine.finish(TransferJob(2, "store", (5, 6), (0, 1))).ok, "the buffer is free again"
 
 
-def test_a_slot_outside_the_sample_is_not_compared() -> None:
-    engine = Streams()
+def test_a_slot_outside_the_sample_is_not_compared(engine: Streams) -> None:
     assert engine.finish(TransferJob(1, "store", (5, 6), (1, 3)), lambda: engine.rows[1].add_(1)).ok
