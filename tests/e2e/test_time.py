@@ -231,6 +231,13 @@ def test_sleep_clears_the_host_cache_and_the_engine_wakes_up(engine: OfflineEngi
     assert same(before, after)
 
 
+def test_the_self_check_of_the_worker_was_told(engine: OfflineEngine) -> None:
+    found = engine.state()["time"]
+    assert found["off"] is None
+    assert found["self_check"]["problem"] is None
+    assert found["self_check"]["blocks"] > 0
+
+
 def test_no_error_was_contained(engine: OfflineEngine) -> None:
     counts = {tuple(key): count for key, count in engine.rpc("tokencake_metrics")["counts"]}
     assert counts.get(("errors",), 0) == 0
