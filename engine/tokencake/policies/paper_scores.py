@@ -29,7 +29,7 @@ def request_score(call: LiveRequest, first_app_s: float, now: float) -> float:
     depth, fan_out = hint.depth or 0, max(1, hint.fan_out or 1)
     remaining, deepest = hint.remaining or 0, max(1, hint.max_depth or 1)
     similarity = 1.0 / fan_out
-    place, rest = min(1.0, depth / deepest), min(1.0, remaining / deepest)
+    depth_share, remaining_share = min(1.0, depth / deepest), min(1.0, remaining / deepest)
     elapsed_s, waited_s = now - call.app.first_seen_s, now - call.arrived_s
     structure = (
         100 * (depth if hint.importance is None else hint.importance)
@@ -49,9 +49,9 @@ def request_score(call: LiveRequest, first_app_s: float, now: float) -> float:
     )
     ageing = (
         6 * min(call.app.first_seen_s - first_app_s, 60)
-        + 5 * min(elapsed_s, 300) * (1 + 0.75 * rest)
-        + 8 * min(waited_s, 180) * (1 + 0.5 * rest)
-        + 5 * min(elapsed_s, 240) * place
+        + 5 * min(elapsed_s, 300) * (1 + 0.75 * remaining_share)
+        + 8 * min(waited_s, 180) * (1 + 0.5 * remaining_share)
+        + 5 * min(elapsed_s, 240) * depth_share
     )
     return structure + synchronisation + ageing
 

@@ -199,9 +199,9 @@ class AppTracker:
 
     def _expected_tokens(self, role: Role, hint: Hint | None, max_tokens: int) -> int:
         learned = self.lengths.quantile(role, self._quantile)
-        told = hint.expected_output_tokens if hint is not None else None
+        claimed = hint.expected_output_tokens if hint is not None else None
         # A measured length outweighs a claimed one, and no output exceeds its limit.
-        known = learned if learned is not None else told
+        known = learned if learned is not None else claimed
         return min(_UNKNOWN_TOKENS if known is None else known, max_tokens)
 
     # --- where a call is in its application ---------------------------------------------------------
@@ -224,8 +224,8 @@ class AppTracker:
             or node not in path_costs.remaining_s
             or (hint.remaining is not None and not path_costs.is_described)
         ):
-            told_s = (hint.remaining or 0) * graph_stats.call_s
-            return replace(branch, remaining_s=told_s), told_s
+            claimed_s = (hint.remaining or 0) * graph_stats.call_s
+            return replace(branch, remaining_s=claimed_s), claimed_s
         # The expected rounds of a cycle, less those that the application has had.
         rounds = {other: app.visits[node_key[0], other] - (other == node) for other in path_costs.cycle(node)}
         service_s, gaps_s = path_costs.service_s[node], path_costs.remaining_s[node] - path_costs.service_s[node]

@@ -128,7 +128,7 @@ def _median(remaining: DurationDistribution) -> float:
 
 def give_up_after(remaining: DurationDistribution, deadlines_s: Iterable[float | None]) -> float:
     """Seconds after which no call is expected any more: the latest deadline, else a multiple of the late quantile."""
-    told = [seconds for seconds in deadlines_s if seconds is not None]
-    if told:
-        return min(GIVE_UP_MAX_S, max(told))
+    known_s = [seconds for seconds in deadlines_s if seconds is not None]
+    if known_s:
+        return min(GIVE_UP_MAX_S, max(known_s))
     return min(GIVE_UP_MAX_S, max(GIVE_UP_MIN_S, GIVE_UP_TIMES * remaining.quantile(0.9)))

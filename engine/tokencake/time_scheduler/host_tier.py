@@ -38,9 +38,9 @@ Distance: TypeAlias = Callable[[HostBlock], float]
 """Distance of the next use of a block at the end of a prefix; `inf` where none is expected. The farthest goes first."""
 
 
-def leading(keys: Sequence[bytes], is_here: Callable[[bytes], bool]) -> int:
-    """Number of leading keys that are here, by bisection: where prefixes are only shortened at their end."""
-    return bisect_left(keys, True, key=lambda key: not is_here(key))
+def leading(block_hashes: Sequence[bytes], is_here: Callable[[bytes], bool]) -> int:
+    """Number of leading blocks that are here, by bisection: where prefixes are only shortened at their end."""
+    return bisect_left(block_hashes, True, key=lambda key: not is_here(key))
 
 
 class HostTier:
@@ -67,18 +67,18 @@ class HostTier:
 
     # --- look ---------------------------------------------------------------------------------------
 
-    def known(self, keys: Sequence[bytes]) -> int:
-        """Number of leading blocks of the prefix `keys` that are here or on their way here."""
-        return leading(keys, self._blocks.__contains__)
+    def known(self, block_hashes: Sequence[bytes]) -> int:
+        """Number of leading blocks of the prefix `block_hashes` that are here or on their way here."""
+        return leading(block_hashes, self._blocks.__contains__)
 
-    def loadable(self, keys: Sequence[bytes]) -> int:
-        """Number of leading blocks of the prefix `keys` that can be loaded now: they are stored in order."""
-        return leading(keys, lambda key: (block := self._blocks.get(key)) is not None and block.is_ready)
+    def loadable(self, block_hashes: Sequence[bytes]) -> int:
+        """Number of leading blocks of the prefix `block_hashes` that can be loaded now: they are stored in order."""
+        return leading(block_hashes, lambda key: (block := self._blocks.get(key)) is not None and block.is_ready)
 
-    def ready(self, keys: Sequence[bytes]) -> list[HostBlock]:
-        """The leading blocks of `keys`, any part of a prefix, that can be loaded now."""
+    def ready(self, block_hashes: Sequence[bytes]) -> list[HostBlock]:
+        """The leading blocks of `block_hashes`, any part of a prefix, that can be loaded now."""
         found = []
-        for key in keys:
+        for key in block_hashes:
             block = self._blocks.get(key)
             if block is None or not block.is_ready:
                 break
@@ -88,18 +88,18 @@ class HostTier:
     # --- store --------------------------------------------------------------------------------------
 
     def reserve(
-        self, keys: Sequence[bytes], now_s: float, distance: Distance, *, own_distance: float = -inf
+        self, block_hashes: Sequence[bytes], now_s: float, distance: Distance, *, own_distance: float = -inf
     ) -> list[HostBlock]:
-        """Take slots for the blocks of the prefix `keys` that are not here, in order, as far as there is room.
+        """Take slots for the blocks of the prefix `block_hashes` that are not here, in order, as far as there is room.
 
         Blocks are evicted only where their next use is farther than `own_distance`. The returned blocks are pinned and
         not ready: copy, then `settle`.
         """
-        first = self.known(keys)
-        missing = keys[first:]
+        first = self.known(block_hashes)
+        missing = block_hashes[first:]
         if not missing:
             return []
-        anchor = self._blocks[keys[first - 1]] if first else None
+        anchor = self._blocks[block_hashes[first - 1]] if first else None
         if anchor is not None:
             anchor.pins += 1  # it may be an end, and must not be evicted for its own child
         if len(missing) > self.free_slots:
@@ -163,18 +163,18 @@ class HostTier:
             if not block.pins and block.is_gone:
                 self._free.append(block.slot)
 
-    def touch(self, keys: Iterable[bytes], now_s: float) -> None:
-        """The prefix `keys` was used now."""
-        for key in keys:
+    def touch(self, block_hashes: Iterable[bytes], now_s: float) -> None:
+        """The prefix `block_hashes` was used now."""
+        for key in block_hashes:
             block = self._blocks.get(key)
             if block is None:
                 break
             block.used_s = now_s
 
-    def hit(self, keys: Sequence[bytes]) -> None:
-        """A call found the prefix `keys` on the device."""
-        known = self.known(keys)
-        block = self._blocks[keys[known - 1]] if known else None
+    def hit(self, block_hashes: Sequence[bytes]) -> None:
+        """A call found the prefix `block_hashes` on the device."""
+        known = self.known(block_hashes)
+        block = self._blocks[block_hashes[known - 1]] if known else None
         while block is not None and not block.was_hit:  # the blocks before a hit block are hit too
             block.was_hit = True
             block = block.parent

@@ -61,7 +61,7 @@ def test_within_its_bin_only_what_is_left_of_it_counts() -> None:
     middle = (low + high) / 2
     remaining = one_bin(40).given_elapsed(middle)
 
-    # Half of the bin is outlived, so a 20th of that half goes to what nobody has seen; the rest is still in the bin.
+    # Half of the bin is outlived, so a 20th of that half goes to durations never seen; the rest is still in the bin.
     assert remaining.cdf(high - middle) == pytest.approx(1.0, abs=0.05)
     assert 0.0 < remaining.quantile(0.5) < high - middle
 

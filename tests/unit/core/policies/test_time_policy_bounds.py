@@ -43,7 +43,7 @@ QUIET: dict[str, Any] = {
 
 
 def finished(**changed: Any) -> FinishedRequest:
-    """A call of 100 blocks that nobody has on the host, on a device of 1,000 of which 300 are free."""
+    """A call of 100 blocks, none of them on the host, on a device of 1,000 of which 300 are free."""
     pressure = {name: changed.pop(name) for name in tuple(changed) if name in QUIET}
     inputs = PaperInputs(**{**QUIET, **pressure})
     usual = FinishedRequest(

@@ -131,7 +131,7 @@ def test_a_loop_costs_its_expected_rounds_less_those_that_were_had() -> None:
 
     assert rounds[0].remaining_s == pytest.approx(6 * 3 + 5, rel=0.2)
     assert rounds[3].remaining_s == pytest.approx(3 * 3 + 5, rel=0.2)
-    # Rounds that nobody expected: at least this one, and the report, are to come.
+    # Unexpected rounds: at least this one, and the report, are to come.
     assert rounds[8].remaining_s >= 2.0
 
 
@@ -234,7 +234,7 @@ def test_the_critical_path_is_found_anew_when_a_branch_ends(learned: Engine) -> 
     assert not learned.is_critical(left)
     learned.end(right, is_aborted=True)
 
-    assert learned.slack() == {"left": None}  # nobody else feeds the join any more
+    assert learned.slack() == {"left": None}  # no other branch feeds the join any more
 
 
 def test_a_call_behind_a_join_has_no_siblings(learned: Engine) -> None:

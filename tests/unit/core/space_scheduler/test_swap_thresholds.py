@@ -81,13 +81,13 @@ def test_of_the_calls_that_are_enough_the_smallest_gives_way(call: MakeCall) -> 
     assert chosen(old, 8, running, ["old", "c"]) == [small]
 
 
-@pytest.mark.parametrize(("kept", "gives_way"), [(1, True), (2, True), (3, False)])
-def test_the_most_senior_applications_are_never_swapped_out(call: MakeCall, kept: int, gives_way: bool) -> None:
+@pytest.mark.parametrize(("kept", "is_victim"), [(1, True), (2, True), (3, False)])
+def test_the_most_senior_applications_are_never_swapped_out(call: MakeCall, kept: int, is_victim: bool) -> None:
     first, second, third = call("first"), call("second", now=1.0), call("third", now=2.0)
     settings = SpaceSettings(swap_oldest=3, swap_from=kept)
     apps = ["first", "second", "third"]
 
-    assert chosen(first, 5, [SwapCandidate(third, 10, 0, 1_000)], apps, settings) == ([third] if gives_way else [])
+    assert chosen(first, 5, [SwapCandidate(third, 10, 0, 1_000)], apps, settings) == ([third] if is_victim else [])
     assert chosen(second, 5, [SwapCandidate(second, 10, 0, 1_000)], apps, settings) == [], "nor its own"
     assert chosen(third, 5, [SwapCandidate(second, 10, 0, 1_000)], apps, settings) == []
 
