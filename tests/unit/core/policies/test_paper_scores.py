@@ -73,6 +73,7 @@ def test_ages_count_more_the_more_is_left_and_the_deeper_the_call_is(call: Calla
         5 * 10 * (1 + 0.75 * 0.5) + 8 * 10 * (1 + 0.5 * 0.5)
     )
     assert request_score(deep, 0.0, 10.0) - request_score(deep, 0.0, 0.0) == pytest.approx(50 + 80 + 5 * 10 * 0.25)
+    assert request_score(deep, 0.0, 240.0) - request_score(deep, 0.0, 230.0) == pytest.approx(50 + 5 * 10 * 0.25)
     assert request_score(deep, 0.0, 250.0) - request_score(deep, 0.0, 240.0) == pytest.approx(5 * 10), "no more place"
     assert request_score(beyond, 0.0, 10.0) - request_score(beyond, 0.0, 0.0) == pytest.approx(
         50 * 1.75 + 80 * 1.5 + 50

@@ -191,6 +191,16 @@ def test_of_a_session_in_use_the_oldest_call_that_is_over_goes() -> None:
     assert registry.counts["forgotten", "session"] == 0
 
 
+def test_graphs_beyond_the_memory_are_forgotten_and_counted() -> None:
+    registry = Registry(Limits(kept_mib=1.0))
+    for name in ("g", "h"):
+        registry.apply(protocol.Graph(name, {}, ()), 100.0)
+    registry._accounts.add("", "graph", "h", MIB - registry._accounts.total_bytes + 1)
+    run(registry, "c", "s")
+
+    assert (list(registry.graphs), registry.counts["forgotten", "graph"]) == ([], 2)
+
+
 def test_a_forgotten_session_is_no_longer_its_applications() -> None:
     registry = Registry(Limits(sessions=1))
     run(registry, "c", "a/one", app="a")
@@ -228,6 +238,10 @@ def test_a_page_looks_at_as_many_records_as_is_allowed(count: int, is_last: bool
     page = page_of(records(count), 10, is_wanted=lambda _: False)
 
     assert (page.next_s is None, page.entries) == (is_last, [])
+
+
+def test_records_weigh_one_each_where_nothing_is_said() -> None:
+    assert len(page_of(records(MAX_WEIGHT - 1), MAX_WEIGHT).entries) == MAX_WEIGHT - 1
 
 
 def test_records_weigh_up_to_the_weight_of_a_page() -> None:
