@@ -22,8 +22,8 @@ RUNS = (
     ("code-writer", "priority", "--apps", "6", "--kv-blocks", "900"),
     ("supervisor", "stock+host", "--apps", "8", "--kv-blocks", "900", "--qps", "2"),
     ("mixed", "stock", "--apps", "12", "--kv-blocks", "1600"),
-    ("code-writer", "ours", "--apps", "6", "--kv-blocks", "900"),
-    ("mixed", "ours", "--apps", "12", "--kv-blocks", "1600"),
+    ("code-writer", "default", "--apps", "6", "--kv-blocks", "900"),
+    ("mixed", "default", "--apps", "12", "--kv-blocks", "1600"),
 )
 UNCOMPARED = ("arguments", "wall_s", "simulated_s_per_s")
 

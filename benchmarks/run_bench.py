@@ -18,7 +18,7 @@ from typing import Any
 from benchmarks.report.page import BOUNDS, COMPARED, PARTS, TTFT, write_page
 from benchmarks.report.pictures import OVER_TIME
 from benchmarks.report.published import QPS
-from tokencake_sim import PROFILES, Options, generate, policy_named, simulate
+from tokencake_sim import PROFILES, RunOptions, generate, policy_named, simulate
 from tokencake_sim.simulate import ESTIMATES, Estimates
 from tokencake_sim.workload.arrivals import Arrivals
 
@@ -73,10 +73,12 @@ def sweep() -> list[Case]:
         Case("code-writer", 1.0, "", variant="host-20-gib", host_gib=20.0),
         Case("code-writer", 1.0, "", variant="link-4-gbps", link_gbps=4.0),
     ]
-    cases += [replace(case, policy=policy) for case in varied for policy in ("stock+host", "ours")]
+    cases += [replace(case, policy=policy) for case in varied for policy in ("stock+host", "default")]
     cases += [replace(case, policy="time") for case in varied if case.variant in ("host-20-gib", "tool-noise-0.5")]
-    # stock and a store on the host know no estimates: these vary ours alone.
-    cases += [Case("code-writer", 1.0, "ours", variant=f"estimates-{kind}", estimates=kind) for kind in ESTIMATES[1:]]
+    # stock and a store on the host know no estimates: these vary the default alone.
+    cases += [
+        Case("code-writer", 1.0, "default", variant=f"estimates-{kind}", estimates=kind) for kind in ESTIMATES[1:]
+    ]
     slow_link = Case("code-writer", min(QPS), "", variant="link-4-gbps", link_gbps=4.0)
     return cases + [replace(slow_link, policy=policy) for policy in TTFT]
 
@@ -84,7 +86,7 @@ def sweep() -> list[Case]:
 def run(case: Case) -> dict[str, Any]:
     """Metrics and timeline of one run."""
     workload = generate(case.workload, count=case.apps, qps=case.qps, seed=case.seed, arrivals=case.arrivals)
-    options = Options(
+    options = RunOptions(
         seed=case.seed,
         tool_noise=case.tool_noise,
         estimates=case.estimates,

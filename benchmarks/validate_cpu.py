@@ -24,7 +24,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokencake_sim import PROFILES, App, Node, Options, Prefix, Tool, Workload, policy_named, simulate
+from tokencake_sim import PROFILES, App, Node, Prefix, RunOptions, Tool, Workload, policy_named, simulate
 from tokencake_sim.capture.calibrate import MeasuredStep, fit, mean_error
 from tokencake_sim.clients.applications import Applications
 from tokencake_sim.device.clock import Clock
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from tokencake.protocol import Event, Hint
-    from tokencake_sim.clients.calls import Call
+    from tokencake_sim.clients.calls import SimCall
     from tokencake_sim.device.profiles import Profile
 
 PROFILE = PROFILES["cpu-smollm2-135m"]
@@ -111,7 +111,7 @@ class RealEngine:
         self.steps: list[MeasuredStep] = []
         self.hits: dict[str, int] = {}
         self._answers: dict[str, list[int]] = {}
-        self._calls: dict[str, Call] = {}
+        self._calls: dict[str, SimCall] = {}
         self._load = StepLoad(0, 0, 0)
         self._watch()
 
@@ -129,7 +129,7 @@ class RealEngine:
 
         scheduler.schedule = watched_schedule
 
-    def submit(self, call: Call, hint: Hint | None) -> None:
+    def submit(self, call: SimCall, hint: Hint | None) -> None:
         """Take a call; its prompt holds what the model has really answered before."""
         del hint
         from vllm import SamplingParams  # noqa: PLC0415  as above
@@ -144,7 +144,7 @@ class RealEngine:
             SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=len(call.answer), detokenize=False),
         )
 
-    def tell(self, event: Event) -> None:
+    def send(self, event: Event) -> None:
         """Stock vLLM hears no events."""
 
     def run(self, workload: Workload) -> float:
@@ -182,7 +182,7 @@ def compare(real: RealEngine, profile: Profile, seed: int) -> dict[str, Any]:
     began_s, before = time.perf_counter(), len(real.steps)
     real_s = real.run(workload)
     wall_s = time.perf_counter() - began_s
-    result = simulate(workload, profile, policy_named("stock"), Options())
+    result = simulate(workload, profile, policy_named("stock"), RunOptions())
     hits = {f"{call['app']}/{call['node']}": call["device_hit_tokens"] for call in result.timeline["calls"]}
     simulated_s = result.metrics["makespan_s"]
     return {

@@ -26,7 +26,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "engine"), str(ROOT / "proxy")]
 
 from benchmarks.validate_cpu import CONFIG, MAKESPAN_TOLERANCE, PROFILE, small_workload  # noqa: E402  # the path first
 from tokencake_cli.processes import Processes, engine_command, free_port  # noqa: E402
-from tokencake_sim import Options, policy_named, simulate  # noqa: E402
+from tokencake_sim import RunOptions, policy_named, simulate  # noqa: E402
 from tokencake_sim.capture.calibrate import fit, read_steps  # noqa: E402
 from tokencake_sim.engine.build import quiet_vllm  # noqa: E402
 from tokencake_sim.workload.tokens import texts_of, token_ids  # noqa: E402
@@ -102,7 +102,7 @@ class Clients:
 
 def compare(real_s: float, hits: dict[str, int], profile: Profile, workload: Workload) -> dict[str, Any]:
     """One workload through the simulator, beside what was measured."""
-    result = simulate(workload, profile, policy_named("stock"), Options())
+    result = simulate(workload, profile, policy_named("stock"), RunOptions())
     simulated = {f"{call['app']}/{call['node']}": call["device_hit_tokens"] for call in result.timeline["calls"]}
     return {
         "calls": len(simulated),

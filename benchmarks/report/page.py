@@ -21,11 +21,11 @@ Runs = dict[tuple[str, float, str], Metrics]
 PARTS: Final = ("priority", "time", "space", "space+host")
 """Policies at some rates of the published sweep."""
 BOUNDS: Final = ("no-recompute", "unlimited")
-COMPARED: Final = ("stock", "stock+host", "paper", "ours")
+COMPARED: Final = ("stock", "stock+host", "paper", "default")
 """Policies on every workload and variation."""
-VARIED: Final = ("stock+host", "time", "ours")
+VARIED: Final = ("stock+host", "time", "default")
 """Policies on the variations of code-writer."""
-TTFT: Final = ("stock+host", "time", "ours")
+TTFT: Final = ("stock+host", "time", "default")
 """Policies whose first tokens after a tool are compared."""
 
 
@@ -84,8 +84,8 @@ def _code_writer(plain: Runs) -> str:
     head = ["QPS", *(f"{qps:g}" for qps in QPS)]
     ratios = [
         [
-            f"`ours` / `{base}`",
-            *(_ratio(plain.get(("code-writer", qps, "ours")), plain.get(("code-writer", qps, base))) for qps in QPS),
+            f"`default` / `{base}`",
+            *(_ratio(plain.get(("code-writer", qps, "default")), plain.get(("code-writer", qps, base))) for qps in QPS),
         ]
         for base in COMPARED[:-1]
     ]
@@ -191,7 +191,7 @@ _MECHANISM: Final[tuple[tuple[str, Callable[[Metrics], float], str], ...]] = (
 
 
 def _mechanism(plain: Runs) -> str:
-    names = ("stock", "stock+host", "paper", "time", "space", "ours", *BOUNDS)
+    names = ("stock", "stock+host", "paper", "time", "space", "default", *BOUNDS)
     runs = {name: plain[key] for name in names if (key := ("code-writer", QPS[-1], name)) in plain}
     if not runs:
         return ""
@@ -209,22 +209,22 @@ def _others(plain: Runs) -> str:
         [
             f"{workload}, QPS {qps:g}",
             *(_cell(plain.get((workload, qps, name))) for name in COMPARED),
-            _ratio(plain.get((workload, qps, "ours")), plain.get((workload, qps, "stock+host"))),
+            _ratio(plain.get((workload, qps, "default")), plain.get((workload, qps, "stock+host"))),
         ]
         for workload, qps in keys
     ]
-    head = ["workload", *(f"`{name}`" for name in COMPARED), "`ours` / `stock+host`"]
+    head = ["workload", *(f"`{name}`" for name in COMPARED), "`default` / `stock+host`"]
     return "\n".join(["## Other workloads\n", _table(head, rows)]) if rows else ""
 
 
 def _kinds(plain: Runs) -> str:
     """What each class of traffic in a mixture gets."""
     mixed = {name: run for name in COMPARED if (run := plain.get(("mixed", QPS[-1], name))) is not None}
-    if "stock+host" not in mixed or "ours" not in mixed:
+    if "stock+host" not in mixed or "default" not in mixed:
         return ""
     rows = []
     for kind, base in mixed["stock+host"]["kinds"].items():
-        ours = mixed["ours"]["kinds"][kind]
+        ours = mixed["default"]["kinds"][kind]
         latencies = (f"{run['kinds'][kind]['app_latency_s']['mean']:.0f}" for run in mixed.values())
         pairs = [(run["app_latency_s"]["mean"], run["ttft_s"]["p95"]) for run in (ours, base)]
         ratio = " / ".join(f"{mine / its:.2f}" for mine, its in zip(*pairs, strict=True))
@@ -266,11 +266,11 @@ def _robustness(runs: list[Metrics]) -> str:
         [
             variant,
             *(_cell(varied.get((variant, name))) for name in VARIED),
-            _ratio(varied.get((variant, "ours")), varied.get((variant, "stock+host"))),
+            _ratio(varied.get((variant, "default")), varied.get((variant, "stock+host"))),
         ]
         for variant in variants
     ]
-    head = ["variation", *(f"`{name}`" for name in VARIED), "`ours` / `stock+host`"]
+    head = ["variation", *(f"`{name}`" for name in VARIED), "`default` / `stock+host`"]
     return "\n".join(["## Code-writer at QPS 1.0, varied\n", _table(head, rows)]) if rows else ""
 
 
@@ -281,7 +281,7 @@ def _after_tools(runs: list[Metrics]) -> str:
         for run in runs
         if run["workload"] == "code-writer" and run["qps"] == QPS[0]
     }
-    variants = sorted({variant for variant, name in found if name == "ours"})
+    variants = sorted({variant for variant, name in found if name == "default"})
     rows = [
         [
             variant,

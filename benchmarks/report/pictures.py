@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 Metrics = dict[str, Any]
 
-LINES: Final = ("stock", "stock+host", "paper", "ours")
+LINES: Final = ("stock", "stock+host", "paper", "default")
 """Policies of the latency picture."""
-OVER_TIME: Final = ("stock", "stock+host", "ours")
+OVER_TIME: Final = ("stock", "stock+host", "default")
 """Policies whose run at the highest rate is shown over time."""
 _PICTURED_SAMPLES: Final = 80
 

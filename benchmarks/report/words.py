@@ -30,7 +30,7 @@ POLICIES: Final = """\
 | `stock+host` | stock with 100 GiB of host memory: stores what finishes, loads on a hit, forgets the least recent |
 | `priority` | vLLM's priority policy, older application first, most work left first inside it; no host memory |
 | `paper` | the published schedulers, both, with their constants, on the same host memory |
-| `ours` | TokenCake with its defaults: Space and Time Scheduler, on the same host memory |
+| `default` | TokenCake with its defaults: Space and Time Scheduler, on the same host memory |
 | `time` | the Time Scheduler alone |
 | `space`, `space+host` | the Space Scheduler alone, without host memory and on that of `stock+host` |
 | `no-recompute` | bound: stock, where computing again a prefix that was lost takes no time |
@@ -62,7 +62,7 @@ RECORDED: Final = """\
 of an engine or a proxy, or a file with the answer to `GET /v1/tokencake/state`, or with a list of its pages.
 
 - A call builds on the one before it in its session if its prompt is no shorter. What the prompt has more than that
-  context counts as new text, results of tools included: the state does not tell them apart.
+  context counts as new text, results of tools included: the state does not send them apart.
 - An answer that the next prompt is too short for, or of which the cache knew nothing, was not sent back as it was
   (`keeps_answer: false`).
 - All tools of a call are one, from the first start to the last end. Agents inside it are found by `parent_call`.

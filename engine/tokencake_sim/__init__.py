@@ -3,7 +3,7 @@
 from tokencake_sim.device.profiles import PROFILES, Profile
 from tokencake_sim.errors import DeadlockError, NeverFitsError, SimulationError, UnknownPolicyError, WorkloadError
 from tokencake_sim.policies import POLICIES, policy_named
-from tokencake_sim.simulate import Options, Result, simulate
+from tokencake_sim.simulate import Result, RunOptions, simulate
 from tokencake_sim.workload.generators import GENERATORS, generate
 from tokencake_sim.workload.load import load_workload
 from tokencake_sim.workload.model import App, Node, Prefix, Tool, Workload
@@ -16,10 +16,10 @@ __all__ = [
     "DeadlockError",
     "NeverFitsError",
     "Node",
-    "Options",
     "Prefix",
     "Profile",
     "Result",
+    "RunOptions",
     "SimulationError",
     "Tool",
     "UnknownPolicyError",

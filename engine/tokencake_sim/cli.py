@@ -18,7 +18,7 @@ from tokencake_sim.device.profiles import PROFILES
 from tokencake_sim.engine.build import quiet_vllm
 from tokencake_sim.errors import DeadlockError, SimulationError, WorkloadError
 from tokencake_sim.policies import POLICIES, Policy, policy_named
-from tokencake_sim.simulate import ESTIMATES, Options, simulate
+from tokencake_sim.simulate import ESTIMATES, RunOptions, simulate
 from tokencake_sim.workload.arrivals import ARRIVALS
 from tokencake_sim.workload.generators import GENERATORS, generate
 from tokencake_sim.workload.load import load_workload, to_json
@@ -144,7 +144,7 @@ def _workload(arguments: argparse.Namespace) -> Workload:
 
 
 def _run(arguments: argparse.Namespace, workload: Workload, policy: Policy) -> int:
-    options = Options(
+    options = RunOptions(
         seed=arguments.seed,
         tool_noise=arguments.tool_noise,
         estimates=arguments.estimates,

@@ -1,4 +1,4 @@
-"""Which schedulers can be compared? A policy says how the engine is built; everything else stays the same."""
+"""Policies that can be compared: each says how the engine is built; everything else stays the same."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from tokencake_sim.errors import UnknownPolicyError
 if TYPE_CHECKING:
     from vllm.v1.core.sched.scheduler import Scheduler
 
-    from tokencake_sim.clients.calls import Call
+    from tokencake_sim.clients.calls import SimCall
     from tokencake_sim.device.worker import Links, Worker
 
 
 Settings: TypeAlias = Mapping[str, Mapping[str, bool | float | str]]
-"""What the plug-in is set to, by section: `{"space": {...}, "time": {...}}`."""
+"""Settings of the plug-in by section: `{"space": {...}, "time": {...}}`."""
 
 
 @dataclass(frozen=True, slots=True)
 class HostMemory:
-    """How KV comes to the host and back."""
+    """The connector that copies KV to the host and back, and the model of its worker."""
 
     connector: Callable[[int], ConnectorSpec]
-    """The connector for so many blocks of host memory."""
+    """The connector for a number of host blocks."""
     worker: Callable[[Links, int], Worker]
-    """Models its worker side, with the bytes of a block."""
+    """Models its worker side, for a link and the bytes of a block."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,23 +39,33 @@ class Policy:
     name: str
     summary: str
     settings: Settings | None = None
-    """Of the TokenCake scheduler, which is off in the sections that are not there; None for vLLM's own scheduler."""
+    """Settings of TokenCake's scheduler by section, a missing section being off; None for vLLM's own scheduler."""
     host: HostMemory | None = None
     vllm_policy: Literal["fcfs", "priority"] = "fcfs"
-    priority_of: Callable[[Call], int] | None = None
+    priority_of: Callable[[SimCall], int] | None = None
     kv_blocks: int | None = None
     """In place of the profile's."""
     is_recompute_free: bool = False
 
     def scheduler(self, is_async: bool) -> type[Scheduler]:
-        """The class, for async scheduling or not; it brings its settings along."""
-        return _stock(is_async) if self.settings is None else _tokencake(is_async, self.settings)
+        """The scheduler class, with async scheduling or without."""
+        return _stock(is_async) if self.settings is None else _tokencake(is_async)
+
+    def additional_config(self) -> dict[str, Any]:
+        """What `--additional-config` of a real engine would be: a section that is not there is off."""
+        if self.settings is None:
+            return {}
+        sections = {
+            name: {"enabled": True, **self.settings[name]} if name in self.settings else {"enabled": False}
+            for name in ("space", "time")
+        }
+        return {"tokencake": sections}
 
     def set_to(self, settings: Settings) -> Policy:
         """The same policy with `settings` over its own.
 
         Raises:
-            SettingsError: this is vLLM's own scheduler, or a section of ours that the policy leaves off.
+            SettingsError: the policy has no such section: it is vLLM's own scheduler, or leaves the section off.
         """
         for section in settings:
             if self.settings is None or section not in self.settings:
@@ -67,7 +77,7 @@ class Policy:
         return replace(self, settings={name: {**own[name], **settings.get(name, {})} for name in own})
 
     def make_worker(self, links: Links, block_bytes: int) -> Worker:
-        """The modelled worker of the connector, or one that has nothing to do."""
+        """The modelled worker of the connector; one that does nothing where there is no connector."""
         return NoWorker() if self.host is None else self.host.worker(links, block_bytes)
 
 
@@ -78,49 +88,39 @@ def _stock(is_async: bool) -> type[Scheduler]:
     return AsyncScheduler if is_async else Scheduler
 
 
-def _tokencake(is_async: bool, settings: Settings) -> type[Scheduler]:
+def _tokencake(is_async: bool) -> type[Scheduler]:
     from tokencake_vllm.scheduler import TokenCakeAsyncScheduler, TokenCakeScheduler  # noqa: PLC0415  as above
 
-    base: Any = TokenCakeAsyncScheduler if is_async else TokenCakeScheduler
-    sections = {
-        name: {"enabled": True, **settings[name]} if name in settings else {"enabled": False}
-        for name in ("space", "time")
-    }
-
-    def configured(self: Any, *args: Any, **kwargs: Any) -> None:
-        kwargs["vllm_config"].additional_config = {"tokencake": sections}
-        base.__init__(self, *args, **kwargs)
-
-    return type(base.__name__, (base,), {"__init__": configured})
+    return TokenCakeAsyncScheduler if is_async else TokenCakeScheduler
 
 
-def _time_connector(host_blocks: int) -> ConnectorSpec:
+def _tokencake_connector(host_blocks: int) -> ConnectorSpec:
     return ConnectorSpec("TokenCakeConnector", "tokencake_vllm.connector", (("host_blocks", host_blocks),))
 
 
-def _time_worker(links: Links, block_bytes: int) -> Worker:
-    from tokencake_sim.device.time_worker import TimeWorker  # noqa: PLC0415  imports vLLM
+def _transfer_model(links: Links, block_bytes: int) -> Worker:
+    from tokencake_sim.device.time_worker import TransferModel  # noqa: PLC0415  imports vLLM
 
-    return TimeWorker(links, block_bytes)
-
-
-def _host_tier(host_blocks: int) -> ConnectorSpec:
-    return ConnectorSpec("HostTier", "tokencake_sim.baseline.lru_connector", (("host_blocks", host_blocks),))
+    return TransferModel(links, block_bytes)
 
 
-def _host_tier_worker(links: Links, block_bytes: int) -> Worker:
-    from tokencake_sim.baseline.lru_worker import HostTierWorker  # noqa: PLC0415  imports vLLM
-
-    return HostTierWorker(links, block_bytes)
+def _lru_connector(host_blocks: int) -> ConnectorSpec:
+    return ConnectorSpec("LruOffloadConnector", "tokencake_sim.baseline.lru_connector", (("host_blocks", host_blocks),))
 
 
-def _oldest_application_first(call: Call) -> int:
-    """Lowest first, as vLLM takes them: the older application, in it the call with most left to do."""
+def _lru_transfer_model(links: Links, block_bytes: int) -> Worker:
+    from tokencake_sim.baseline.lru_worker import LruTransferModel  # noqa: PLC0415  imports vLLM
+
+    return LruTransferModel(links, block_bytes)
+
+
+def _oldest_application_first(call: SimCall) -> int:
+    """Priority for vLLM, lowest first: older applications first, in each the call with most work left."""
     return int(call.app.arrival_s * 1_000) * 100_000 - call.place.remaining_tokens
 
 
-OUR_TIER: Final = HostMemory(_time_connector, _time_worker)
-LRU_TIER: Final = HostMemory(_host_tier, _host_tier_worker)
+TOKENCAKE_HOST: Final = HostMemory(_tokencake_connector, _transfer_model)
+LRU_HOST: Final = HostMemory(_lru_connector, _lru_transfer_model)
 UNLIMITED_BLOCKS: Final = 60_000
 
 POLICIES: Final = {
@@ -129,53 +129,53 @@ POLICIES: Final = {
         Policy("stock", "vLLM as it is: FCFS, prefix caching, chunked prefill"),
         Policy(
             "stock+host",
-            "stock with a host tier: stores every finished call, LRU, loads on a hit, coalesced",
-            host=LRU_TIER,
+            "stock with host memory: stores every finished call, LRU, loads on a hit, coalesced",
+            host=LRU_HOST,
         ),
         Policy(
             "priority",
-            "vLLM's priority policy: older application first, most remaining work first inside it",
+            "vLLM's priority policy: older application first, in it the call with most work left",
             vllm_policy="priority",
             priority_of=_oldest_application_first,
         ),
         Policy("plugin", "the TokenCake scheduler with both of its parts off: decides as stock", {}),
         Policy(
-            "ours",
-            "TokenCake: our Space and our Time Scheduler",
+            "default",
+            "TokenCake with its defaults: Space and Time Scheduler",
             {"space": {}, "time": {}},
-            host=OUR_TIER,
+            host=TOKENCAKE_HOST,
         ),
-        Policy("time", "ours in part: the Time Scheduler", {"time": {}}, OUR_TIER),
-        Policy("space", "ours in part: the Space Scheduler, no host memory", {"space": {}}),
+        Policy("time", "default in part: the Time Scheduler", {"time": {}}, TOKENCAKE_HOST),
+        Policy("space", "default in part: the Space Scheduler, no host memory", {"space": {}}),
         Policy(
             "space+host",
-            "ours in part: the Space Scheduler on the host tier of stock+host",
+            "default in part: the Space Scheduler on the host memory of stock+host",
             {"space": {}},
-            host=LRU_TIER,
+            host=LRU_HOST,
         ),
         Policy(
             "paper",
             "the published schedulers: score, memory partition, gate, upload lead",
             {"space": {"policy": "paper"}, "time": {"policy": "paper"}},
-            host=OUR_TIER,
+            host=TOKENCAKE_HOST,
         ),
         Policy(
             "paper-time",
             "paper in part: the gate, score and upload lead of the Time Scheduler",
             {"time": {"policy": "paper"}},
-            host=OUR_TIER,
+            host=TOKENCAKE_HOST,
         ),
         Policy(
             "paper-space+host",
             "paper in part: the request score and memory partition on the host tier of stock+host",
             {"space": {"policy": "paper"}},
-            host=LRU_TIER,
+            host=LRU_HOST,
         ),
         Policy(
             "time-lru",
             "time with least-recently-used replacement",
             {"time": {"policy": "lru"}},
-            host=OUR_TIER,
+            host=TOKENCAKE_HOST,
         ),
         Policy(
             "unlimited",
@@ -191,12 +191,17 @@ POLICIES: Final = {
 }
 
 
+FORMER_NAMES: Final = {"ours": "default"}
+"""Names that policies had, and that are still understood."""
+
+
 def policy_named(name: str) -> Policy:
     """The policy of this name.
 
     Raises:
         UnknownPolicyError: there is none; the message lists those that there are.
     """
+    name = FORMER_NAMES.get(name, name)
     if name not in POLICIES:
         raise UnknownPolicyError(name, POLICIES)
     return POLICIES[name]

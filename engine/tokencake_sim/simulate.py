@@ -34,7 +34,7 @@ FIXED_TOKENS: Final = 1_024
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class RunOptions:
     """What varies a run. None leaves a value as the workload or the profile has it."""
 
     seed: int = 0
@@ -58,7 +58,7 @@ class Result:
     trace: tuple[tuple[float, int, int], ...]
 
 
-def simulate(workload: Workload, profile: Profile, policy: Policy, options: Options | None = None) -> Result:
+def simulate(workload: Workload, profile: Profile, policy: Policy, options: RunOptions | None = None) -> Result:
     """Run `workload` to its end.
 
     Raises:
@@ -66,10 +66,10 @@ def simulate(workload: Workload, profile: Profile, policy: Policy, options: Opti
         DeadlockError: nothing runs, something waits and no event is pending.
     """
     quiet_vllm()
-    options = options or Options()
+    options = options or RunOptions()
     limits = _limits(profile, policy, options)
     check_fits(workload, limits)
-    workload = _perturbed(workload, options)
+    workload = _with_noise(workload, options)
     host_bytes = profile.host_bytes if options.host_bytes is None else options.host_bytes
     links = Links.of(options.link_bytes_per_s or profile.link_bytes_per_s)
     scheduler_class = policy.scheduler(limits.async_scheduling)
@@ -77,9 +77,9 @@ def simulate(workload: Workload, profile: Profile, policy: Policy, options: Opti
     if connector is not None:
         import_module(connector.module)  # before the clock is lent, or the connector would keep the real one
 
-    from tokencake_sim.engine.loop import Engine  # noqa: PLC0415
-    from tokencake_sim.measure.kv_occupancy import Ledger  # noqa: PLC0415  these three import vLLM, which must be quiet by then
-    from tokencake_sim.measure.step_recorder import Recorder  # noqa: PLC0415
+    from tokencake_sim.engine.loop import EngineLoop  # noqa: PLC0415
+    from tokencake_sim.measure.kv_occupancy import KVOccupancy  # noqa: PLC0415  these import vLLM, which must be quiet by then
+    from tokencake_sim.measure.step_recorder import StepRecorder  # noqa: PLC0415
 
     clock = Clock()
     with virtual_time(clock):
@@ -88,44 +88,44 @@ def simulate(workload: Workload, profile: Profile, policy: Policy, options: Opti
             limits,
             policy=policy.vllm_policy,
             connector=connector,
+            additional_config=policy.additional_config(),
         )
-        ledger = Ledger(scheduler, clock)
-        recorder = Recorder(
+        occupancy = KVOccupancy(scheduler, clock)
+        recorder = StepRecorder(
             clock,
             profile.cost,
-            ledger,
-            lambda: applications.stalled.values(),  # noqa: PLW0108  `applications` is built below
+            occupancy,
             block_tokens=limits.block_tokens,
             sample_s=options.sample_s,
             is_recompute_free=policy.is_recompute_free,
         )
-        engine = Engine(
+        engine = EngineLoop(
             scheduler,
             policy.make_worker(links, profile.block_bytes),
             clock,
             recorder,
-            ledger,
             vocabulary=limits.model.vocabulary,
             priority_of=policy.priority_of,
         )
         applications = Applications(
             workload, clock, engine, limits.model.vocabulary, partial(_expected_output, options)
         )
+        recorder.stalled = applications.stalled.values
         engine.run(lambda: applications.is_over, applications.take_answer)
-        ledger.settle()
+        occupancy.account()
         metrics = report(
             applications=applications,
             recorder=recorder,
-            ledger=ledger,
+            occupancy=occupancy,
             links=links,
             decisions=_decisions(scheduler),
             makespan_s=clock.now_s,
         )
     head = {"workload": workload.name, "profile": profile.name, "policy": policy.name, "seed": options.seed}
-    return Result({**head, **metrics}, timeline(applications, ledger), tuple(recorder.trace))
+    return Result({**head, **metrics}, timeline(applications, occupancy), tuple(recorder.trace))
 
 
-def _limits(profile: Profile, policy: Policy, options: Options) -> EngineLimits:
+def _limits(profile: Profile, policy: Policy, options: RunOptions) -> EngineLimits:
     return EngineLimits(
         model=profile.model,
         kv_blocks=options.kv_blocks or policy.kv_blocks or profile.kv_blocks,
@@ -171,17 +171,17 @@ def check_fits(workload: Workload, limits: EngineLimits) -> None:
                 )
 
 
-def _perturbed(workload: Workload, options: Options) -> Workload:
+def _with_noise(workload: Workload, options: RunOptions) -> Workload:
     """The workload with its estimates and its true tool times as `options` want them."""
-    return replace(workload, apps=tuple(_perturbed_app(app, options) for app in workload.apps))
+    return replace(workload, apps=tuple(_app_with_noise(app, options) for app in workload.apps))
 
 
-def _perturbed_app(app: App, options: Options) -> App:
+def _app_with_noise(app: App, options: RunOptions) -> App:
     draw = random.Random(f"{options.seed}/{app.id}/tools")  # noqa: S311  repeatable, not secret
-    return replace(app, nodes=tuple(_perturbed_node(node, options, draw) for node in app.nodes))
+    return replace(app, nodes=tuple(_node_with_noise(node, options, draw) for node in app.nodes))
 
 
-def _perturbed_node(node: Node, options: Options, draw: random.Random) -> Node:
+def _node_with_noise(node: Node, options: RunOptions, draw: random.Random) -> Node:
     # Both are drawn for every node, so that one option does not change what the other draws.
     error, noise = draw.lognormvariate(0.0, ESTIMATE_SIGMA), draw.lognormvariate(0.0, options.tool_noise)
     if node.tool is None:
@@ -197,7 +197,7 @@ def _perturbed_node(node: Node, options: Options, draw: random.Random) -> Node:
     return replace(node, tool=tool)
 
 
-def _expected_output(options: Options, app: App, node: Node) -> int | None:
+def _expected_output(options: RunOptions, app: App, node: Node) -> int | None:
     match options.estimates:
         case "none":
             return None

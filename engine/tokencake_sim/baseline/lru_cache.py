@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_utils import BlockHash
 
 
-class HostBlocks:
+class LruHostCache:
     """Which blocks the host holds, least recently used first."""
 
     def __init__(self, capacity: int) -> None:

@@ -18,8 +18,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 
-from tokencake_sim.baseline.lru_cache import HostBlocks
-from tokencake_sim.baseline.lru_worker import Copies, Stored
+from tokencake_sim.baseline.lru_cache import LruHostCache
+from tokencake_sim.baseline.lru_worker import LruStepJobs, LruStepReports
 
 if TYPE_CHECKING:
     import torch
@@ -40,13 +40,13 @@ class _Store:
     blocks: list[KVCacheBlock]
 
 
-class HostTier(KVConnectorBase_V1, SupportsHMA):
+class LruOffloadConnector(KVConnectorBase_V1, SupportsHMA):
     """Scheduler side of the tier. Extra configuration: `host_blocks`."""
 
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         extra = self._kv_transfer_config.kv_connector_extra_config
-        self.host = HostBlocks(int(extra["host_blocks"]))
+        self.host = LruHostCache(int(extra["host_blocks"]))
         self.counts: Counter[str] = Counter()
         self._block_tokens = vllm_config.cache_config.block_size
         self._requests: dict[str, Request] = {}
@@ -55,7 +55,7 @@ class HostTier(KVConnectorBase_V1, SupportsHMA):
         self._keys_loading: Counter[BlockHash] = Counter()
         self._stores: dict[int, _Store] = {}
         self._store_ids = 0
-        self._next = Copies()
+        self._next = LruStepJobs()
         self._manager: KVCacheManager | None = None
 
     @property
@@ -156,7 +156,7 @@ class HostTier(KVConnectorBase_V1, SupportsHMA):
         for name in sorted(scheduler_output.preempted_req_ids or ()):
             if name in self._requests:
                 self._store_preempted(self._requests[name])
-        jobs, self._next = self._next, Copies()
+        jobs, self._next = self._next, LruStepJobs()
         return jobs
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
@@ -165,7 +165,7 @@ class HostTier(KVConnectorBase_V1, SupportsHMA):
             keys = self._loading.pop(name)
             self.host.unpin(keys)
             self._keys_loading -= Counter(keys)
-        if isinstance(connector_output.kv_connector_worker_meta, Stored):
+        if isinstance(connector_output.kv_connector_worker_meta, LruStepReports):
             for job in connector_output.kv_connector_worker_meta.jobs:
                 store = self._stores.pop(job)
                 self.host.arrive(store.keys)
@@ -183,7 +183,7 @@ class HostTier(KVConnectorBase_V1, SupportsHMA):
     # --- the worker side is modelled ------------------------------------------------------------------
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
-        """Never called: `HostTierWorker` stands for it."""
+        """Never called: `LruTransferModel` stands for it."""
         raise NotImplementedError
 
     def wait_for_layer_load(self, layer_name: str) -> None:

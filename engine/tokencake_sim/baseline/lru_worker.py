@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(slots=True)
-class Copies(KVConnectorMetadata):
+class LruStepJobs(KVConnectorMetadata):
     """Jobs of one step: id and number of blocks."""
 
     to_host: list[tuple[int, int]] = field(default_factory=list)
@@ -23,7 +23,7 @@ class Copies(KVConnectorMetadata):
 
 
 @dataclass(slots=True)
-class Stored(KVConnectorWorkerMetadata):
+class LruStepReports(KVConnectorWorkerMetadata):
     """Jobs to the host that are done."""
 
     jobs: list[int]
@@ -33,8 +33,8 @@ class Stored(KVConnectorWorkerMetadata):
         raise NotImplementedError(f"one modelled worker cannot be joined with {other}")
 
 
-class HostTierWorker:
-    """Times the copies of `HostTier`."""
+class LruTransferModel:
+    """Times the copies of `LruOffloadConnector`."""
 
     def __init__(self, links: Links, block_bytes: int) -> None:
         self._links = links
@@ -44,7 +44,7 @@ class HostTierWorker:
 
     def start(self, metadata: KVConnectorMetadata | None, now_s: float, computed_s: float) -> None:
         """Queue the jobs of a step; a copy to the host reads what earlier steps write, one from it starts at once."""
-        if not isinstance(metadata, Copies):
+        if not isinstance(metadata, LruStepJobs):
             return
         for store, blocks in metadata.to_host:
             self._finish_at(self._links.to_host.copy(blocks * self._block_bytes, computed_s), store)
@@ -68,7 +68,7 @@ class HostTierWorker:
         if not loads and not stores:
             return None
         return KVConnectorOutput(
-            finished_recving=loads or None, kv_connector_worker_meta=Stored(stores) if stores else None
+            finished_recving=loads or None, kv_connector_worker_meta=LruStepReports(stores) if stores else None
         )
 
     @property

@@ -1,4 +1,4 @@
-"""Which call of a past run followed which? What the state does not tell is concluded from times and prompt lengths.
+"""Which call of a past run followed which? What the state does not send is concluded from times and prompt lengths.
 
 A call builds on the one before it in its session, if its prompt is no shorter. It came after the calls of other
 sessions of its application that were just over when it arrived.
@@ -66,8 +66,8 @@ def links_of(group: Sequence[PastCall]) -> dict[str, Link]:
         previous = next((other for other in reversed(own) if other.finished_s <= call.arrived_s), None)
         extends = previous is not None and call.prompt_tokens >= previous.prompt_tokens
         latest = teams.setdefault(None if parent is None else parent.id, {})
-        team = [other for session, other in latest.items() if session != call.session]
-        found[call.id] = Link(parent, previous, extends, _waited_for(call, previous, team))
+        siblings = [other for session, other in latest.items() if session != call.session]
+        found[call.id] = Link(parent, previous, extends, _waited_for(call, previous, siblings))
         own.append(call)
         latest[call.session] = call
     return found
@@ -83,11 +83,11 @@ def _parents(group: Sequence[PastCall]) -> dict[str, PastCall | None]:
     return found
 
 
-def _waited_for(call: PastCall, previous: PastCall | None, team: Sequence[PastCall]) -> tuple[PastCall, ...]:
-    """Of `team`, the newest call of each other session: those over last, if `call` can have waited for them."""
+def _waited_for(call: PastCall, previous: PastCall | None, siblings: Sequence[PastCall]) -> tuple[PastCall, ...]:
+    """Of `siblings`, the newest call of each other session: those over last, if `call` can have waited for them."""
     over = [
         other
-        for other in team
+        for other in siblings
         if other.over_s <= call.arrived_s and (previous is None or other.arrived_s >= previous.over_s)
     ]
     newest_s = max((other.arrived_s for other in over), default=0.0)

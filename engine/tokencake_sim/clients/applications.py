@@ -1,4 +1,4 @@
-"""What do the applications do while the engine runs? Wait for predecessors, call, run tools, tell the engine, go on."""
+"""What do the applications do while the engine runs? Wait for predecessors, call, run tools, send the engine, go on."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Final, Protocol
 
 from tokencake.protocol import AppEnd, Event, SessionEnd, ToolEnd, ToolStart
-from tokencake_sim.clients.calls import Call
-from tokencake_sim.clients.hints import call_id, graph_id, graph_of, hint_of, sessions_of, tool_call_id
-from tokencake_sim.workload.graph import Place, places
+from tokencake_sim.clients.calls import SimCall
+from tokencake_sim.clients.hints import call_id, graph_id, make_graph, make_hint, sessions_of, tool_call_id
+from tokencake_sim.workload.graph import NodePosition, places
 from tokencake_sim.workload.tokens import Texts, texts_of, token_ids
 
 if TYPE_CHECKING:
@@ -26,13 +26,13 @@ Expect = Callable[["App", "Node"], "int | None"]
 """How many tokens a client says beforehand that the answer will have; None where it does not say."""
 
 
-class Port(Protocol):
+class EngineClient(Protocol):
     """The engine, as its clients see it."""
 
-    def submit(self, call: Call, hint: Hint | None) -> None:
+    def submit(self, call: SimCall, hint: Hint | None) -> None:
         """Take a call."""
 
-    def tell(self, event: Event) -> None:
+    def send(self, event: Event) -> None:
         """Take an event."""
 
 
@@ -42,7 +42,7 @@ class _Run:
 
     app: App
     started_s: float
-    places: dict[str, Place]
+    places: dict[str, NodePosition]
     texts: dict[str, Texts]
     sessions: dict[str, str]
     max_depth: int
@@ -56,13 +56,13 @@ class _Run:
 class Applications:
     """All applications of a workload, driven by the clock and by the answers of the engine."""
 
-    def __init__(self, workload: Workload, clock: Clock, port: Port, vocabulary: int, expect: Expect) -> None:
-        self.calls: dict[str, Call] = {}
-        self.stalled: dict[str, Call] = {}
+    def __init__(self, workload: Workload, clock: Clock, engine: EngineClient, vocabulary: int, expect: Expect) -> None:
+        self.calls: dict[str, SimCall] = {}
+        self.stalled: dict[str, SimCall] = {}
         """Calls whose tool is running."""
         self.kinds = {app.id: app.kind for app in workload.apps}
         self._clock = clock
-        self._port = port
+        self._engine = engine
         self._vocabulary = vocabulary
         self._expect = expect
         self._runs: dict[str, _Run] = {}
@@ -80,14 +80,14 @@ class Applications:
         """Arrival to end of every application that is over."""
         return {name: run.finished_s - run.started_s for name, run in self._runs.items() if run.finished_s is not None}
 
-    def take_answer(self, call: Call) -> None:
+    def take_answer(self, call: SimCall) -> None:
         """The engine has answered `call`: its tool and the agents inside it begin, or the node is over."""
         run, node = self._runs[call.app.id], call.node
         if node.tool is None:
             self._end(run, node)
             return
         self.stalled[call.id] = call
-        self._tell(
+        self._send(
             run,
             ToolStart(
                 call=call.id,
@@ -105,14 +105,14 @@ class Applications:
         self._runs[app.id] = run = _Run(app, self._clock.now_s, where, texts_of(app), sessions_of(app), max_depth)
         if app.is_agentic and (shape := graph_id(app)) not in self._graphs_told:
             self._graphs_told.add(shape)
-            if (graph := graph_of(app)) is not None:
-                self._tell(run, graph)
+            if (graph := make_graph(app)) is not None:
+                self._send(run, graph)
         self._begin_ready(run)
 
     def _begin_ready(self, run: _Run) -> None:
         for node in run.app.nodes:
-            is_hired = node.parent is None or node.parent in run.in_tool
-            if node.id not in run.begun and is_hired and run.ended.issuperset((*node.predecessors, *node.after)):
+            is_called = node.parent is None or node.parent in run.in_tool
+            if node.id not in run.begun and is_called and run.ended.issuperset((*node.predecessors, *node.after)):
                 run.begun.add(node.id)
                 self._begin(run, node)
 
@@ -129,7 +129,7 @@ class Applications:
         if texts.answer is None:
             raise AssertionError(f"{call_id(app, node)} is no LLM call")
         by_id = {other.id: other for other in app.nodes}
-        call = Call(
+        call = SimCall(
             id=call_id(app, node),
             app=app,
             node=node,
@@ -144,8 +144,8 @@ class Applications:
         hint = None
         if app.is_agentic:
             expected = self._expect(app, node)
-            hint = hint_of(app, node, run.sessions[node.id], place, run.max_depth, age_s, expected)
-        self._port.submit(call, hint)
+            hint = make_hint(app, node, run.sessions[node.id], place, run.max_depth, age_s, expected)
+        self._engine.submit(call, hint)
 
     def _run_tool(self, run: _Run, node: Node, tool: Tool) -> None:
         run.in_tool.add(node.id)
@@ -157,7 +157,7 @@ class Applications:
     def _end_tool(self, run: _Run, node: Node, tool: Tool, started_s: float) -> None:
         if not node.is_local:
             del self.stalled[call_id(run.app, node)]
-            self._tell(
+            self._send(
                 run,
                 ToolEnd(
                     call=call_id(run.app, node),
@@ -173,19 +173,19 @@ class Applications:
         run.ended.add(node.id)
         self._begin_ready(run)
         if node.parent is not None:
-            self._end_of_hired(run, node)
+            self._end_of_subagent(run, node)
         if len(run.ended) == len(run.app.nodes) and run.finished_s is None:
             run.finished_s = self._clock.now_s
             self._left -= 1
-            self._tell(run, AppEnd(app=run.app.id))
+            self._send(run, AppEnd(app=run.app.id))
 
-    def _end_of_hired(self, run: _Run, node: Node) -> None:
+    def _end_of_subagent(self, run: _Run, node: Node) -> None:
         """A node inside a tool call is over; with the last of its session so is that, with the last of all the tool."""
-        team = [other for other in run.app.nodes if other.parent == node.parent]
+        siblings = [other for other in run.app.nodes if other.parent == node.parent]
         session = run.sessions[node.id]
-        if all(other.id in run.ended for other in team if run.sessions[other.id] == session):
-            self._tell(run, SessionEnd(session=session))
-        if all(other.id in run.ended for other in team):
+        if all(other.id in run.ended for other in siblings if run.sessions[other.id] == session):
+            self._send(run, SessionEnd(session=session))
+        if all(other.id in run.ended for other in siblings):
             parent = next(other for other in run.app.nodes if other.id == node.parent)
             if parent.tool is None:
                 raise AssertionError(f"{parent.id} has agents inside it but no tool")
@@ -193,6 +193,6 @@ class Applications:
             since_s = self._clock.now_s if started_s is None else started_s
             self._clock.after(parent.tool.duration_s, partial(self._end_tool, run, parent, parent.tool, since_s))
 
-    def _tell(self, run: _Run, event: Event) -> None:
+    def _send(self, run: _Run, event: Event) -> None:
         if run.app.is_agentic:
-            self._clock.after(EVENT_DELAY_S, partial(self._port.tell, event))
+            self._clock.after(EVENT_DELAY_S, partial(self._engine.send, event))

@@ -6,19 +6,19 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tokencake_sim.workload.graph import Place
+    from tokencake_sim.workload.graph import NodePosition
     from tokencake_sim.workload.model import App, Node
     from tokencake_sim.workload.tokens import Texts
 
 
 @dataclass(slots=True)
-class Call:
+class SimCall:
     """One call from its arrival on; times in virtual seconds, None until they come."""
 
     id: str
     app: App
     node: Node
-    place: Place
+    place: NodePosition
     texts: Texts
     answer: tuple[int, ...]
     is_after_tool: bool

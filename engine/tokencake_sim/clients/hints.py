@@ -10,7 +10,7 @@ from tokencake.protocol import Graph, Hint, ProtocolError, parse_event, to_wire
 from tokencake_sim.workload.graph import chains
 
 if TYPE_CHECKING:
-    from tokencake_sim.workload.graph import Place
+    from tokencake_sim.workload.graph import NodePosition
     from tokencake_sim.workload.model import App, Node
 
 
@@ -35,8 +35,8 @@ def graph_id(app: App) -> str:
     return hashlib.sha256(f"{app.kind}|{shape}".encode()).hexdigest()[:16]
 
 
-def hint_of(
-    app: App, node: Node, session: str, place: Place, max_depth: int, age_s: float, output_tokens: int | None
+def make_hint(
+    app: App, node: Node, session: str, place: NodePosition, max_depth: int, age_s: float, output_tokens: int | None
 ) -> Hint:
     """The hint of the call that `node` makes in `session`, `age_s` seconds after its application began.
 
@@ -67,7 +67,7 @@ def hint_of(
     )
 
 
-def graph_of(app: App) -> Graph | None:
+def make_graph(app: App) -> Graph | None:
     """The topology of `app`, sent once per shape; None where it is larger than the wire contract allows."""
     joins: dict[str, list[str]] = {}
     for node in app.nodes:

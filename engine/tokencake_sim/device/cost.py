@@ -21,7 +21,7 @@ class StepLoad:
 
 
 @dataclass(frozen=True, slots=True)
-class CostModel:
+class StepCostModel:
     """Rates of one model on one device."""
 
     fixed_s: float

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from tokencake_sim.device.cost import CostModel
+from tokencake_sim.device.cost import StepCostModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +47,9 @@ class Profile:
     source: str
 
     @property
-    def cost(self) -> CostModel:
+    def cost(self) -> StepCostModel:
         """The cost model with this profile's rates."""
-        return CostModel(
+        return StepCostModel(
             fixed_s=self.fixed_s,
             prefill_tokens_per_s=self.prefill_tokens_per_s,
             weight_bytes=self.weight_bytes,

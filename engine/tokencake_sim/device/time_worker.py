@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from tokencake_vllm.transfer.jobs import TransferJob
 
 
-class TimeWorker:
+class TransferModel:
     """Obeys the jobs of `TokenCakeConnector` as its copier would."""
 
     def __init__(self, links: Links, block_bytes: int) -> None:

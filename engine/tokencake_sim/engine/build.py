@@ -12,7 +12,7 @@ import tempfile
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
@@ -83,8 +83,17 @@ def build_scheduler(
     *,
     policy: Literal["fcfs", "priority"] = "fcfs",
     connector: ConnectorSpec | None = None,
+    additional_config: dict[str, Any] | None = None,
 ) -> Scheduler:
-    """A scheduler of vLLM's with prefix caching, chunked prefill and statistics on."""
+    """A scheduler with prefix caching, chunked prefill and statistics on.
+
+    Args:
+        scheduler_class: vLLM's, or a subclass.
+        limits: of the model and the device.
+        policy: vLLM's own scheduling policy.
+        connector: the KV connector, if there is one.
+        additional_config: the plug-in's settings.
+    """
     import torch  # noqa: PLC0415  as above
     from vllm.config import (  # noqa: PLC0415  as above
         CacheConfig,
@@ -127,6 +136,7 @@ def build_scheduler(
         parallel_config=ParallelConfig(),
         device_config=DeviceConfig("cpu"),
         kv_transfer_config=transfer,
+        additional_config=additional_config or {},
     )
     # The CPU platform switches both off or over; the modelled device is not a CPU.
     config.scheduler_config.async_scheduling = limits.async_scheduling

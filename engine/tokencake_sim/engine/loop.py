@@ -1,4 +1,4 @@
-"""How does the engine run in virtual time?
+"""The engine loop in virtual time.
 
     schedule() -> what does it cost? -> clock forward -> update_from_output()
 
@@ -33,18 +33,17 @@ if TYPE_CHECKING:
     from vllm.v1.outputs import KVConnectorOutput
 
     from tokencake.protocol import Event, Hint
-    from tokencake_sim.clients.calls import Call
+    from tokencake_sim.clients.calls import SimCall
     from tokencake_sim.device.clock import Clock
     from tokencake_sim.device.worker import Worker
-    from tokencake_sim.measure.kv_occupancy import Ledger
-    from tokencake_sim.measure.step_recorder import Recorder
+    from tokencake_sim.engine.observer import StepObserver
 
 _EMPTY_STEPS: Final = 4
 """Steps without tokens in one moment after which only the passing of time can help."""
 
 
 def _never() -> None:
-    """When a scheduler without due times is due."""
+    """The due time of a scheduler that has none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,17 +52,17 @@ class _Batch:
 
     output: SchedulerOutput
     sampling: frozenset[str]
-    """The calls that get a token from it: those whose prefill is complete."""
+    """Calls that get a token from the step: their prefill is complete."""
     ends_s: float
     transfers: KVConnectorOutput | None
 
     @property
     def moves(self) -> bool:
-        """Whether anything changes by it."""
+        """Whether the step changes anything."""
         return self.output.total_num_scheduled_tokens > 0 or self.transfers is not None
 
 
-class Engine:
+class EngineLoop:
     """One scheduler, its modelled device and its inbox."""
 
     def __init__(
@@ -71,17 +70,15 @@ class Engine:
         scheduler: Scheduler,
         worker: Worker,
         clock: Clock,
-        recorder: Recorder,
-        ledger: Ledger,
+        observer: StepObserver,
         *,
         vocabulary: int,
-        priority_of: Callable[[Call], int] | None,
+        priority_of: Callable[[SimCall], int] | None,
     ) -> None:
         self.scheduler = scheduler
         self._worker = worker
         self._clock = clock
-        self._recorder = recorder
-        self._ledger = ledger
+        self._observer = observer
         self._vocabulary = vocabulary
         self._priority_of = priority_of
         self._hasher = get_request_block_hasher(scheduler.block_size, sha256)
@@ -89,13 +86,13 @@ class Engine:
         self._under_way: deque[_Batch] = deque()
         self._device_free_s = 0.0
         self._inbox: deque[Request | tuple[Event, float]] = deque()
-        self._calls: dict[str, Call] = {}
+        self._calls: dict[str, SimCall] = {}
         self._empty_steps = 0
         self._next_due_s: Callable[[], float | None] = getattr(scheduler, "next_due_s", _never)
 
-    # --- what the clients see -----------------------------------------------------------------------
+    # --- for the clients -----------------------------------------------------------------------
 
-    def submit(self, call: Call, hint: Hint | None) -> None:
+    def submit(self, call: SimCall, hint: Hint | None) -> None:
         """Queue a call for the next step."""
         self._calls[call.id] = call
         self._inbox.append(
@@ -115,13 +112,13 @@ class Engine:
             )
         )
 
-    def tell(self, event: Event) -> None:
+    def send(self, event: Event) -> None:
         """Queue an event for the moment between two steps."""
         self._inbox.append((event, self._clock.now_s))
 
     # --- the loop -----------------------------------------------------------------------------------
 
-    def run(self, is_over: Callable[[], bool], on_answer: Callable[[Call], None]) -> None:
+    def run(self, is_over: Callable[[], bool], on_answer: Callable[[SimCall], None]) -> None:
         """Run until the applications are over.
 
         Raises:
@@ -145,7 +142,7 @@ class Engine:
                         # Through JSON, as on the wire: what arrives has lists where the records have tuples.
                         listen([json.loads(json.dumps(to_wire(event)))], received_s)
 
-    def _step(self, on_answer: Callable[[Call], None]) -> None:
+    def _step(self, on_answer: Callable[[SimCall], None]) -> None:
         if self.scheduler.has_requests() or self._is_due():
             batch = self._dispatch(self.scheduler.schedule())
             self._under_way.append(batch)
@@ -167,16 +164,16 @@ class Engine:
         self._worker.start(output.kv_connector_metadata, now_s, begins_s)
         ends_s = now_s
         if output.total_num_scheduled_tokens:
-            ends_s = self._device_free_s = begins_s + self._recorder.step_s(
+            ends_s = self._device_free_s = begins_s + self._observer.step_s(
                 self.scheduler, output, self._calls, begins_s
             )
-        self._ledger.settle()
+        self._observer.account()
         sampling = frozenset(
             name for name in output.num_scheduled_tokens if not self.scheduler.requests[name].is_prefill_chunk
         )
         return _Batch(output, sampling, ends_s, self._worker.finished(now_s))
 
-    def _complete(self, batch: _Batch, on_answer: Callable[[Call], None]) -> bool:
+    def _complete(self, batch: _Batch, on_answer: Callable[[SimCall], None]) -> bool:
         names = list(batch.output.num_scheduled_tokens)
         requests = {name: self.scheduler.requests[name] for name in names if name in self.scheduler.requests}
         sampled = [self._sample(name) if name in batch.sampling else [] for name in names]
@@ -189,12 +186,12 @@ class Engine:
                 kv_connector_output=batch.transfers,
             ),
         )
-        self._ledger.settle()
+        self._observer.account()
         for answer in (answer for client in outputs.values() for answer in client.outputs):
             call = self._calls[answer.request_id]
-            self._recorder.take(call, answer)
+            self._observer.take(call, answer)
             if answer.finished:
-                self._recorder.note_finished(requests[call.id], call)
+                self._observer.record_finished(requests[call.id], call)
                 self._end(call, answer)
                 on_answer(call)
         return batch.moves
@@ -203,10 +200,10 @@ class Engine:
         request = self.scheduler.requests.get(name)
         position = request.num_output_tokens if request is not None else 0
         answer = self._calls[name].answer
-        # A step that was under way when its call got the last token samples once more, for nobody.
+        # A step under way when its call got the last token samples once more; vLLM drops that token.
         return [answer[min(position, len(answer) - 1)]]
 
-    def _end(self, call: Call, answer: EngineCoreOutput) -> None:
+    def _end(self, call: SimCall, answer: EngineCoreOutput) -> None:
         if len(call.answer) != call.answered_tokens:
             raise RuntimeError(
                 f"call {call.id} ended as {answer.finish_reason} after {call.answered_tokens} tokens, "
@@ -217,8 +214,8 @@ class Engine:
     # --- time without a step ------------------------------------------------------------------------
 
     def _pass_time(self, until_s: float) -> None:
-        self._ledger.settle()
-        self._recorder.sample(until_s)
+        self._observer.account()
+        self._observer.sample(until_s)
         self._clock.advance_to(until_s)
 
     def _is_due(self) -> bool:
@@ -247,12 +244,13 @@ class Engine:
             raise DeadlockError(f"nothing runs, something waits and no event is pending\n{self._state()}")
         until_s = max(self._clock.now_s, min(coming))
         is_copying = self._worker.next_s is not None
-        self._recorder.idle(self.scheduler, until_s - self._clock.now_s, is_copying=is_copying)
+        self._observer.idle(self.scheduler, until_s - self._clock.now_s, is_copying=is_copying)
         self._pass_time(until_s)
         self._empty_steps = 0
 
     def _state(self) -> str:
-        free, total = self._ledger.free_blocks, self._ledger.total_blocks
+        pool = self.scheduler.kv_cache_manager.block_pool
+        free, total = pool.get_num_free_blocks(), pool.num_gpu_blocks - 1
         calls = (
             f"  {name}: {RequestStatus(request.status).name}, "
             f"{request.num_computed_tokens} of {request.num_tokens} tokens"

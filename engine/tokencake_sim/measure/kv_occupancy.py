@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_utils import KVCacheBlock
     from vllm.v1.core.sched.scheduler import Scheduler
 
-    from tokencake_sim.clients.calls import Call
+    from tokencake_sim.clients.calls import SimCall
     from tokencake_sim.device.clock import Clock
 
 
 @dataclass(frozen=True, slots=True)
-class KvSample:
+class KVSample:
     """Shares of the blocks at one moment."""
 
     time_s: float
@@ -36,7 +36,7 @@ class KvSample:
     calls_waiting: int
 
 
-class Ledger:
+class KVOccupancy:
     """Block-seconds of one scheduler's pool."""
 
     def __init__(self, scheduler: Scheduler, clock: Clock) -> None:
@@ -51,7 +51,7 @@ class Ledger:
         self.held_block_s = 0.0
         self.reused_block_s = 0.0
         """Cached block-seconds that ended in a hit."""
-        self.samples: list[KvSample] = []
+        self.samples: list[KVSample] = []
         self._watch()
 
     def _watch(self) -> None:
@@ -91,13 +91,13 @@ class Ledger:
         """Blocks that nobody references."""
         return self._pool.get_num_free_blocks()
 
-    def settle(self) -> None:
+    def account(self) -> None:
         """Account for the time since the last call; to be called after every change and before the clock moves."""
         now_s = self._clock.now_s
         self.held_block_s += self._held * (now_s - self._held_since_s)
         self._held, self._held_since_s = self.total_blocks - self.free_blocks, now_s
 
-    def sample(self, stalled: Iterable[Call]) -> None:
+    def sample(self, stalled: Iterable[SimCall]) -> None:
         """Record who holds what now."""
         blocks_of = self._scheduler.kv_cache_manager.get_blocks
         holders = [
@@ -116,7 +116,7 @@ class Ledger:
         held = self.total_blocks - self.free_blocks
         share = 1.0 / self.total_blocks
         self.samples.append(
-            KvSample(
+            KVSample(
                 time_s=self._clock.now_s,
                 running=len(running) * share,
                 pinned=max(0, held - len(running)) * share,

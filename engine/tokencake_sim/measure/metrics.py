@@ -9,10 +9,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from tokencake_sim.clients.applications import Applications
-    from tokencake_sim.clients.calls import Call
+    from tokencake_sim.clients.calls import SimCall
     from tokencake_sim.device.worker import Link, Links
-    from tokencake_sim.measure.kv_occupancy import Ledger
-    from tokencake_sim.measure.step_recorder import Recorder
+    from tokencake_sim.measure.kv_occupancy import KVOccupancy
+    from tokencake_sim.measure.step_recorder import StepRecorder
 
 
 def summary(values: Iterable[float]) -> dict[str, float | None]:
@@ -27,7 +27,7 @@ def summary(values: Iterable[float]) -> dict[str, float | None]:
     return {"mean": sum(ordered) / len(ordered), "p50": rank(0.5), "p95": rank(0.95), "max": ordered[-1]}
 
 
-def _between(calls: Iterable[Call], begin: str, end: str) -> dict[str, float | None]:
+def _between(calls: Iterable[SimCall], begin: str, end: str) -> dict[str, float | None]:
     pairs = ((getattr(call, begin), getattr(call, end)) for call in calls)
     return summary(last - first for first, last in pairs if first is not None and last is not None)
 
@@ -36,10 +36,10 @@ def _link(link: Link) -> dict[str, float]:
     return {"bytes": link.copied_bytes, "seconds": link.busy_s, "jobs": link.jobs}
 
 
-def _kinds(applications: Applications, calls: Iterable[Call]) -> dict[str, dict[str, Any]]:
+def _kinds(applications: Applications, calls: Iterable[SimCall]) -> dict[str, dict[str, Any]]:
     """Every kind of application by itself: what one class of traffic pays for another shows here only."""
     latencies: dict[str, list[float]] = {}
-    theirs: dict[str, list[Call]] = {}
+    theirs: dict[str, list[SimCall]] = {}
     for app, latency_s in applications.latencies_s().items():
         latencies.setdefault(applications.kinds[app], []).append(latency_s)
     for call in calls:
@@ -57,16 +57,16 @@ def _kinds(applications: Applications, calls: Iterable[Call]) -> dict[str, dict[
 def report(
     *,
     applications: Applications,
-    recorder: Recorder,
-    ledger: Ledger,
+    recorder: StepRecorder,
+    occupancy: KVOccupancy,
     links: Links,
     decisions: dict[str, int],
     makespan_s: float,
 ) -> dict[str, Any]:
     """The metrics of a finished run."""
     calls = list(applications.calls.values())
-    capacity = ledger.total_blocks * makespan_s or 1.0
-    samples = ledger.samples
+    capacity = occupancy.total_blocks * makespan_s or 1.0
+    samples = occupancy.samples
     mean_stalled = sum(sample.stalled + sample.pinned for sample in samples) / max(1, len(samples))
     return {
         "makespan_s": makespan_s,
@@ -92,8 +92,8 @@ def report(
         "preemptions": recorder.preemptions,
         "critical_inversions": recorder.preemption_inversions + recorder.admission_inversions,
         "inversions": {"preemption": recorder.preemption_inversions, "admission": recorder.admission_inversions},
-        "kv_occupancy": ledger.held_block_s / capacity,
-        "kv_effective_utilisation": (ledger.held_block_s + ledger.reused_block_s) / capacity,
+        "kv_occupancy": occupancy.held_block_s / capacity,
+        "kv_effective_utilisation": (occupancy.held_block_s + occupancy.reused_block_s) / capacity,
         "kv_held_by_stalled": mean_stalled,
         "mean_running": recorder.running_call_s / recorder.busy_s if recorder.busy_s else 0.0,
         "device_busy": recorder.busy_s / makespan_s if makespan_s else 0.0,
@@ -106,7 +106,7 @@ def report(
     }
 
 
-def timeline(applications: Applications, ledger: Ledger) -> dict[str, Any]:
+def timeline(applications: Applications, occupancy: KVOccupancy) -> dict[str, Any]:
     """What the plots need: the state of the KV cache over time, and every call with its tool."""
     return {
         "kv": [
@@ -119,7 +119,7 @@ def timeline(applications: Applications, ledger: Ledger) -> dict[str, Any]:
                 "calls_running": sample.calls_running,
                 "calls_waiting": sample.calls_waiting,
             }
-            for sample in ledger.samples
+            for sample in occupancy.samples
         ],
         "calls": [
             {

@@ -1,4 +1,4 @@
-"""What did each step do, and what happened to each call? Measured at the seam, so that no policy reports on itself."""
+"""Record of steps and calls, measured outside the scheduler: no policy reports on itself."""
 
 from __future__ import annotations
 
@@ -17,21 +17,20 @@ if TYPE_CHECKING:
     from vllm.v1.engine import EngineCoreOutput
     from vllm.v1.request import Request
 
-    from tokencake_sim.clients.calls import Call
+    from tokencake_sim.clients.calls import SimCall
     from tokencake_sim.device.clock import Clock
-    from tokencake_sim.device.cost import CostModel
-    from tokencake_sim.measure.kv_occupancy import Ledger
+    from tokencake_sim.device.cost import StepCostModel
+    from tokencake_sim.measure.kv_occupancy import KVOccupancy
 
 
-class Recorder:
-    """Costs and counts of one run."""
+class StepRecorder:
+    """Step costs and counters of one run: a `StepObserver`."""
 
     def __init__(
         self,
         clock: Clock,
-        cost: CostModel,
-        ledger: Ledger,
-        stalled: Callable[[], Iterable[Call]],
+        cost: StepCostModel,
+        occupancy: KVOccupancy,
         *,
         block_tokens: int,
         sample_s: float,
@@ -42,11 +41,11 @@ class Recorder:
         self.running_call_s = 0.0
         """Device seconds times calls in the batch."""
         self.prefill_tokens = 0
-        """Computed for calls that were never preempted."""
+        """Prompt tokens computed for calls that were never preempted."""
         self.recomputed_tokens = 0
-        """Computed again for calls that were."""
+        """Tokens computed again for calls that were preempted."""
         self.lost_prefix_tokens = 0
-        """Of both: tokens whose KV had existed, on this device, before."""
+        """Of both, the tokens whose KV had been on this device before."""
         self.decode_tokens = 0
         self.preemptions = 0
         self.preemption_inversions = 0
@@ -54,19 +53,22 @@ class Recorder:
         self.idle_while_admissible_s = 0.0
         self.idle_while_waiting_s = 0.0
         self.trace: list[tuple[float, int, int]] = []
-        """Begin, tokens and calls of every step: what two runs are compared by."""
+        """Start, tokens and calls of every step, by which two runs are compared."""
         self._clock = clock
         self._cost = cost
         self._block_tokens = block_tokens
-        self._ledger = ledger
-        self._stalled = stalled
+        self._occupancy = occupancy
+        self.stalled: Callable[[], Iterable[SimCall]] = tuple
+        """Calls whose tool is running; set when there are applications."""
         self._sample_s = sample_s
         self._next_sample_s = 0.0
         self._is_recompute_free = is_recompute_free
         self._ever_computed: set[bytes] = set()
 
-    def step_s(self, scheduler: Scheduler, output: SchedulerOutput, calls: dict[str, Call], begins_s: float) -> float:
-        """Seconds that the device needs for a step; notes what the step computes."""
+    def step_s(
+        self, scheduler: Scheduler, output: SchedulerOutput, calls: dict[str, SimCall], begins_s: float
+    ) -> float:
+        """Seconds that the device needs for a step; counts what the step computes."""
         prefill, free, decode_seqs, read = 0, 0, 0, 0
         for name, count in output.num_scheduled_tokens.items():
             request, call = scheduler.requests[name], calls[name]
@@ -89,7 +91,7 @@ class Recorder:
         self.trace.append((begins_s, output.total_num_scheduled_tokens, len(output.num_scheduled_tokens)))
         return seconds
 
-    def _note_prefill(self, request: Request, call: Call, begin: int, end: int) -> int:
+    def _note_prefill(self, request: Request, call: SimCall, begin: int, end: int) -> int:
         if request.num_preemptions:
             self.recomputed_tokens += end - begin
             call.recomputed_tokens += end - begin
@@ -106,7 +108,7 @@ class Recorder:
         self.lost_prefix_tokens += lost
         return lost
 
-    def _note_order(self, scheduler: Scheduler, output: SchedulerOutput, calls: dict[str, Call]) -> None:
+    def _note_order(self, scheduler: Scheduler, output: SchedulerOutput, calls: dict[str, SimCall]) -> None:
         scheduled = [calls[name] for name in output.num_scheduled_tokens]
         victims = output.preempted_req_ids or ()
         self.preemptions += len(victims)
@@ -123,8 +125,8 @@ class Recorder:
         ):
             self.admission_inversions += len(minors)
 
-    def take(self, call: Call, output: EngineCoreOutput) -> None:
-        """Note an answer, or a part of one, that the engine gave now."""
+    def take(self, call: SimCall, output: EngineCoreOutput) -> None:
+        """Record an answer, or a part of one, that the engine gave now."""
         now_s = self._clock.now_s
         for event in output.events or ():
             if event.type == EngineCoreEventType.SCHEDULED and call.scheduled_s is None:
@@ -140,15 +142,15 @@ class Recorder:
         if output.finished:
             call.finished_s = now_s
 
-    def note_finished(self, request: Request, call: Call) -> None:
-        """Note the blocks of a call that is about to leave the scheduler."""
+    def record_finished(self, request: Request, call: SimCall) -> None:
+        """Record the blocks of a call that is about to leave the scheduler."""
         call.block_hashes = list(request.block_hashes)
         self._ever_computed.update(request.block_hashes)
 
     def idle(self, scheduler: Scheduler, seconds: float, *, is_copying: bool) -> None:
-        """Note that the device stands still for `seconds` although the scheduler has requests.
+        """Record that the device stands still for `seconds` although the scheduler has requests.
 
-        While a copy is under way, calls may rightly wait for it or for the blocks that it holds.
+        While a copy is under way, calls may have to wait for it or for the blocks that it holds.
         """
         waiting = [
             request
@@ -160,11 +162,15 @@ class Recorder:
             return
         self.idle_while_waiting_s += seconds
         needs = (-(-request.num_tokens // scheduler.block_size) for request in waiting)
-        if not is_copying and any(need <= self._ledger.free_blocks for need in needs):
+        if not is_copying and any(need <= self._occupancy.free_blocks for need in needs):
             self.idle_while_admissible_s += seconds
+
+    def account(self) -> None:
+        """Account for the blocks held since the last call."""
+        self._occupancy.account()
 
     def sample(self, until_s: float) -> None:
         """Record the state of the KV cache where a sampling time lies before `until_s`."""
         if self._next_sample_s <= until_s:
-            self._ledger.sample(self._stalled())
+            self._occupancy.sample(self.stalled())
             self._next_sample_s = until_s + self._sample_s

@@ -19,7 +19,7 @@ class CycleError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class NodePosition:
     """Where a node stands in its application; counts are of LLM calls on the longest path."""
 
     depth: int
@@ -73,7 +73,7 @@ def topological(waits: dict[str, tuple[str, ...]]) -> tuple[str, ...]:
     return tuple(order)
 
 
-def places(nodes: tuple[Node, ...]) -> dict[str, Place]:
+def places(nodes: tuple[Node, ...]) -> dict[str, NodePosition]:
     """The place of every node; `nodes` must be free of cycles."""
     waits = waits_for(nodes)
     by_id = {node.id: node for node in nodes}
@@ -93,10 +93,10 @@ def places(nodes: tuple[Node, ...]) -> dict[str, Place]:
     longest = max((depth[name] + remaining[name] - (not by_id[name].is_local) for name in order), default=0)
     fans = Counter(_origin(node) for node in nodes)
     seen: Counter[tuple[object, ...]] = Counter()
-    found: dict[str, Place] = {}
+    found: dict[str, NodePosition] = {}
     for node in nodes:
         on_longest = depth[node.id] + remaining[node.id] - (not node.is_local) == longest
-        found[node.id] = Place(
+        found[node.id] = NodePosition(
             depth=depth[node.id],
             remaining=remaining[node.id],
             remaining_tokens=tokens[node.id],

@@ -49,7 +49,7 @@ def test_the_page_has_a_cell_for_each_run_and_its_pictures_are_pictures(tmp_path
 
 
 def test_ours_stands_beside_what_it_is_measured_against(tmp_path, run, crowd):
-    found = {name: run(crowd, name).metrics for name in ("stock+host", "ours")}
+    found = {name: run(crowd, name).metrics for name in ("stock+host", "default")}
     runs = [("code-writer", 1.0, "plain"), ("mixed", 1.0, "plain"), ("code-writer", 1.0, "host-20-gib")]
     runs += [("code-writer", 0.05, "plain")]
     for workload, qps, variant in runs:
@@ -60,23 +60,25 @@ def test_ours_stands_beside_what_it_is_measured_against(tmp_path, run, crowd):
     write_page(tmp_path, tmp_path / "bench.md")
 
     page = (tmp_path / "bench.md").read_text()
-    ratio = f"{found['ours']['makespan_s'] / found['stock+host']['makespan_s']:.2f} / "
-    assert f"| `ours` / `stock+host` | {ratio}" in page
+    ratio = f"{found['default']['makespan_s'] / found['stock+host']['makespan_s']:.2f} / "
+    assert f"| `default` / `stock+host` | {ratio}" in page
     assert "| crowd | 4 |" in page
     assert "| host-20-gib |" in page
-    median_s = found["ours"]["ttft_after_tool_s"]["p50"]
+    median_s = found["default"]["ttft_after_tool_s"]["p50"]
     assert f"{median_s:.2f} / " in page.split("## After a tool")[1]
 
 
 def test_a_flood_shows_what_becomes_of_the_critical(tmp_path):
-    metrics = simulate(generate("flood", count=4, qps=1.0, seed=1), PROFILES["a800-qwen2.5-14b"], policy_named("ours"))
+    metrics = simulate(
+        generate("flood", count=4, qps=1.0, seed=1), PROFILES["a800-qwen2.5-14b"], policy_named("default")
+    )
     case = {**metrics.metrics, "qps": 1.0, "variant": "plain"}
     (tmp_path / "flood.json").write_text(json.dumps(case))
 
     write_page(tmp_path, tmp_path / "bench.md")
 
     latency_s = metrics.metrics["kinds"]["critical"]["app_latency_s"]["mean"]
-    assert f"| `ours` | {latency_s:.0f} | " in (tmp_path / "bench.md").read_text()
+    assert f"| `default` | {latency_s:.0f} | " in (tmp_path / "bench.md").read_text()
 
 
 def test_a_gantt_has_a_row_for_each_call(run, crowd):

@@ -3,7 +3,7 @@ import warnings
 import pytest
 
 from tests.harness.small_device import SMALL
-from tokencake_sim import App, Node, Options, Prefix, Tool, Workload, policy_named, simulate
+from tokencake_sim import App, Node, Prefix, RunOptions, Tool, Workload, policy_named, simulate
 from tokencake_sim.engine.build import quiet_vllm
 
 quiet_vllm()
@@ -37,6 +37,6 @@ def crowd():
 @pytest.fixture(scope="session")
 def run(small):
     def run_with(workload, policy="stock", **options):
-        return simulate(workload, small, policy_named(policy), Options(**options))
+        return simulate(workload, small, policy_named(policy), RunOptions(**options))
 
     return run_with

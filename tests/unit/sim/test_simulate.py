@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokencake_sim import App, DeadlockError, NeverFitsError, Node, Options, Tool, Workload, WorkloadError
+from tokencake_sim import App, DeadlockError, NeverFitsError, Node, RunOptions, Tool, Workload, WorkloadError
 from tokencake_sim.policies import POLICIES, Policy
 from tokencake_sim.simulate import simulate
 
@@ -135,7 +135,7 @@ def test_a_call_that_can_never_fit_is_reported_and_not_simulated_for_ever(run):
 def test_an_application_whose_graph_is_too_large_for_the_wire_runs_without_it(run):
     nodes = [Node(f"n{number}", "n", 20, 2) for number in range(300)]
 
-    assert run(workload_of(*nodes), "ours").metrics["calls"] == 300
+    assert run(workload_of(*nodes), "default").metrics["calls"] == 300
 
 
 def test_an_empty_prompt_is_refused(run):
@@ -155,7 +155,7 @@ def test_a_policy_that_admits_nobody_is_caught_with_the_state(small):
             return Refusing
 
     with pytest.raises(DeadlockError, match=r"no event is pending\n.*139 of 139 blocks free\n  a/n: WAITING, 0 of 20"):
-        simulate(workload_of(Node("n", "n", 20, 5)), small, Refuse("refuse", "admits nobody"), Options())
+        simulate(workload_of(Node("n", "n", 20, 5)), small, Refuse("refuse", "admits nobody"), RunOptions())
 
 
 @st.composite

@@ -1,7 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokencake_sim.baseline.lru_cache import HostBlocks
+from tokencake_sim.baseline.lru_cache import LruHostCache
 from tokencake_sim.device.worker import Links
 
 
@@ -13,7 +13,7 @@ def stored(host, *keys):
 
 
 def test_the_least_recently_used_block_goes_first_and_the_tail_of_a_chain_before_its_head():
-    host = HostBlocks(3)
+    host = LruHostCache(3)
     stored(host, b"a", b"b", b"c")
     host.touch([b"a", b"b", b"c"])
 
@@ -23,7 +23,7 @@ def test_the_least_recently_used_block_goes_first_and_the_tail_of_a_chain_before
 
 
 def test_a_block_on_its_way_is_known_but_cannot_be_loaded():
-    host = HostBlocks(2)
+    host = LruHostCache(2)
     host.reserve([b"a"])
 
     assert host.is_known(b"a")
@@ -31,7 +31,7 @@ def test_a_block_on_its_way_is_known_but_cannot_be_loaded():
 
 
 def test_a_pinned_block_stays():
-    host = HostBlocks(1)
+    host = LruHostCache(1)
     stored(host, b"a")
     host.pin([b"a"])
 
@@ -41,7 +41,7 @@ def test_a_pinned_block_stays():
 
 @given(st.integers(0, 6), st.lists(st.lists(st.integers(0, 12), min_size=1, max_size=5, unique=True), max_size=25))
 def test_the_host_never_holds_more_than_its_capacity(capacity, chains):
-    host = HostBlocks(capacity)
+    host = LruHostCache(capacity)
 
     for chain in chains:
         keys = [bytes([key]) for key in chain if not host.is_known(bytes([key]))]

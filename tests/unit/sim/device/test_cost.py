@@ -1,12 +1,12 @@
 import pytest
 
-from tokencake_sim.device.cost import CostModel, StepLoad
+from tokencake_sim.device.cost import StepCostModel, StepLoad
 from tokencake_sim.device.profiles import PROFILES
 
 
 @pytest.fixture
 def cost():
-    return CostModel(
+    return StepCostModel(
         fixed_s=0.001,
         prefill_tokens_per_s=1_000,
         weight_bytes=10e9,

@@ -1,7 +1,7 @@
 import pytest
 from vllm.v1.core.sched import scheduler as vllm_scheduler
 
-from tokencake_sim import App, DeadlockError, Node, Options, Tool, Workload
+from tokencake_sim import App, DeadlockError, Node, RunOptions, Tool, Workload
 from tokencake_sim.policies import Policy
 from tokencake_sim.simulate import simulate
 
@@ -33,7 +33,7 @@ def prepare(profile, due_s, *, is_deaf=False, is_refusing=False):
             return Due
 
     workload = Workload("test", (App("a", "k", 0.0, STALLED),), "the test")
-    return stepped, lambda: simulate(workload, profile, OnTime("on-time", "is due"), Options())
+    return stepped, lambda: simulate(workload, profile, OnTime("on-time", "is due"), RunOptions())
 
 
 def test_an_idle_scheduler_is_stepped_at_its_due_times(small):

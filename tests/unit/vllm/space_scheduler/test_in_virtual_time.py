@@ -9,14 +9,14 @@ import pytest
 pytest.importorskip("vllm", reason="the plug-in's tests need vLLM")
 
 from tests.harness.small_device import SMALL
-from tokencake_sim import App, Node, Options, Prefix, Tool, Workload, policy_named, simulate
+from tokencake_sim import App, Node, Prefix, RunOptions, Tool, Workload, policy_named, simulate
 
 
 def run(workload: Workload, policy: str, *, settings: dict[str, Any] | None = None, **options: Any) -> Any:
     chosen = policy_named(policy)
     if settings is not None:
         chosen = chosen.set_to({"space": settings})
-    return simulate(workload, SMALL, chosen, Options(**options))
+    return simulate(workload, SMALL, chosen, RunOptions(**options))
 
 
 @pytest.fixture(scope="module")
