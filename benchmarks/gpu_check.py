@@ -1,4 +1,4 @@
-"""Do TokenCake's copies between an NVIDIA GPU and host memory move the right bytes, in time?
+"""Check of the copies between an NVIDIA GPU and host memory: right bytes, right order, rates.
 
     python benchmarks/gpu_check.py [--vllm] [--native FOLDER]     on a machine with torch and CUDA, from a bare checkout
     python benchmarks/gpu_check.py --paper [--vllm]               the same logic on a CPU, without the timings

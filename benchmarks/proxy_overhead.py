@@ -1,4 +1,4 @@
-"""What does the proxy add to a call?
+"""Overhead of the proxy for one call.
 
 An engine that answers at once, the proxy in front of it and this client are three processes. Direct and proxied calls
 take turns within one run, so that both meet the same machine; figures of different runs are not to be compared.

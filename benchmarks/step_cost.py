@@ -1,4 +1,4 @@
-"""What does the plug-in add to a scheduler step? 64 running calls, 200 waiting, 500 stalled sessions.
+"""Overhead of the plug-in for a scheduler step, with 64 running calls, 200 waiting and 500 stalled sessions.
 
     python benchmarks/step_cost.py
 

@@ -1,4 +1,4 @@
-"""How soon does an agent get its first token after a tool, with the Time Scheduler and without?
+"""Time to an agent's first token after a tool, with the Time Scheduler and without, on a CPU.
 
     python benchmarks/time_cpu.py [--rounds N] [--json FILE]
 

@@ -1,4 +1,4 @@
-"""Does the simulator agree with a real vLLM on this CPU?
+"""Validation of the simulator against a real vLLM on this CPU.
 
 One workload runs through vLLM itself (its engine in this process, a model of SmolLM2-135M's shape with random weights)
 and through the simulator, whose rates were fitted to another workload just before. Compared are the prefix hits of

@@ -1,4 +1,4 @@
-"""Does the simulator agree with a real vLLM server, over HTTP, in wall time?
+"""Validation of the simulator against a real vLLM server, over HTTP and in wall time.
 
 Stock decisions on a real server (`tokencake engine`, both schedulers off) with a model of SmolLM2-135M's shape and
 random weights; every agent is an HTTP client. The rates are fitted to the steps that the server kept while it ran

@@ -1,4 +1,4 @@
-"""Does a call get the same answer from KV that went to the host and came back? To the last bit, against stock vLLM."""
+"""Answers from KV that went to the host and came back, compared with stock vLLM to the last bit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Do the copies move the right bytes, and in the right order? With negative controls that have to fail."""
+"""Bytes and order of the copies, with negative controls that have to fail."""
 
 from __future__ import annotations
 

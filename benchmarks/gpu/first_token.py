@@ -1,4 +1,4 @@
-"""How soon does a call get its first token after a tool, when another agent took the device meanwhile?"""
+"""Time to the first token after a tool, when another agent took the device meanwhile."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What do copies cost the computation beside them?"""
+"""Slowdown of the computation beside copies."""
 
 from __future__ import annotations
 

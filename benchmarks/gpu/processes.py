@@ -1,4 +1,4 @@
-"""Works that need a process of their own, such as a vLLM engine with its own settings, side by side."""
+"""Work in processes of their own, side by side, such as vLLM engines with different settings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The lines of a check: one JSON object each, and what they come to.
+"""Lines of a check, one JSON object each, and the verdict.
 
 Two kinds of lines can fail. A fault is a wrong byte, a wrong order or a check that broke; a slow line is a figure
 beyond its limit. `"ok": null` is a figure without a limit.

@@ -1,4 +1,4 @@
-"""KV caches, host memory and the copier between them; what a block contains follows from a number, its stamp."""
+"""Test rig of the copies: KV caches, host memory and the copier; a block's content follows from a number, its stamp."""
 
 from __future__ import annotations
 

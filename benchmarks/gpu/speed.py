@@ -1,4 +1,4 @@
-"""How fast are the copies, and how soon is a load there that a request waits for?"""
+"""Rates of the copies, and the delay of a load that a request waits for."""
 
 from __future__ import annotations
 

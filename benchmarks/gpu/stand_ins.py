@@ -1,4 +1,4 @@
-"""What the copies import from vLLM, on a machine without it; and vLLM's own copy of blocks, to compare with."""
+"""Stand-ins for what the copies import from vLLM, and vLLM's own block copy to compare with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a negative control does on vLLM's worker."""
+"""A fault on vLLM's worker, for the negative control."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the copies run: a CUDA device, or made-up streams on a CPU."""
+"""Devices that the copies run on: a CUDA device, or made-up streams on a CPU."""
 
 from __future__ import annotations
 

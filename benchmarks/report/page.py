@@ -1,4 +1,4 @@
-"""What does the sweep say? `docs/bench.md`: tables and pictures over the JSON files of the results."""
+"""`docs/bench.md`: tables and pictures from the JSON files of the results."""
 
 from __future__ import annotations
 

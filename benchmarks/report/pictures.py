@@ -1,4 +1,4 @@
-"""What does the sweep look like? Latency against load, the KV cache over time, one application's calls."""
+"""Pictures of the sweep: latency against load, the KV cache over time, the calls of one application."""
 
 from __future__ import annotations
 

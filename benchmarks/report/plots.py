@@ -1,4 +1,4 @@
-"""How do the numbers look? Three kinds of SVG picture, written without a plotting library."""
+"""SVG pictures of three kinds, written without a plotting library."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What has been published for the same workload? Figures of the TokenCake fork of vLLM, and of the paper.
+"""Published figures for the same workload: the TokenCake fork of vLLM, and the paper.
 
 The fork: code-writer, 24 applications at equal distances, Qwen2.5-14B on one A800 with 3,050 KV blocks, 100 GiB of host
 memory. Medians of three runs at 0.05 and 0.1 applications per second, single runs otherwise.

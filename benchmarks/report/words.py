@@ -1,13 +1,13 @@
-"""What does `docs/bench.md` say around its tables?"""
+"""Text of `docs/bench.md` around its tables."""
 
 from typing import Final
 
 INTRO: Final = """\
-# The bench
+# The simulator
 
 Written by `make bench`; every number stands in `benchmarks/results/` as JSON.
 
-The bench runs vLLM's own scheduler and KV-cache manager (prefix cache, chunked prefill, preemption, asynchronous
+The simulator runs vLLM's own scheduler and KV-cache manager (prefix cache, chunked prefill, preemption, asynchronous
 scheduling, KV-connector interface) in virtual time. Only the device is a model: a step costs a fixed time, its prefill
 tokens at a constant rate, and one read of the weights and of the KV of every decoding call. The same input gives the
 same trace, bit for bit; one run of 24 applications takes well under a minute on one core.

@@ -1,4 +1,4 @@
-"""The bench: the real vLLM scheduler, with any policy on top, in virtual time on a modelled device."""
+"""The simulator: vLLM's own scheduler, with any policy on top, in virtual time on a modelled device."""
 
 from tokencake_sim.device.profiles import PROFILES, Profile
 from tokencake_sim.errors import DeadlockError, NeverFitsError, SimulationError, UnknownPolicyError, WorkloadError

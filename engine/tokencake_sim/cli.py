@@ -1,4 +1,4 @@
-"""`tokencake sim`: run a workload through the bench from the command line.
+"""`tokencake sim`: the simulator's command line.
 
 Exit codes: 0 the run is over, 1 the run deadlocked, 2 the input cannot be run.
 """

@@ -1,4 +1,4 @@
-"""Why can a run not be made, or not be finished?
+"""Errors of the simulator.
 
 ```
 SimulationError
@@ -16,7 +16,7 @@ from collections.abc import Iterable
 
 
 class SimulationError(Exception):
-    """Any failure that the bench reports by itself."""
+    """Any failure that the simulator reports itself."""
 
 
 class WorkloadError(SimulationError, ValueError):

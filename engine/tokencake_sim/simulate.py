@@ -1,4 +1,4 @@
-"""One run: this workload, on this device, under this policy."""
+"""One simulated run: a workload, a device and a policy."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ ESTIMATES: Final[tuple[Estimates, ...]] = get_args(Estimates)
 ESTIMATE_SIGMA: Final = 0.5
 """Sigma of the lognormal error of a noisy estimate."""
 FIXED_TOKENS: Final = 1_024
-"""What a client says of every answer where it says the same of all."""
+"""The length that a client expects of every answer, where it expects the same of all."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunOptions:
-    """What varies a run. None leaves a value as the workload or the profile has it."""
+    """Variations of a run. None leaves a value as the workload or the profile has it."""
 
     seed: int = 0
     tool_noise: float = 0.0
@@ -211,7 +211,7 @@ def _expected_output(options: RunOptions, app: App, node: Node) -> int | None:
 
 
 def _decisions(scheduler: Scheduler) -> dict[str, int]:
-    """What the connector and the plug-in count about themselves: `kind/outcome` -> number."""
+    """Counters of the connector and the plug-in: `kind/outcome` -> number."""
     counts: dict[str, int] = dict(getattr(scheduler.connector, "counts", {}))
     registry = getattr(scheduler, "registry", None)
     if registry is not None:

@@ -1,4 +1,4 @@
-"""Which blocks does the host hold, and which goes first when it is full?"""
+"""Blocks in the host memory of the baseline, least recently used first."""
 
 from __future__ import annotations
 

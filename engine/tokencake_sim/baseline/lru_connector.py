@@ -1,4 +1,4 @@
-"""What would stock vLLM do with host memory? Store what finishes, load on a hit, forget the least recently used.
+"""KV connector of the baseline: stores what finishes, loads on a hit, evicts the least recently used block.
 
 The scheduler side of an offloading connector in the manner of vLLM's own: asynchronous loads attached to the call
 that wants them, and a call whose prefix another call is loading waits for that load instead of repeating it. The

@@ -1,4 +1,4 @@
-"""What does the worker of the host tier do? It is told which blocks to copy, and reports which copies are done."""
+"""Modelled worker of the baseline's connector: it times copies and reports those that are done."""
 
 from __future__ import annotations
 

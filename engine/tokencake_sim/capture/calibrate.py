@@ -1,4 +1,4 @@
-"""How fast is this machine? Fits the rates of the cost model to the measured steps of a running engine.
+"""Calibration: fits the rates of the step cost to the measured steps of a running engine.
 
 A step is a JSON object: `prefill_tokens`, `decode_seqs`, `kv_tokens_read` (context lengths of the decoding calls added
 up) and `seconds`. An engine keeps its steps with `--additional-config '{"tokencake": {"measure": {"steps": 5000}}}'`.

@@ -1,4 +1,4 @@
-"""`tokencake sim record`: which workload was that real run?
+"""`tokencake sim record`: a workload from a real run.
 
 What a prompt has more than the context before it, results of tools included, counts as new text. Time that passed with
 neither call nor tool, a human or plain code, is a local node.

@@ -1,4 +1,4 @@
-"""Which call of a past run followed which? What the state does not send is concluded from times and prompt lengths.
+"""Dependencies between the calls of a past run, inferred from times and prompt lengths where the state has none.
 
 A call builds on the one before it in its session, if its prompt is no shorter. It came after the calls of other
 sessions of its application that were just over when it arrived.

@@ -1,4 +1,4 @@
-"""What does the state of an engine say of the calls that are over? Read from a file, an engine or a proxy."""
+"""Calls that are over, read from the state of an engine: a file, an engine or a proxy."""
 
 from __future__ import annotations
 

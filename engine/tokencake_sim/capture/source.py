@@ -1,4 +1,4 @@
-"""Where does a command read from? A file, or the URL of a running engine or proxy."""
+"""Input of a command: a file, or the URL of a running engine or proxy."""
 
 from __future__ import annotations
 

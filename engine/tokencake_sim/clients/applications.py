@@ -1,4 +1,4 @@
-"""What do the applications do while the engine runs? Wait for predecessors, call, run tools, send the engine, go on."""
+"""Applications as clients: they wait for predecessors, call, run tools and send events, driven by the clock."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
     from tokencake_sim.workload.model import App, Node, Tool, Workload
 
 EVENT_DELAY_S: Final = 0.025
-"""From the moment something happens to the moment the engine hears of it: half a batching interval of the client."""
+"""Delay of an event from the moment it happens to its arrival at the engine: half a batching interval of the client."""
 
 
 Expect = Callable[["App", "Node"], "int | None"]
-"""How many tokens a client says beforehand that the answer will have; None where it does not say."""
+"""The length of an answer as its client expects it, in tokens; None where it does not say."""
 
 
 class EngineClient(Protocol):
-    """The engine, as its clients see it."""
+    """The engine as its clients see it."""
 
     def submit(self, call: SimCall, hint: Hint | None) -> None:
         """Take a call."""
@@ -81,7 +81,7 @@ class Applications:
         return {name: run.finished_s - run.started_s for name, run in self._runs.items() if run.finished_s is not None}
 
     def take_answer(self, call: SimCall) -> None:
-        """The engine has answered `call`: its tool and the agents inside it begin, or the node is over."""
+        """Continue after the answer to `call`: start its tool and the agents inside it, or end the node."""
         run, node = self._runs[call.app.id], call.node
         if node.tool is None:
             self._end(run, node)
@@ -180,7 +180,7 @@ class Applications:
             self._send(run, AppEnd(app=run.app.id))
 
     def _end_of_subagent(self, run: _Run, node: Node) -> None:
-        """A node inside a tool call is over; with the last of its session so is that, with the last of all the tool."""
+        """A node inside a tool call is over. The last of a session ends the session, the last of all ends the tool."""
         siblings = [other for other in run.app.nodes if other.parent == node.parent]
         session = run.sessions[node.id]
         if all(other.id in run.ended for other in siblings if run.sessions[other.id] == session):

@@ -1,4 +1,4 @@
-"""What happened to one LLM call?"""
+"""Record of one simulated LLM call."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class SimCall:
     host_hit_tokens: int = 0
     answered_tokens: int = 0
     prefilled_tokens: int = 0
-    """Computed before the first preemption, decoding apart."""
+    """Prompt tokens computed before the first preemption."""
     recomputed_tokens: int = 0
-    """Computed again after a preemption."""
+    """Tokens computed again after a preemption."""
     preemptions: int = 0
     computed_to: int = 0
-    """Most tokens of it that were ever in the KV cache at once."""
+    """The most tokens of it that were in the KV cache at once."""
     block_hashes: list[bytes] = field(default_factory=list)
-    """Of its full blocks, known when it has finished: what a successor may hit."""
+    """Hashes of its full blocks, known when it has finished: what a successor may hit."""

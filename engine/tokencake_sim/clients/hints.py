@@ -1,4 +1,4 @@
-"""What would the client say about a call? The hint and the graph, as the wire contract has them."""
+"""Hints and graphs that the simulated clients send, as the wire contract has them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def make_hint(
 ) -> Hint:
     """The hint of the call that `node` makes in `session`, `age_s` seconds after its application began.
 
-    `output_tokens`: how long the client expects the answer to be; None where it does not say.
+    `output_tokens`: the length of the answer that the client expects; None where it does not say.
     """
     return Hint(
         session=session,

@@ -1,4 +1,4 @@
-"""What time is it in the simulation, and what happens next?
+"""Virtual time: one clock with the callbacks that are due, lent to vLLM and the plug-in in place of `time`.
 
 One clock, one heap, a counter that breaks ties: the same input gives the same trace. vLLM's scheduler and our plug-in
 ask the `time` module; `virtual_time` lends them this clock instead.

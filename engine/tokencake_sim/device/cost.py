@@ -1,4 +1,4 @@
-"""How long does one step of the engine take on the modelled device?
+"""Duration of one step on the modelled device.
 
 `step_s = fixed + prefill tokens / prefill rate + (weights + KV read) / memory bandwidth`. The terms add up:
 a step that prefills is bound by compute, one that only decodes by memory, and a chunked prefill does both in turn.

@@ -1,4 +1,4 @@
-"""Which device and model are simulated, and where does each number come from?"""
+"""Profiles of simulated models and devices, with the source of each number."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What does the worker of the Time Scheduler's connector do, where there is no device? It times the copies."""
+"""Modelled worker of the Time Scheduler's connector: it times copies and reports those that are done."""
 
 from __future__ import annotations
 

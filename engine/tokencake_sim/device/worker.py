@@ -1,4 +1,4 @@
-"""What does the worker side of a connector do, where there is no device?
+"""Modelled workers: the worker side of a KV connector where there is no device.
 
 The engine hands it the connector's metadata with every step, exactly as vLLM does, and takes back what has been
 finished since. A copy takes bytes / bandwidth, waits for those before it in its direction, and runs beside the

@@ -1,4 +1,4 @@
-"""How is vLLM's scheduler built without a model, a worker or a device?
+"""Construction of vLLM's scheduler without a model, a worker or a device.
 
 The configuration objects are vLLM's own; the model is a `config.json` of the right shape in a folder of its own.
 """

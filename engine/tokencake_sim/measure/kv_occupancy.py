@@ -1,4 +1,4 @@
-"""Who holds the KV blocks, and were those that stayed cached ever hit again?
+"""Occupancy of the KV blocks, and how much of what stayed cached was hit again.
 
 Watches the block pool of vLLM: a block is held (referenced), cached (free, but a later call may hit it) or empty.
 """
@@ -26,9 +26,9 @@ class KVSample:
 
     time_s: float
     running: float
-    """Referenced by calls that run or load."""
+    """Held by calls that run or load."""
     pinned: float
-    """Referenced by nobody who runs: kept by a policy or by a copy under way."""
+    """Held by none of these: pinned by a policy, or held by a copy under way."""
     stalled: float
     """Cached and free, the context of an agent whose tool runs."""
     other_cached: float
@@ -88,17 +88,17 @@ class KVOccupancy:
 
     @property
     def free_blocks(self) -> int:
-        """Blocks that nobody references."""
+        """Free blocks, cached ones included."""
         return self._pool.get_num_free_blocks()
 
     def account(self) -> None:
-        """Account for the time since the last call; to be called after every change and before the clock moves."""
+        """Account for the blocks held since the last call; call it after every change and before the clock moves."""
         now_s = self._clock.now_s
         self.held_block_s += self._held * (now_s - self._held_since_s)
         self._held, self._held_since_s = self.total_blocks - self.free_blocks, now_s
 
     def sample(self, stalled: Iterable[SimCall]) -> None:
-        """Record who holds what now."""
+        """Record the state of all blocks now."""
         blocks_of = self._scheduler.kv_cache_manager.get_blocks
         holders = [
             request_id

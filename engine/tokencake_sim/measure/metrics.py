@@ -1,4 +1,4 @@
-"""What came out of a run? One JSON object, the same keys for every policy."""
+"""Metrics of a run: one JSON object with the same keys for every policy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When do the applications arrive?"""
+"""Arrival times of applications."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Is this JSON object what it should be? Its fields are taken one by one; a refusal says source, place and value."""
+"""Checked fields of a JSON object; an error names source, place and value."""
 
 from __future__ import annotations
 

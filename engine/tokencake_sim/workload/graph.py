@@ -1,4 +1,4 @@
-"""Which calls wait for which, and how far is the end of the application?"""
+"""Dependencies between the calls of an application: depth, remaining path, joins and fan-out."""
 
 from __future__ import annotations
 

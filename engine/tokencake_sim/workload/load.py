@@ -1,4 +1,4 @@
-"""Is this JSON a workload that can be run? Every refusal says file, node and why.
+"""Loading a workload from JSON; an error names file, node and reason.
 
 The rules are those of `benchmarks/workloads/schema.json`, and that the graph can run.
 

@@ -1,4 +1,4 @@
-"""What do the applications want? Calls, what each builds on, tools and arrival times; all of it known beforehand."""
+"""Workloads: applications with their calls, tools and arrival times, all known beforehand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which token ids make up a prompt, so that vLLM's own prefix cache finds what is really shared?
+"""Token ids of prompts, such that vLLM's prefix cache finds what calls really share.
 
 A prompt is a list of chunks. Two chunks with one key are the same text; a key never repeats with another length.
 Answers are chunks too: the fake runner utters them, and the calls that follow contain them.

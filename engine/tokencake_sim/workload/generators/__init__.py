@@ -1,4 +1,4 @@
-"""Which workloads come with the bench?
+"""Generators of the workloads that come with the simulator.
 
 A generator builds one application from its id and a seeded source of randomness; arrival times are laid over them.
 """
