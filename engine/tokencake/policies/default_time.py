@@ -22,6 +22,7 @@ class DefaultTimePolicy:
 
     waits_for_demand = False
     restores_preempted = True
+    counts_whole_prompts = False
 
     def on_finish(self, request: FinishedRequest, costs: CostModel, settings: TimeSettings) -> OffloadDecision:
         """In seconds: the gap until the blocks are used again, against copying them out and in."""

@@ -27,6 +27,7 @@ class PaperTimePolicy:
 
     waits_for_demand = True
     restores_preempted = False
+    counts_whole_prompts = True
 
     def on_finish(self, request: FinishedRequest, costs: CostModel, settings: TimeSettings) -> OffloadDecision:  # noqa: ARG002  # the interface
         """Reject reasons in the published order."""

@@ -101,6 +101,8 @@ class TimePolicy(Protocol):
 
     waits_for_demand: bool
     """Whether a `leave` is worth asking again while requests wait for room."""
+    counts_whole_prompts: bool
+    """Whether a waiting request is taken to need its whole prompt, blocks that others hold included."""
     restores_preempted: bool
     """Whether what a preempted request has computed is copied to the host."""
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.scheduler import Scheduler
 
     from tokencake.protocol import Hint
+    from tokencake_vllm.vllm_adapter.block_view import BlockView
 
 
 class RecentStores:
@@ -34,9 +35,11 @@ class RecentStores:
         return len(self._steps)
 
 
-def paper_inputs(scheduler: Scheduler, hint: Hint | None, host_free: int, recent_stores: int) -> PaperInputs:
+def paper_inputs(
+    scheduler: Scheduler, view: BlockView, hint: Hint | None, host_free: int, recent_stores: int
+) -> PaperInputs:
     """For the request with this hint that has finished."""
-    waiting_blocks, fitting_blocks = _queue_demand(scheduler)
+    waiting_blocks, fitting_blocks = _queue_demand(scheduler, view)
     return PaperInputs(
         waiting_blocks=waiting_blocks,
         fitting_blocks=fitting_blocks,
@@ -47,12 +50,12 @@ def paper_inputs(scheduler: Scheduler, hint: Hint | None, host_free: int, recent
     )
 
 
-def _queue_demand(scheduler: Scheduler) -> tuple[int, int]:
-    """Blocks that the requests at the head of the queue have in all, as published, and how many could be had now."""
+def _queue_demand(scheduler: Scheduler, view: BlockView) -> tuple[int, int]:
+    """Blocks that the requests at the head of the queue need, and how many of these could be had now."""
     blocks, fitting = 0, 0
-    free = scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
+    free = view.free_blocks
     for request in itertools.islice(scheduler.waiting, QUEUE_SCAN):
-        need = -(-request.num_tokens // scheduler.block_size)
+        need = view.needed_blocks(request)
         blocks += need
         if fitting + need <= free:
             fitting += need

@@ -63,7 +63,8 @@ class StallManager:
         self._pool = scheduler.kv_cache_manager.block_pool
         self._policy = OFFLOAD[settings.policy]()
         self._stores = HostStores(scheduler, cache, self.prefixes, self.tracker.reuse, settings.eviction)
-        self._view = view = BlockView(scheduler.kv_cache_manager, scheduler.block_size)
+        manager, whole = scheduler.kv_cache_manager, self._policy.counts_whole_prompts
+        self._view = view = BlockView(manager, scheduler.block_size, counts_whole_prompts=whole)
         self._free_queue = FreeQueue(scheduler, cache, self.prefixes, self.tracker.dropped)
         self.uploads = Uploads(scheduler, view, cache, self.prefixes, self._free_queue, self._is_worthwhile, self.count)
         self.pins = Pins(scheduler, view, cache, self.prefixes, self.uploads, self._store, self.count)
@@ -96,13 +97,12 @@ class StallManager:
             self.count("kv_uploads", "late")
 
     def start(self, request: Request, now: float) -> None:
-        """A call has its first slot, and with it its own hold on what it hit."""
+        """A call has its first slot, and holds the blocks that it hit."""
         self.tracker.start(request.request_id, now)
         self.cache.costs.residency.take(self._view.blocks_of(request.num_tokens), now)
         local, external = cached_tokens(request)
         self.count("kv_tokens_saved", "load", by=external)
-        predecessor = self._predecessors.pop(request.request_id, None)
-        if predecessor is not None:
+        if (predecessor := self._predecessors.pop(request.request_id, None)) is not None:
             blocks = local // self.cache.costs.block_tokens
             if predecessor.id not in self.cache.pinned and not self.uploads.has_uploaded(predecessor.id):
                 was_there = blocks >= len(predecessor.block_hashes) - 1
@@ -190,7 +190,7 @@ class StallManager:
             waiting_calls=waiting_calls,
             residency_s=self._residency_s(),
             paper_inputs=lambda: paper_inputs(
-                self._scheduler, prefix.hint, cache.tier.free_slots, self._stores.recent.count(self._steps)
+                self._scheduler, self._view, prefix.hint, cache.tier.free_slots, self._stores.recent.count(self._steps)
             ),
         )
 

@@ -19,10 +19,17 @@ _NOTHING: Final[Mapping[int, int]] = {}
 
 
 class BlockView:
-    """The first KV-cache group of a block manager, read only."""
+    """The first KV-cache group of a block manager, read only.
 
-    def __init__(self, manager: KVCacheManager, block_tokens: int) -> None:
+    Args:
+        manager: vLLM's.
+        block_tokens: tokens of a block.
+        counts_whole_prompts: whether a waiting request is taken to need blocks that others hold already.
+    """
+
+    def __init__(self, manager: KVCacheManager, block_tokens: int, *, counts_whole_prompts: bool = False) -> None:
         self._manager = manager
+        self._counts_whole_prompts = counts_whole_prompts
         self.block_tokens = block_tokens
         self.total_blocks = max(1, manager.block_pool.num_gpu_blocks - 1)
         """Without the null block."""
@@ -51,8 +58,12 @@ class BlockView:
         return _first_without(is_held, min(len(hashes), (request.num_tokens - 1) // self.block_tokens))
 
     def needed_blocks(self, request: Request) -> int:
-        """Blocks that a waiting request would take: all of its own but those that others hold already."""
-        return self.blocks_of(request.num_tokens) - self.held_prefix_blocks(request)
+        """Blocks that a waiting request needs to start: its own without those that others hold already.
+
+        The one rule for it. The published scheduler counts whole prompts.
+        """
+        held = 0 if self._counts_whole_prompts else self.held_prefix_blocks(request)
+        return self.blocks_of(request.num_tokens) - held
 
     def freed_by(self, leaving: Iterable[str], request: Request) -> int:
         """Blocks that come free when these requests lose theirs, without those that the waiting `request` will hit."""

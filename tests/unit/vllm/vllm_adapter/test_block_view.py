@@ -56,6 +56,8 @@ def test_a_prefix_that_others_hold_costs_nothing_but_the_last_token_is_computed(
 
     assert view(device).held_prefix_blocks(request) == held
     assert view(device).needed_blocks(request) == -(-tokens // 16) - held
+    whole = BlockView(device.manager, BLOCK_TOKENS, counts_whole_prompts=True)
+    assert whole.needed_blocks(request) == -(-tokens // 16), "as published"
 
 
 def test_what_is_only_cached_costs_a_block() -> None:
