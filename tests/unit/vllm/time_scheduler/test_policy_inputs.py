@@ -11,9 +11,10 @@ pytest.importorskip("vllm", reason="the plug-in's tests need vLLM")
 
 from tests.unit.vllm.vllm_adapter.pools import Device
 from tokencake.protocol import Hint
-from tokencake.time_scheduler.policy import CHURN_STEPS
+from tokencake.time_scheduler.policy import CHURN_STEPS, PaperInputs
 from tokencake_vllm.time_scheduler.policy_inputs import RecentStores, paper_inputs, queue_positions
 from tokencake_vllm.time_scheduler.uploads import QUEUE_SCAN
+from tokencake_vllm.vllm_adapter.block_view import BlockView
 
 
 def scheduler_of(tokens: list[int], blocks: int = 20) -> Any:
@@ -22,6 +23,11 @@ def scheduler_of(tokens: list[int], blocks: int = 20) -> Any:
     return SimpleNamespace(
         kv_cache_manager=Device(blocks).manager, block_size=16, waiting=waiting, kv_holding_waiting=held
     )
+
+
+def inputs_of(scheduler: Any, hint: Hint | None, host_free: int, recent_stores: int) -> PaperInputs:
+    view = BlockView(scheduler.kv_cache_manager, scheduler.block_size, counts_whole_prompts=True)
+    return paper_inputs(scheduler, view, hint, host_free, recent_stores)
 
 
 @pytest.mark.parametrize(
@@ -36,7 +42,7 @@ def scheduler_of(tokens: list[int], blocks: int = 20) -> Any:
     ],
 )
 def test_demand_is_what_those_at_the_head_have_and_what_of_it_fits(tokens: list[int], demand: tuple[int, int]) -> None:
-    inputs = paper_inputs(scheduler_of(tokens), None, 7, 3)
+    inputs = inputs_of(scheduler_of(tokens), None, 7, 3)
 
     assert (inputs.waiting_blocks, inputs.fitting_blocks) == demand
     assert (inputs.host_free, inputs.recent_stores, inputs.importance, inputs.is_near_end) == (7, 3, 0.0, False)
@@ -54,7 +60,7 @@ def test_demand_is_what_those_at_the_head_have_and_what_of_it_fits(tokens: list[
     ],
 )
 def test_the_last_node_of_a_graph_is_near_the_end(fields: dict[str, int], is_near_end: bool) -> None:
-    inputs = paper_inputs(scheduler_of([]), Hint(session="s", importance=4.0, **fields), 0, 0)
+    inputs = inputs_of(scheduler_of([]), Hint(session="s", importance=4.0, **fields), 0, 0)
 
     assert (inputs.is_near_end, inputs.importance) == (is_near_end, 4.0)
 
