@@ -1,4 +1,4 @@
-"""The component that keeps the registry: which hinted calls wait, run and end, and who sent each request."""
+"""The component that keeps the registry: which hinted calls wait, run and end, and the tenant of each request."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ logger = init_logger("vllm.tokencake")
 _CLOCK_SET_S: Final = 1.0
 """A jump of the system's clock by more is taken over; smaller ones would shift the pages of a view in the reading."""
 _FEW_BLOCKS: Final = 8_192
-"""To look at so many takes the engine's loop two or three milliseconds."""
+"""To look at this many blocks takes the engine's loop two or three milliseconds."""
 _COUNTED_S: Final = 1.0
 
 

@@ -1,4 +1,4 @@
-"""How is stock vLLM started with the plug-in? `python -m tokencake_vllm.serve MODEL [vLLM's own flags]`.
+"""Start of stock vLLM with the plug-in: `python -m tokencake_vllm.serve MODEL [vLLM's own flags]`.
 
 This is `vllm serve`, reached without vLLM's console script, which the CPU distribution breaks (it asks for the metadata
 of a distribution called `vllm`).

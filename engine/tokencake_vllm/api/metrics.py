@@ -1,7 +1,7 @@
-"""How do the scheduler's numbers reach vLLM's `/metrics`?
+"""Metrics of the scheduler on vLLM's `/metrics`.
 
 The engine core is another process and stock `SchedulerStats` has no room for a plug-in's numbers, so the API server
-fetches them when somebody scrapes. The engine hands out *increments since the last fetch*: whichever API server
+fetches them at each scrape. The engine hands out *increments since the last fetch*: whichever API server
 process asks adds them to its own counters, and Prometheus' multi-process sum stays right. A busy or dead engine never
 holds a scrape up: after a second the older numbers are shown.
 """

@@ -1,4 +1,4 @@
-"""May this waiting call run in this step, given those that run and those let through before it?"""
+"""Admission gate: whether a waiting request may start in this step, beside those that run and were admitted."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ class AdmissionGate:
         return "undeclared"
 
     def _settle_tried(self, admitted: Callable[[], list[Request]]) -> None:
-        """Whom the gate let through last: if vLLM gave it its blocks, they are promised."""
+        """Account for the request that was admitted last, if vLLM has given it blocks."""
         if self._reservations is None:
             self._reservations = [self.reservation(request) for request in admitted()]
         elif self._tried is not None and self._tried[0].status not in ADMISSIBLE:

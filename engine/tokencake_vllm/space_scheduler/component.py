@@ -178,7 +178,7 @@ class SpaceComponent(SchedulerComponent):
         self._scheduler.running.sort(key=rank_of)
 
     def _siblings(self) -> set[str]:
-        """Waiting requests most of whose prompt is in blocks that others hold: they cost little now."""
+        """Waiting requests with most of their prompt in blocks that others hold: they cost little now."""
         found: set[str] = set()
         if not self._scheduler.running:
             return found

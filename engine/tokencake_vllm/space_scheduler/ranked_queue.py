@@ -1,4 +1,4 @@
-"""In which order does vLLM see the calls that wait? In that of the last ranking, and no other until the next one.
+"""The waiting queue in the order of the last ranking.
 
 Between `peek_request` and `pop_request` vLLM allocates blocks, so an order that followed the state of the memory would
 change in between and pop another call than the one just admitted. Here ranks are frozen from one `sort` to the next.

@@ -1,7 +1,7 @@
-"""Running calls of young applications are swapped out to the host for the call of an old one that does not fit.
+"""Swapping: running calls of young applications give way to the call of an old one that does not fit.
 
-To vLLM it is a preemption, like its own; the Time Scheduler's host memory brings the blocks back. Until the call that
-they gave way to has started, nobody else may take what they gave.
+To vLLM it is a preemption, like its own; the host memory of the Time Scheduler brings the blocks back. Until the
+beneficiary has started, the freed blocks are reserved for it.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ if TYPE_CHECKING:
     from tokencake_vllm.vllm_adapter.block_view import BlockView
 
 _MAX_RECOMPUTED_SHARE: Final = 0.005
-"""Nobody is swapped out while more than this share of all tokens was computed again for calls that were."""
+"""No swap while more than this share of all tokens was computed again for swapped calls."""
 _START_S: Final = 1.0
-"""Whom others gave way to starts within so long, or not at all: vLLM has reasons of its own to pass a call over."""
+"""The beneficiary must start within this time, or its reservation lapses: vLLM may skip it for reasons of its own."""
 
 
 class Swap:
-    """Chooses whom to swap out, keeps the room for whom it was made, and remembers what it has cost."""
+    """Chooses victims, reserves the freed blocks for the beneficiary, and counts the tokens that swaps have cost."""
 
     def __init__(
         self,
@@ -67,7 +67,7 @@ class Swap:
         """Calls that were swapped out and have not come back."""
 
     def choose(self, ages: Mapping[str, Rank], now: float) -> list[Request]:
-        """The running requests to swap out for the first in line; `ages` are ranks as if nobody had siblings."""
+        """The running requests to swap out for the first one in the queue; `ages` are ranks without prefix affinity."""
         head = self._head(now)
         if head is None:
             return []
@@ -98,7 +98,7 @@ class Swap:
         return [other for other in self._scheduler.running if other.request_id in names]
 
     def _head(self, now: float) -> LiveRequest | None:
-        """The first in line, if somebody may be swapped out for it at all."""
+        """The first call in the queue, if any call may be swapped out for it."""
         scheduler = self._scheduler
         if not self._policy.swaps or self._is_reserved(now) or not scheduler.waiting:
             return None
@@ -110,7 +110,7 @@ class Swap:
         return head if is_able and head is not None and head.hint is not None and not head.swap_failed else None
 
     def may_start(self, request_id: str, now: float) -> bool:
-        """Whether this waiting call may take blocks: not what others gave for somebody else."""
+        """Whether this waiting call may take blocks: those of a reservation are for its beneficiary only."""
         return not self._is_reserved(now) or request_id == self._beneficiary
 
     def _is_reserved(self, now: float) -> bool:
@@ -126,7 +126,7 @@ class Swap:
         return self._beneficiary is not None
 
     def note_step(self, output: SchedulerOutput) -> None:
-        """The step is scheduled: what had calls that come back to compute again?"""
+        """Count the tokens that swapped calls which come back in this step compute again."""
         lost = 0
         for name in [
             name for name in self._swapped_out if name in output.num_scheduled_tokens or name not in self._calls
@@ -137,13 +137,13 @@ class Swap:
         self._recompute_budget.add(output.total_num_scheduled_tokens, lost)
 
     def _soon_free_blocks(self) -> int:
-        """Blocks that come free without anybody's end: the step under way or a copy to the host still has them."""
+        """Blocks that come free although no call ends: the step under way or a copy to the host still holds them."""
         holds = Counter(self._offload.storing())
         holds.update(block.block_id for block in leaving_blocks(self._scheduler))
         return self._view.freed_if_released(holds)
 
     def _left_tokens(self, request: Request) -> int:
-        """As the gate sees it; but who has written more than was expected may go on for as long as it is allowed to."""
+        """As the gate sees it; a call that is longer than expected may go on up to its limit."""
         call = self._calls.get(request.request_id)
         is_overdue = call is None or request.num_output_tokens >= call.expected_tokens
         return request.max_tokens - request.num_output_tokens if is_overdue else self._gate.left_tokens(request)

@@ -132,7 +132,7 @@ class TimeComponent(NoOffload):
     # --- a request ------------------------------------------------------------------------------------
 
     def on_added(self, tagged: TaggedRequest, now: float) -> None:
-        """See whose stall this call ends."""
+        """Find the stall that this call ends."""
         self.stalls.arrive(tagged, now)
 
     def before_preempt(self, request: Request, now: float) -> None:  # noqa: ARG002  # the hook's signature
@@ -163,7 +163,7 @@ class TimeComponent(NoOffload):
     # --- events ---------------------------------------------------------------------------------------
 
     def on_events(self, events: Sequence[Event], now: float) -> None:
-        """See whose stalls they change."""
+        """Forecast the stalls that they change anew."""
         for event in events:
             with self._contain_errors:
                 self.stalls.on_event(event, now)

@@ -1,4 +1,4 @@
-"""How does what was learned of tools outlive the engine? In one small JSON file, replaced as a whole."""
+"""Learned durations across restarts: one small JSON file, replaced as a whole."""
 
 from __future__ import annotations
 

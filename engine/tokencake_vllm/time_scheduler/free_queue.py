@@ -1,8 +1,8 @@
 """Order in which free device blocks are given away: empty ones, those of dropped prefixes, the longest unused.
 
-Free blocks still hold what was computed. vLLM's queue has the empty ones first and then the longest unused. Blocks of
-dropped prefixes are put between the two, no more than a step may take, so that none goes while there are empty ones. An
-upload takes such as are worth less than what it brings.
+Free blocks still hold what was computed. vLLM gives away the empty ones first and then the least recently used. Blocks
+of dropped prefixes are put between the two, as many as a step may take, so that none is lost while there are empty
+ones. An upload takes blocks that are worth less than what it brings.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ if TYPE_CHECKING:
     from tokencake_vllm.transfer.host_cache import HostCache
 
 _FREE_SCAN: Final = 1_024
-"""Free blocks looked at for such as nobody wants."""
+"""Free blocks scanned for unreferenced ones, for each upload."""
 _MAX_SOURCES: Final = 8
-"""Stalled chains asked for blocks, those needed last first."""
+"""Stalled prefixes asked for blocks, those needed last first."""
 _LATER_TIMES: Final = 2.0
 _LATER_S: Final = 1.0
-"""A chain gives its blocks to one that is needed in less than half the time, less a second."""
+"""A prefix gives its blocks to one that is needed in less than half the time, less a second."""
 
 
 class FreeQueue:
@@ -100,7 +100,7 @@ class FreeQueue:
                 yield block
 
     def _of_later_prefixes(self, prefix: CachedPrefix, now: float) -> Iterator[KVCacheBlock]:
-        """From the ends of chains that are needed far later: what is free, wanted by nobody else and on the host."""
+        """Free blocks at the ends of prefixes that are needed far later, have a host copy and no other reference."""
         from_s = _LATER_TIMES * prefix.remaining_s(now) + _LATER_S
         later = [c for c in self._prefixes if c.phase == "stalled" and c.remaining_s(now) > from_s]
         for donor in sorted(later, key=lambda c: -c.remaining_s(now))[:_MAX_SOURCES]:

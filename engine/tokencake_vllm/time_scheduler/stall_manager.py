@@ -1,4 +1,4 @@
-"""What does the Time Scheduler do when a call comes, runs, ends or is preempted, and when an event tells of its stall?
+"""Reactions of the Time Scheduler to the arrival, start, end and preemption of a call, to events, and to due times.
 
 What is expected comes from `StallTracker`, decisions from `tokencake.policies`; copies go through `HostCache`,
 uploads through `Uploads`, the order of free blocks is kept by `FreeQueue`. Here is what joins them.
@@ -40,12 +40,12 @@ if TYPE_CHECKING:
 
 _PAPER_BACKOFF_STEPS: Final = 8
 _PREFILL_STEP_TOKENS: Final = 256
-"""A step with at least so many tokens tells how fast prefill is."""
+"""Steps with at least this many tokens are used to learn the prefill rate."""
 MIN_RETRY_S: Final = 0.5
-"""After so long at the earliest, where an upload was not worth its copy yet."""
+"""An upload that was not worthwhile yet is asked for again after this time at the earliest."""
 IDLE_STEPS: Final = 16
 LOOK_AHEAD: Final = 4
-"""So often, and at so many stalled agents, is looked while the device has room."""
+"""Uploads that are started ahead of time at once, while the device has room."""
 
 
 class StallManager:
@@ -69,7 +69,7 @@ class StallManager:
         self.uploads = Uploads(scheduler, view, cache, self.prefixes, self._free_queue, self._is_worthwhile, self.count)
         self.pins = Pins(scheduler, view, cache, self.prefixes, self.uploads, self._store, self.count)
         self._predecessors: dict[str, CachedPrefix] = {}
-        """Of a waiting call: the chain that it extends, and whose pins it takes over."""
+        """By waiting call: the prefix that it extends, with the pins that it takes over."""
         self._steps = 0
         self._now = 0.0
         """Of the newest step or event, for what happens within."""
@@ -79,13 +79,13 @@ class StallManager:
     # --- a call comes -----------------------------------------------------------------------------------
 
     def arrive(self, tagged: TaggedRequest, now: float) -> None:
-        """See whose stall this call ends."""
+        """Find the stall that this call ends."""
         request, hint = tagged.request, tagged.hint
         keys = list(request.block_hashes)
         predecessor = self.tracker.arrive(request.request_id, keys, hint, now, tagged.tenant)
         self._free_queue.renew(self.tracker.wake(keys, request.request_id, hint))
         if hint is not None and hint.reuse == "final" and hint.parent_call is not None:
-            # The last call of a sub-agent: whoever waits for it is back soon.
+            # The last call of a sub-agent: the agent that waits for it is back soon.
             for caller in self.tracker.stalled_at(hint.parent_call):
                 self._reforecast(caller, now)
         if predecessor is None:
@@ -197,7 +197,7 @@ class StallManager:
     def _store(self, prefix: CachedPrefix, keys: Sequence[bytes], blocks: Sequence[KVCacheBlock]) -> int:
         return self._stores.store(prefix, keys, blocks, self._steps, self._now)
 
-    # --- nobody will come -------------------------------------------------------------------------------
+    # --- no call is expected ----------------------------------------------------------------------------
 
     def _drop(self, prefix: CachedPrefix) -> None:
         """Nothing will extend it: what only it wanted is the first to be reused, and stays a hit until then."""
@@ -212,7 +212,7 @@ class StallManager:
     # --- events -----------------------------------------------------------------------------------------
 
     def on_event(self, event: Event, now: float) -> None:
-        """The registry has applied `event`: see whose stall it changes."""
+        """The registry has applied `event`: forecast the stalls that it changes anew."""
         told, ended = self.tracker.on_event(event)
         for prefix in told:
             self._reforecast(prefix, now)
@@ -227,7 +227,7 @@ class StallManager:
     # --- the step ---------------------------------------------------------------------------------------
 
     def before_step(self, now: float) -> None:
-        """What is due, and room for those who wait."""
+        """Do what is due, and make room for waiting requests."""
         self._steps += 1
         self._now = now
         self._free_queue.put_dropped_first()
@@ -272,7 +272,7 @@ class StallManager:
         return self.cache.costs.residency.from_now_s(self._pool.get_num_free_blocks(), self._now)
 
     def _learn_residency(self, prefix: CachedPrefix, now: float) -> None:
-        """See whether its blocks, which nobody has touched since, are still on the device."""
+        """Learn whether its blocks, unused since, are still on the device."""
         if prefix.id not in self.cache.pinned and not self.uploads.has_uploaded(prefix.id):
             self.cache.costs.residency.learn(now - prefix.since_s, was_there=self._is_here(prefix))
 
@@ -285,7 +285,7 @@ class StallManager:
             self.wakeups.set(prefix.id, prefix.due_s)
 
     def _look_ahead(self, now: float) -> None:
-        """The device has room: those who are back next need not wait until their upload is due."""
+        """Start the uploads of the agents that are expected next: the device has room."""
         planned = [c for c in self.prefixes if c.due_s is not None and not c.is_uploaded and not self._is_here(c)]
         for prefix in heapq.nsmallest(LOOK_AHEAD, planned, key=lambda c: c.remaining_s(now)):
             self._learn_residency(prefix, now)
@@ -329,7 +329,7 @@ class StallManager:
             self.cache.costs.prefill.learn(tokens, step_s)
 
     def is_stalled(self, prefix_id: str) -> bool:
-        """Whether this chain still waits for somebody."""
+        """Whether this prefix still waits for a call."""
         prefix = self.prefixes.by_id.get(prefix_id)
         return prefix is not None and prefix.phase == "stalled"
 

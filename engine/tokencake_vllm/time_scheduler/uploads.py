@@ -1,9 +1,8 @@
-"""Which stalled agent's KV comes back before the agent does, where does it find room, and was it of use?
+"""Uploads: KV of stalled agents comes back to the device before the agents do.
 
-An upload takes free blocks only, beyond what waiting calls need: such as nobody wants, or as an agent wants who is
-expected back far later and has them on the host. What it brought is not pinned. It is the newest of what is free, so
-that it goes last, and a call that needs the room never waits for it. There is one upload for each stall: a wrong
-forecast costs one copy.
+An upload may use only free blocks in excess of what waiting requests need: unreferenced ones first, then blocks of agents
+that return much later and have a host copy. What it has brought is not pinned. It is the newest of the free blocks, so
+that it is given away last, and no request waits for it. Each stall has one upload: a wrong forecast costs one copy.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 
 PER_STEP: Final = 4
 RETRY_STEPS: Final = 4
-"""A chain for which there was no room is looked at again so many steps later."""
+"""Steps until an upload that found no room is tried again."""
 QUEUE_SCAN: Final = 32
 """Waiting calls looked at for their demand: those behind will not get room in this step."""
 IDLE_FREE_SHARE: Final = 0.5
@@ -53,9 +52,9 @@ class Uploads:
         self._free_queue, self._is_worthwhile, self._count = order, is_worth, count
         self._pool = scheduler.kv_cache_manager.block_pool
         self._ready: dict[str, int] = {}
-        """Chains whose upload is due; the step at which one was refused for want of room, or 0."""
+        """Prefixes whose upload is due; the step at which it found no room, or 0."""
         self._spans: dict[str, tuple[int, int]] = {}
-        """First and last block of what was uploaded for a chain and has not been used."""
+        """First and last block of what was uploaded for a prefix and has not been used."""
 
     def __len__(self) -> int:
         return len(self._ready)
@@ -166,6 +165,6 @@ class Uploads:
         return self._view.free_blocks - needed - GROWTH_BLOCKS * len(self._scheduler.running)
 
     def is_idle(self) -> bool:
-        """Whether nobody waits, nothing is on its way and half of the device is free."""
+        """Whether no request waits, no copy is under way and half of the device is free."""
         is_free = self._pool.get_num_free_blocks() >= IDLE_FREE_SHARE * self._pool.num_gpu_blocks
         return is_free and not self._scheduler.waiting and not self._cache.loading and not self._ready

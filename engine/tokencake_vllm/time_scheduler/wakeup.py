@@ -1,4 +1,4 @@
-"""How does an engine that sleeps wake up when something is due, without spinning until then?
+"""Wake-up of a sleeping engine when something is due.
 
 A heap of times; and, only while the engine has nothing else to do, one thread that sleeps until the first of them and
 then puts vLLM's own wake-up message into the engine's input queue.
@@ -14,7 +14,7 @@ from math import inf
 
 
 class WakeupTimer:
-    """Times at which chains want to be looked at."""
+    """Times at which stalled prefixes are due."""
 
     def __init__(self) -> None:
         self.wake: Callable[[], None] | None = None
@@ -25,7 +25,7 @@ class WakeupTimer:
         self._timer_s = inf
 
     def set(self, prefix_id: str, when_s: float) -> None:
-        """Look at the chain at `when_s`; earlier wishes stay."""
+        """Make the prefix due at `when_s`, beside earlier times."""
         if when_s < inf:
             heapq.heappush(self._due, (when_s, next(self._ticket), prefix_id))
 
@@ -34,18 +34,18 @@ class WakeupTimer:
         return bool(self._due) and self._due[0][0] <= now_s
 
     def take_due(self, now_s: float) -> Iterator[str]:
-        """The chains whose time has come, each taken off."""
+        """The prefixes that are due, each taken off the list."""
         while self.is_due(now_s):
             yield heapq.heappop(self._due)[2]
 
     def next_s(self, is_live: Callable[[str], bool]) -> float | None:
-        """When the first chain that is still of interest wants to be looked at; None where none does."""
+        """When the first prefix that is still stalled is due; None where there is none."""
         while self._due and not is_live(self._due[0][2]):
             heapq.heappop(self._due)
         return self._due[0][0] if self._due else None
 
     def arm(self, now_s: float, is_live: Callable[[str], bool]) -> None:
-        """The engine is about to sleep: see that it is woken for the first chain that is still of interest."""
+        """The engine is about to sleep: see that it is woken for the first prefix that is still stalled."""
         when_s = self.next_s(is_live)
         if self.wake is None or when_s is None:
             return

@@ -1,4 +1,4 @@
-"""Which bytes are a KV block, on the device and in host memory?
+"""Bytes of a KV block, on the device and in host memory.
 
 The layers' caches are seen as one or a few tensors of whole words whose dimension 0 is the block. A slot of host memory
 is one row that holds a block of all layers, so that it can be copied at once.

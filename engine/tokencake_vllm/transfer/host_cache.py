@@ -29,7 +29,7 @@ logger = init_logger("vllm.tokencake")
 
 
 def _uncounted(key: CountKey, by: float) -> None:
-    """Until somebody counts."""
+    """Until there are counters."""
 
 
 class HostCache:
@@ -47,17 +47,17 @@ class HostCache:
         self.tier, self.pool, self.costs, self.job_blocks = tier, pool, costs, job_blocks
         self.count: Count = _uncounted
         self.pinned: dict[str, list[KVCacheBlock]] = {}
-        """Device blocks pinned for a chain, by its id."""
+        """Device blocks pinned for a prefix, by its id."""
         self.transfers = InFlightTransfers(tier, pool, costs, world_size, self._count)
         self._clock = clock
         self._matched: dict[str, tuple[int, list[HostBlock]]] = {}
         self._waiting: set[str] = set()
-        """Calls that wait while somebody else's copy brings their prefix."""
+        """Calls that wait while another call's copy brings their prefix."""
         self.self_check: SelfCheck | None = None
         """What the workers found when they started; None until they have told."""
         self._off_reason: str | None = None
         self._offloaded_since: dict[str, tuple[int, float]] = {}
-        """Blocks of a stalled chain that need not stay on the device, and since when."""
+        """By stalled prefix: blocks that need not stay on the device, and since when."""
         tier.on_evict = self._count_eviction
 
     def _count(self, key: CountKey, by: float) -> None:
@@ -128,7 +128,7 @@ class HostCache:
 
     @property
     def pinned_blocks(self) -> int:
-        """Device blocks pinned for chains; shared ones count for each."""
+        """Device blocks pinned for prefixes; shared ones count for each."""
         return sum(len(blocks) for blocks in self.pinned.values())
 
     # --- out ----------------------------------------------------------------------------------------
@@ -141,7 +141,7 @@ class HostCache:
         distance: Distance,
         own_distance: float,
     ) -> int:
-        """Copy what the host does not have of the chain `keys`, computed in `blocks`; returns how many blocks."""
+        """Copy what the host does not have of the prefix `keys`, computed in `blocks`; returns how many blocks."""
         self.tier.touch(keys, now_s)
         if self.is_off:
             return 0
@@ -159,7 +159,7 @@ class HostCache:
         return len(taken)
 
     def mark_offloaded(self, prefix_id: str, keys: Sequence[bytes]) -> None:
-        """From now on the blocks of a stalled chain that the host has need not stay on the device."""
+        """From now on the blocks of a stalled prefix that the host has need not stay on the device."""
         self._offloaded_since[prefix_id] = (self.tier.known(keys), self._clock())
 
     def _unmark_offloaded(self, prefix_id: str) -> None:
@@ -175,7 +175,7 @@ class HostCache:
     # --- in, for a call -----------------------------------------------------------------------------
 
     def match(self, request_id: str, keys: Sequence[bytes], first: int) -> int | None:
-        """How many of `keys[first:]` can be loaded; None while they are on their way for somebody else."""
+        """How many of `keys[first:]` can be loaded; None while a copy for another call is bringing them."""
         wanted = keys[first:]
         if wanted and wanted[0] in self.loading:
             if request_id not in self._waiting:
@@ -215,10 +215,10 @@ class HostCache:
         self._waiting.discard(request_id)
         self._matched.pop(request_id, None)
 
-    # --- in, for nobody yet ---------------------------------------------------------------------------
+    # --- in, without a request ------------------------------------------------------------------------
 
     def on_device(self, keys: Sequence[bytes]) -> list[KVCacheBlock]:
-        """The leading blocks of the chain that are in the device's prefix cache."""
+        """The leading blocks of the prefix that are in the device's prefix cache."""
         found = []
         for key in keys:
             block = find_block(self.pool, key)
@@ -228,18 +228,18 @@ class HostCache:
         return found
 
     def count_on_device(self, keys: Sequence[bytes]) -> int:
-        """About how many leading blocks of the chain are in the device's prefix cache; vLLM evicts its end first."""
+        """About how many leading blocks of the prefix are in the device's prefix cache; vLLM evicts its end first."""
         return leading(keys, lambda key: find_block(self.pool, key) is not None)
 
     def pin(self, prefix_id: str, blocks: Sequence[KVCacheBlock]) -> None:
-        """Pin device blocks for a chain."""
+        """Pin device blocks for a prefix."""
         if blocks:
             self._unmark_offloaded(prefix_id)
             self.pool.touch(blocks)
             self.pinned.setdefault(prefix_id, []).extend(blocks)
 
     def unpin(self, prefix_id: str) -> int:
-        """Unpin them; they stay cached until somebody needs the room. Returns how many there were."""
+        """Unpin them; they stay cached until their room is needed. Returns how many there were."""
         self._unmark_offloaded(prefix_id)
         blocks = self.pinned.pop(prefix_id, [])
         self.pool.free_blocks(reversed(blocks))
@@ -271,7 +271,7 @@ class HostCache:
     # --- all of it ------------------------------------------------------------------------------------
 
     def wipe(self) -> int:
-        """Overwrite every free device block that holds nothing anybody references: a test's proof."""
+        """Overwrite every free device block: a test's proof that what is hit later was copied."""
         blocks = self.pool.get_new_blocks(self.pool.get_num_free_blocks())
         if blocks:
             self.transfers.begin("wipe", [], blocks)
@@ -287,6 +287,6 @@ class HostCache:
 
     @contextmanager
     def counted_as_free(self) -> Iterator[None]:
-        """Meanwhile the pool counts blocks that only a copy holds as free; nobody may allocate."""
+        """Meanwhile the pool counts blocks that only a copy holds as free; no block may be allocated."""
         with self.transfers.counted_as_free():
             yield

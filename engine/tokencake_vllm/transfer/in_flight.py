@@ -1,4 +1,4 @@
-"""Which copies are under way, and which device blocks and host slots do they hold?
+"""Copies under way, and the device blocks and host slots that they hold.
 
 A store holds the device blocks it reads and the slots it writes, a load holds the slots it reads; an upload also holds
 the device blocks it writes. A copy is over when all ranks have reported it. A failed copy is never visible: its host
@@ -73,7 +73,7 @@ class InFlightTransfers:
         return self._failures >= MAX_FAILURES
 
     def held_blocks(self) -> Iterator[KVCacheBlock]:
-        """Device blocks that a copy under way will set free, or hand to a chain."""
+        """Device blocks that a copy under way will set free, or hand to a prefix."""
         for copy in self._copies.values():
             yield from copy.device
 
@@ -127,7 +127,7 @@ class InFlightTransfers:
     # --- end ----------------------------------------------------------------------------------------
 
     def report(self, job_id: int, ranks: int, seconds: float, *, ok: bool) -> None:
-        """So many ranks say that they are through with a job."""
+        """A number of ranks report that they have finished a job."""
         copy = self._copies.get(job_id)
         if copy is None:
             return
@@ -156,7 +156,7 @@ class InFlightTransfers:
 
     @contextmanager
     def counted_as_free(self) -> Iterator[None]:
-        """Meanwhile the pool counts the blocks that uploads are writing as free; nobody may allocate."""
+        """Meanwhile the pool counts the blocks that uploads are writing as free; no block may be allocated."""
         device = list(self.held_blocks())
         self.pool.free_blocks(reversed(device))
         try:

@@ -40,7 +40,7 @@ class TransferResult:
 
 
 DRAIN_S: Final = 10.0
-"""So long `drain` and `close` wait at most: hundreds of gigabytes on a GPU."""
+"""The longest that `drain` and `close` wait: enough for hundreds of gigabytes on a GPU."""
 
 
 class Copier(Protocol):

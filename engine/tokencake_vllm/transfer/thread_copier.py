@@ -1,7 +1,7 @@
-"""How are blocks copied where the device is the CPU itself? On one thread, in small pieces, with rests between them.
+"""Copies where the device is the CPU itself: on one thread, in small pieces, with rests between them.
 
-Copy and computation share the cores: while a step computes, a copy that nobody waits for takes at most `SHARE` of the
-time. A copy that a call waits for, and every copy of an engine that computes nothing, goes at full speed.
+Copy and computation share the cores: while a step computes, a copy without a waiting request takes at most `SHARE` of
+the time. A copy that a request waits for, and every copy of an engine that computes nothing, goes at full speed.
 """
 
 from __future__ import annotations

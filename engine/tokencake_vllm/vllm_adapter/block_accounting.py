@@ -1,6 +1,6 @@
-"""Who has the KV blocks of the device now? One account over both schedulers and vLLM, which adds up to the pool.
+"""KV blocks of the device by state: one account over both schedulers and vLLM, which adds up to the pool.
 
-Every block is in one state. Where several would do, as with a prefix that a running call and a pinned chain share, the
+Every block is in one state. Where several would do, as with a prefix that a running call and a pinned prefix share, the
 first in the list counts, since only when that is over the block could go.
 """
 
@@ -22,18 +22,18 @@ if TYPE_CHECKING:
 STATES: Final = ("running", "loading", "leaving", "pinned", "uploading", "storing", "cached", "empty")
 """In words:
 
-running:    of calls in the engine, those of a talk that waits for its user included
+running:    of calls in the engine, those of a streaming session between two inputs included
 loading:    of calls whose prefix is on its way from the host
 leaving:    of calls that have ended, until the step under way is over
 pinned:     held for a stalled agent
-uploading:  held by a copy that fills them before the call comes
+uploading:  held by a copy that fills them before a call comes
 storing:    held by a copy to the host, their call being over
-cached:     free, and a prefix hit until somebody takes them
+cached:     free, and a prefix hit until it is given away
 empty:      free
 """
 
 OWN_STATES: Final = ("running", "loading", "leaving", "pinned")
-"""What belongs to one tenant; blocks in the other states are nobody's any more."""
+"""States of blocks that belong to one tenant."""
 
 
 def own_blocks(
@@ -43,7 +43,7 @@ def own_blocks(
 
     Args:
         scheduler: vLLM's.
-        pinned: blocks held for each of the tenant's stalled chains.
+        pinned: blocks held for each of the tenant's stalled prefixes.
         is_own: whether a request, by its id, is the tenant's.
     """
     state_of = {block.block_id: "pinned" for block in chain.from_iterable(pinned)}
@@ -57,11 +57,11 @@ def own_blocks(
 
 
 def block_budget(scheduler: Scheduler, pinned: Mapping[str, Iterable[KVCacheBlock]]) -> dict[str, int]:
-    """Blocks by state; the null block is nobody's. It looks at every block: for a scrape, not for a step.
+    """Blocks by state, without the null block. It looks at every block: for a scrape, not for a step.
 
     Args:
         scheduler: vLLM's.
-        pinned: blocks held for each stalled chain.
+        pinned: blocks held for each stalled prefix.
     """
     state_of = {block.block_id: "pinned" for block in chain.from_iterable(pinned.values())}
     state_of.update((block.block_id, "leaving") for block in leaving_blocks(scheduler))

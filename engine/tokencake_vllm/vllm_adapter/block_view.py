@@ -1,6 +1,6 @@
-"""Who holds which blocks? Questions to vLLM's block pool that cost a few look-ups, whatever the length of a prompt.
+"""Holders of KV blocks: questions to vLLM's block pool that cost a few look-ups, whatever the length of a prompt.
 
-Whoever shares blocks of a call shares them from its first block on, so each border is found by bisection.
+Requests share blocks from the first one on, so each border is found by bisection.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ class BlockView:
 
     @property
     def free_blocks(self) -> int:
-        """Blocks that nobody holds, cached ones included."""
+        """Free blocks, cached ones included."""
         return self._manager.block_pool.get_num_free_blocks()
 
     def blocks_of(self, tokens: int) -> int:
-        """Blocks that so many tokens need."""
+        """Blocks that a number of tokens needs."""
         return -(-tokens // self.block_tokens)
 
     def held_prefix_blocks(self, request: Request, excluding: Mapping[int, int] = _NOTHING) -> int:
         """Blocks at the head of a waiting request that are on the device and held by others: they cost it nothing.
 
-        Holds in `excluding`, so many by the id of a block, do not count.
+        Holds in `excluding` (block id -> number) do not count.
         """
         hashes, pool = request.block_hashes, self._manager.block_pool
 
@@ -75,7 +75,7 @@ class BlockView:
         return self.freed_if_released(holds)
 
     def freed_if_released(self, holds: Mapping[int, int]) -> int:
-        """Blocks that nobody holds but for these, so many by the id of a block."""
+        """Blocks whose reference count equals the given holds (block id -> number)."""
         blocks = self._manager.block_pool.blocks
         return sum(1 for number, count in holds.items() if blocks[number].ref_cnt == count)
 
@@ -84,7 +84,7 @@ class BlockView:
         return len(self._manager.coordinator.get_blocks(request_id)[0])
 
     def exclusive_blocks(self, request_id: str, *, holders: int = 1) -> int:
-        """Blocks of a request that not more than so many hold; those that only it holds come free with it."""
+        """Blocks of a request with at most `holders` references; with 1, those that come free when it ends."""
         blocks = self._manager.coordinator.get_blocks(request_id)[0]
         return len(blocks) - _first_without(lambda index: blocks[index].ref_cnt > holders, len(blocks))
 

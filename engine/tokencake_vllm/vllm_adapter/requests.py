@@ -1,4 +1,4 @@
-"""State of requests in vLLM's scheduler: who waits, who has blocks, what is computed."""
+"""State of requests in vLLM's scheduler: which wait, which have blocks, what is computed."""
 
 from __future__ import annotations
 
