@@ -2,8 +2,8 @@
 
 An upload may use only free blocks in excess of what waiting requests need: unreferenced ones first, then blocks of
 agents that return much later and have a host copy. What it has brought is not pinned. It is the newest of the free
-blocks, so that it is given away last, and no request waits for it. Each stall has one upload: a wrong forecast costs one
-copy.
+blocks, so that it is given away last, and no request waits for it. Each stall has one upload: a wrong forecast costs
+one copy.
 """
 
 from __future__ import annotations
