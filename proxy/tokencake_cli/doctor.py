@@ -10,7 +10,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
@@ -157,9 +157,9 @@ CHECKS: Final[tuple[Callable[[], Finding], ...]] = (
 )
 
 
-def main(*, as_json: bool = False) -> int:
-    """Print the findings; returns 1 if something must be fixed before TokenCake can run."""
-    findings = [check() for check in CHECKS]
+def main(*, as_json: bool = False, checks: Sequence[Callable[[], Finding]] | None = None) -> int:
+    """Print the findings of `checks`; returns 1 if something must be fixed before TokenCake can run."""
+    findings = [check() for check in (CHECKS if checks is None else checks)]
     if as_json:
         print(json.dumps([asdict(finding) for finding in findings], indent=2))
     else:

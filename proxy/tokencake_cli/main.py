@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -44,6 +45,8 @@ def _parser() -> argparse.ArgumentParser:
 
     doctor = commands.add_parser("doctor", help="check the installation and report what to fix")
     doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
+    doctor.add_argument("--base-url", metavar="URL", help="check the running engine or proxy there instead")
+    doctor.add_argument("--api-key", metavar="KEY", help="its key")
 
     commands.add_parser(
         "engine",
@@ -113,11 +116,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _demo(arguments[1:])
     if rest:
         _parser().error(f"unknown arguments: {' '.join(rest)}")
-    if args.command == "doctor":
-        from tokencake_cli.doctor import main as doctor  # noqa: PLC0415  # each command imports only what it needs
+    return _doctor(args) if args.command == "doctor" else _proxy(args)
 
-        return doctor(as_json=args.json)
-    return _proxy(args)
+
+def _doctor(args: argparse.Namespace) -> int:
+    from tokencake_cli.doctor import CHECKS, main  # noqa: PLC0415  # each command imports only what it needs
+    from tokencake_cli.engine_check import engine_finding  # noqa: PLC0415  # as above
+
+    checks = CHECKS if args.base_url is None else [partial(engine_finding, args.base_url, args.api_key)]
+    return main(as_json=args.json, checks=checks)
 
 
 def _engine(flags: Sequence[str]) -> int:
