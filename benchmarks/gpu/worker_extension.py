@@ -6,6 +6,8 @@ from typing import Any
 
 from vllm.distributed.kv_transfer import get_kv_transfer_group
 
+from tokencake_vllm.transfer.checksums import Checksums
+
 
 class WorkerExtension:
     """For vLLM's `worker_extension_cls`."""
@@ -14,6 +16,6 @@ class WorkerExtension:
         """Change every byte of it, and let no checksum find out."""
         connector: Any = get_kv_transfer_group()
         copier = connector._copier  # noqa: SLF001  # there is no public way to harm it
-        copier._checksums = None  # noqa: SLF001  # as above
+        copier._checksums = Checksums(0, 1)  # noqa: SLF001  # as above
         for part in copier._slots:  # noqa: SLF001  # as above
             part.copy_(part.flip(-1))
