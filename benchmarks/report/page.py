@@ -230,7 +230,7 @@ def _kinds(plain: Runs) -> str:
         ratio = " / ".join(f"{mine / its:.2f}" for mine, its in zip(*pairs, strict=True))
         rows.append([kind, str(base["applications"]), *latencies, ratio])
     head = ["kind", "applications", *(f"`{name}`, mean s" for name in mixed), "mean / P95 of TTFT, to `stock+host`"]
-    words = "The workload `mixed` by kind: whom does the order serve, and at whose cost?\n"
+    words = "The workload `mixed` by kind of traffic: what each kind gains or pays.\n"
     return "\n".join([words, _table(head, rows)])
 
 
@@ -250,7 +250,7 @@ def _shielding(plain: Runs) -> str:
         for name, run in flooded.items()
     ]
     words = (
-        "Critical agents among three times as many long calls that nobody waits for (`flood`). An inversion is a "
+        "Critical agents among three times as many long background calls (`flood`). An inversion is a "
         "critical call that was passed over or preempted for one that is not.\n"
     )
     head = ["", "critical agents, mean s", "their calls, P95 s", "critical inversions", "all work done, s"]

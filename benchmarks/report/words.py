@@ -96,7 +96,7 @@ WRONG: Final = """\
   copies of one direction are served one after the other at full bandwidth, and finding a block costs nothing.
 - **Scheduling is free.** The time that vLLM's Python takes is part of the fixed cost, whatever the number of calls.
   Serving (HTTP, tokenising, detokenising) is not there at all.
-- **Answers have the length that the workload says.** Nobody stops early, nothing is sampled.
+- **Answers have the length that the workload says.** No answer stops early, nothing is sampled.
 - **`priority` runs the stock code with its flaw**: a victim that was already scheduled in the same step keeps prefix
   blocks that were never computed. Here that looks like hits; on a device it would be wrong KV.
 - **Deep-research and react have no published counterpart**: context sizes and tool times are ours.

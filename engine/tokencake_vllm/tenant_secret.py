@@ -45,7 +45,7 @@ class TenantSecret:
         self._file = Path(environ.get(SECRET_FILE_VARIABLE) or default_secret_file(environ, str(Path.home())))
         self._looked_s: float | None = None
         self._is_found = False
-        # One that nobody has: until the true one is there, nothing bears a mark.
+        # A random one: until the true one is there, no mark is valid.
         self._tenants = Tenants(secrets.token_bytes(32))
         if text := environ.get(SECRET_VARIABLE):
             self._tenants, self._is_found = Tenants(checked_secret(text, f"`{SECRET_VARIABLE}`")), True

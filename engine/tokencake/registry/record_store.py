@@ -17,7 +17,7 @@ from tokencake.protocol import Hint
 from tokencake.protocol.parsing import count, number, optional
 from tokencake.registry.memory_account import APP_BYTES, SESSION_BYTES, Account, Accounts, text_bytes, tool_bytes
 from tokencake.registry.metric_names import CountKey
-from tokencake.registry.records import App, CallRecord, Session, lifetime_of
+from tokencake.registry.records import AppRecord, CallRecord, Session, lifetime_of
 from tokencake.registry.timeline import TICK_S, Timeline, after
 
 _STEPS: Final = 8
@@ -48,7 +48,7 @@ class RecordStore:
         self.limits = limits or Limits()
         self.sessions: OrderedDict[str, Session] = OrderedDict()
         self.calls: OrderedDict[str, CallRecord] = OrderedDict()
-        self.apps: OrderedDict[str, App] = OrderedDict()
+        self.apps: OrderedDict[str, AppRecord] = OrderedDict()
         self.graphs: dict[str, protocol.Graph] = {}
         self.counts: Counter[CountKey] = Counter()
         """Increments since the last `drain`: `(metric, *label values)` -> number."""
@@ -73,7 +73,7 @@ class RecordStore:
         if hint.app:
             app = self.apps.get(hint.app)
             if app is None:
-                app = self.apps[hint.app] = App(now - (hint.app_started_ago_s or 0.0), now, session.tenant)
+                app = self.apps[hint.app] = AppRecord(now - (hint.app_started_ago_s or 0.0), now, session.tenant)
                 self._accounts.add(session.tenant, "app", hint.app, APP_BYTES + text_bytes(hint.app))
             app.touched_s = now
             self.apps.move_to_end(hint.app)

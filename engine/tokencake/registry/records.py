@@ -84,7 +84,7 @@ class Session:
 
 
 @dataclass(slots=True)
-class App:
+class AppRecord:
     """One application instance."""
 
     first_seen_s: float

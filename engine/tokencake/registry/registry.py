@@ -17,7 +17,7 @@ from tokencake.registry.apply_events import ToolEvent, WaitEvent, note_tool, not
 from tokencake.registry.memory_account import Account, call_bytes, graph_bytes, waits_bytes
 from tokencake.registry.metric_names import HistogramName
 from tokencake.registry.record_store import Limits, RecordStore, kept_tool_bytes
-from tokencake.registry.records import App, CallRecord, Session
+from tokencake.registry.records import AppRecord, CallRecord, Session
 
 MAX_OBSERVATIONS: Final = 10_000
 """Durations kept between two drains of the metrics; later ones are not observed until the next drain."""
@@ -258,7 +258,7 @@ class Registry(RecordStore):
         return drained
 
 
-def _end(record: Session | App | None, status: protocol.ToolStatus) -> EventOutcome:
+def _end(record: Session | AppRecord | None, status: protocol.ToolStatus) -> EventOutcome:
     if record is None:
         return "unknown"
     if record.ended:

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-from tokencake_sim.capture.lineage import Link, applications, links_of, shared_prefixes
+from tokencake_sim.capture.lineage import CallDependency, applications, dependencies_of, shared_prefixes
 from tokencake_sim.capture.past_calls import PastCall, PastRun, read_past
 from tokencake_sim.errors import WorkloadError
 from tokencake_sim.workload.fields import MAX_TEXT
@@ -37,15 +37,15 @@ def workload_of(run: PastRun) -> Workload:
     if not run.calls:
         raise WorkloadError(run.source, "the state", "has no finished call with a hint; run an application first")
     groups = applications(run.calls)
-    links = {name: link for group in groups for name, link in links_of(group).items()}
-    prefixes = shared_prefixes(run.calls, links)
+    dependencies = {name: dependency for group in groups for name, dependency in dependencies_of(group).items()}
+    prefixes = shared_prefixes(run.calls, dependencies)
     block_tokens = math.gcd(*(call.cached_tokens for call in run.calls))  # or a multiple: whole blocks are cached
     apps = tuple(
         App(
             id=group[0].app[:MAX_TEXT],
             kind="recorded",
             arrival_s=group[0].arrived_s - run.calls[0].arrived_s,
-            nodes=_Nodes(group, links, prefixes, block_tokens).all(),
+            nodes=_Nodes(group, dependencies, prefixes, block_tokens).all(),
         )
         for group in groups
     )
@@ -56,18 +56,22 @@ class _Nodes:
     """The nodes of one application."""
 
     def __init__(
-        self, group: Sequence[PastCall], links: Mapping[str, Link], prefixes: Mapping[str, int], block_tokens: int
+        self,
+        group: Sequence[PastCall],
+        dependencies: Mapping[str, CallDependency],
+        prefixes: Mapping[str, int],
+        block_tokens: int,
     ) -> None:
         self._group = group
         self._block_tokens = block_tokens
-        self._links = links
+        self._dependencies = dependencies
         self._prefixes = prefixes
         self._names = {
             call.id: f"{place}-{call.agent}"[: MAX_TEXT - len(_PAUSE)] for place, call in enumerate(group, start=1)
         }
         self._extended_by: dict[str, list[PastCall]] = {call.id: [] for call in group}
         for call in group:
-            if base := links[call.id].base:
+            if base := dependencies[call.id].base:
                 self._extended_by[base.id].append(call)
 
     def all(self) -> tuple[Node, ...]:
@@ -75,28 +79,32 @@ class _Nodes:
         return tuple(node for call in self._group for node in self._of(call))
 
     def _of(self, call: PastCall) -> list[Node]:
-        link = self._links[call.id]
-        prefix, known_tokens = self._known(call, link)
-        waited = link.after if link.previous is None or link.extends else (link.previous, *link.after)
+        dependency = self._dependencies[call.id]
+        prefix, known_tokens = self._known(call, dependency)
+        waited = (
+            dependency.after
+            if dependency.previous is None or dependency.extends
+            else (dependency.previous, *dependency.after)
+        )
         node = Node(
             id=self._names[call.id],
             agent=call.agent[:MAX_TEXT],
             new_tokens=call.prompt_tokens - known_tokens,
             output_tokens=call.output_tokens,
-            predecessors=() if link.base is None else (self._names[link.base.id],),
+            predecessors=() if dependency.base is None else (self._names[dependency.base.id],),
             after=tuple(self._names[other.id] for other in waited),
             prefix=prefix,
             tool=self._tool(call),
-            parent=None if link.parent is None else self._names[link.parent.id],
+            parent=None if dependency.parent is None else self._names[dependency.parent.id],
             keeps_answer=self._keeps_answer(call),
         )
-        return _with_pause(node, self._pause_s(call, link))
+        return _with_pause(node, self._pause_s(call, dependency))
 
-    def _known(self, call: PastCall, link: Link) -> tuple[Prefix | None, int]:
+    def _known(self, call: PastCall, dependency: CallDependency) -> tuple[Prefix | None, int]:
         """The shared text that its prompt begins with, and how much of its prompt stands elsewhere."""
-        if link.base is not None:
-            kept_tokens = link.base.output_tokens if self._keeps_answer(link.base) else 0
-            return None, link.base.prompt_tokens + kept_tokens
+        if dependency.base is not None:
+            kept_tokens = dependency.base.output_tokens if self._keeps_answer(dependency.base) else 0
+            return None, dependency.base.prompt_tokens + kept_tokens
         tokens = self._prefixes.get(call.agent, 0)
         if not 0 < tokens <= call.prompt_tokens:
             return None, 0
@@ -116,16 +124,16 @@ class _Nodes:
             for later in self._extended_by[call.id]
         )
 
-    def _pause_s(self, call: PastCall, link: Link) -> float:
-        waited = [other.over_s for other in (link.previous, *link.after) if other is not None]
-        began_s = self._group[0].arrived_s if link.parent is None else link.parent.finished_s
+    def _pause_s(self, call: PastCall, dependency: CallDependency) -> float:
+        waited = [other.over_s for other in (dependency.previous, *dependency.after) if other is not None]
+        began_s = self._group[0].arrived_s if dependency.parent is None else dependency.parent.finished_s
         return call.arrived_s - max(waited, default=began_s)
 
     def _tool(self, call: PastCall) -> Tool | None:
         """All tools of `call` as one, from the first start to the last end or to the call that did not wait for it."""
         if not call.tools:
             return None
-        inside = [other.over_s for other in self._group if self._links[other.id].parent is call]
+        inside = [other.over_s for other in self._group if self._dependencies[other.id].parent is call]
         started_s = max(inside, default=min(tool.started_s for tool in call.tools))
         over_s = min([call.over_s, *(later.arrived_s for later in self._extended_by[call.id])])
         estimates = [tool.estimate_s for tool in call.tools if tool.estimate_s is not None]

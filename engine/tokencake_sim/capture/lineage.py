@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Link:
+class CallDependency:
     """Where one call of an application stands among the others."""
 
     parent: PastCall | None
@@ -54,8 +54,8 @@ def applications(calls: Sequence[PastCall]) -> list[list[PastCall]]:
     return sorted((sorted(group, key=_arrival) for group in groups), key=lambda group: _arrival(group[0]))
 
 
-def links_of(group: Sequence[PastCall]) -> dict[str, Link]:
-    """The link of every call of one application, whose calls are given in order of arrival."""
+def dependencies_of(group: Sequence[PastCall]) -> dict[str, CallDependency]:
+    """The dependency of every call of one application, whose calls are given in order of arrival."""
     parents = _parents(group)
     found = {}
     sessions: dict[str, list[PastCall]] = {}
@@ -67,7 +67,7 @@ def links_of(group: Sequence[PastCall]) -> dict[str, Link]:
         extends = previous is not None and call.prompt_tokens >= previous.prompt_tokens
         latest = teams.setdefault(None if parent is None else parent.id, {})
         siblings = [other for session, other in latest.items() if session != call.session]
-        found[call.id] = Link(parent, previous, extends, _waited_for(call, previous, siblings))
+        found[call.id] = CallDependency(parent, previous, extends, _waited_for(call, previous, siblings))
         own.append(call)
         latest[call.session] = call
     return found
@@ -94,14 +94,14 @@ def _waited_for(call: PastCall, previous: PastCall | None, siblings: Sequence[Pa
     return tuple(one for one in over if one.over_s > newest_s)
 
 
-def shared_prefixes(calls: Sequence[PastCall], links: Mapping[str, Link]) -> dict[str, int]:
+def shared_prefixes(calls: Sequence[PastCall], dependencies: Mapping[str, CallDependency]) -> dict[str, int]:
     """Tokens that the sessions of each agent have in common: the least that a first call found in the cache.
 
     It is a lower bound for what they share, and no more than a guess where all first calls came at the same time.
     """
     found: dict[str, int] = {}
     for call in calls:
-        if links[call.id].previous is None and call.cached_tokens:
+        if dependencies[call.id].previous is None and call.cached_tokens:
             found[call.agent] = min(found.get(call.agent, call.cached_tokens), call.cached_tokens)
     return found
 

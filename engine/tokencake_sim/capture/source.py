@@ -59,7 +59,7 @@ def read_pages(source: str, path: str, items: str, limit: int, most: int, api_ke
 
 
 def _joined(pages: list[Any], items: str) -> Any:
-    """The newest page with the items of all; anything that is no such page goes to who reads it as it is."""
+    """The newest page with the items of all; anything that is no such page is returned as it is."""
     if not all(isinstance(page, dict) and isinstance(page.get(items), list) for page in pages):
         return pages[0]
     return {**pages[0], items: [item for page in reversed(pages) for item in page[items]]}

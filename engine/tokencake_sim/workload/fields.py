@@ -12,7 +12,7 @@ _REQUIRED: Final = object()
 
 
 class Fields:
-    """The fields of one JSON object, taken one by one; `end` refuses what nobody took.
+    """The fields of one JSON object, taken one by one; `end` refuses those that were not taken.
 
     Every method that takes one raises WorkloadError where it is missing or wrong.
     """
@@ -73,6 +73,6 @@ class Fields:
         return value
 
     def end(self) -> None:
-        """Refuse what nobody took."""
+        """Refuse fields that were not taken."""
         if self._left:
             raise WorkloadError(self.source, self.where, f"has unknown fields: {', '.join(sorted(self._left))}")

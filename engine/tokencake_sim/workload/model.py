@@ -13,7 +13,7 @@ class Tool:
     duration_s: float
     result_tokens: int
     estimate_s: float | None = None
-    """What the user says beforehand; None where nobody does."""
+    """The user's estimate; None where there is none."""
 
 
 @dataclass(frozen=True, slots=True)

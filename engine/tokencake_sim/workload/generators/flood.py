@@ -1,4 +1,4 @@
-"""Agents that somebody waits for, in a flood of long calls that nobody waits for: batch jobs that read and write much.
+"""Critical agents in a flood of long calls for which no user waits: batch jobs that read and write much.
 
 All calls carry hints. What is asked: do the few stay fast, and does the flood pay for it with less throughput?
 """
@@ -12,7 +12,7 @@ from tokencake_sim.workload.model import Node, Prefix, Tool
 if TYPE_CHECKING:
     import random
 
-SUMMARY: Final = "one critical agent of 6 turns for every 3 long calls that nobody waits for"
+SUMMARY: Final = "one critical agent of 6 turns for every 3 long background calls"
 
 _TURNS: Final = 6
 
