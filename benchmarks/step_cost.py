@@ -12,7 +12,6 @@ import argparse
 import os
 import statistics
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,7 @@ os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "engine"), str(ROOT / "proxy")]
 
-from tests.harness.stall_bench import build, make_request  # noqa: E402
-from tests.harness.tiny_model import make_tiny_model  # noqa: E402  # the path comes first
+from tests.harness.scheduler import build_scheduler, make_request  # noqa: E402  # the path comes first
 from tokencake import protocol  # noqa: E402
 
 RUNNING, WAITING, STALLED = 64, 200, 500
@@ -39,18 +37,17 @@ def prompt(number: int) -> list[int]:
 class Subject:
     """One scheduler in the state to be measured."""
 
-    def __init__(self, model: Path, *, is_ours: bool) -> None:
+    def __init__(self, *, is_ours: bool) -> None:
         from vllm.v1.core.sched.scheduler import Scheduler  # noqa: PLC0415  # heavy
 
         # Room for the running calls only; their growth fits, the waiting ones do not.
-        self.scheduler = build(
-            model,
+        self.scheduler = build_scheduler(
+            None if is_ours else Scheduler,
             num_blocks=BLOCKS,
-            host_blocks=20_000,
+            host_blocks=20_000 if is_ours else None,
             max_tokens_per_step=8_192,
             max_seqs=RUNNING,
-            create=None if is_ours else Scheduler,
-            connector=is_ours,
+            space={"enabled": False},
         )
         self.is_ours = is_ours
         for number in range(STALLED):
@@ -108,13 +105,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=300, help="steps of each, in turns of 20")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        model = make_tiny_model(Path(folder) / "tiny")
-        subjects = {"stock": Subject(model, is_ours=False), "ours": Subject(model, is_ours=True)}
-        times: dict[str, list[tuple[float, float]]] = {name: [] for name in subjects}
-        for _ in range(options.steps // 20):
-            for name, subject in subjects.items():
-                times[name] += [subject.step() for _ in range(20)]
+    subjects = {"stock": Subject(is_ours=False), "ours": Subject(is_ours=True)}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in subjects}
+    for _ in range(options.steps // 20):
+        for name, subject in subjects.items():
+            times[name] += [subject.step() for _ in range(20)]
     for name, subject in subjects.items():
         scheduler = subject.scheduler
         print(f"{name:6} {len(scheduler.running)} running, {len(scheduler.waiting)} waiting", end="")

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import strategies as st
 
-from tests.harness.stall_bench import BLOCK_SIZE, Bench, build, make_request
-from tests.harness.steps import Steps
+from tests.harness.kv_worker import SchedulerHarness
+from tests.harness.scheduler import BLOCK_TOKENS, build_scheduler, make_request
+from tests.harness.steps import ANSWER, StepLoop
 from tokencake import protocol
 
-ANSWER = 7
-"""The token that every answer consists of."""
 LONGEST = 700
 """Tokens of a thread, at most."""
 
@@ -30,92 +28,97 @@ class Request:
     hint: protocol.Hint | None
 
 
-class Ours:
-    """The plug-in with its worker."""
+class PluginEngine:
+    """The plug-in's scheduler with its worker."""
 
-    def __init__(self, model: Path, patch: pytest.MonkeyPatch, **options: Any) -> None:
-        self.bench = Bench(model, patch, **options)
+    def __init__(self, patch: pytest.MonkeyPatch, **options: Any) -> None:
+        self.harness = SchedulerHarness(patch, **options)
         self.prefills: dict[str, Any] = {}
 
     def add(self, request: Request) -> None:
         hint = request.hint and request.hint.to_json()
         made = make_request(request.name, list(request.tokens), hint, request.max_tokens)
         self.prefills[request.name] = made.prefill_stats  # vLLM fills it in
-        self.bench.scheduler.add_request(made)
+        self.harness.add(made)
 
     def step(self) -> None:
-        if self.bench.scheduler.has_requests():
-            self.bench.step(finish_jobs=True)
+        if self.harness.scheduler.has_requests():
+            self.harness.step(finish_jobs=True)
 
     def run(self) -> None:
-        self.bench.run(3_000)
+        self.harness.run(3_000)
 
     def abort(self, name: str) -> None:
-        from vllm.v1.request import RequestStatus
+        _abort(self.harness, name)
 
-        self.bench.scheduler.finish_requests(name, RequestStatus.FINISHED_ABORTED)
-
-    def tell(self, *events: Any) -> None:
-        self.bench.tell(*events)
+    def send(self, *events: Any) -> None:
+        self.harness.send(*events)
 
     def wait(self, seconds: float) -> None:
-        self.bench.clock.now += seconds
+        self.harness.clock.now += seconds
         self.run()
 
 
-class Stock:
-    """vLLM without the plug-in: hints and events go nowhere."""
+class StockEngine:
+    """vLLM without the plug-in: it gets neither hints nor events."""
 
-    def __init__(self, model: Path, *, is_async: bool, num_blocks: int) -> None:
+    def __init__(self, *, is_async: bool, num_blocks: int) -> None:
         from vllm.v1.core.sched.async_scheduler import AsyncScheduler
         from vllm.v1.core.sched.scheduler import Scheduler
 
-        create = AsyncScheduler if is_async else Scheduler
-        scheduler = build(model, create=create, connector=False, is_async=is_async, num_blocks=num_blocks)
-        self.steps = Steps(scheduler)
+        scheduler = build_scheduler(
+            AsyncScheduler if is_async else Scheduler,
+            is_async=is_async,
+            num_blocks=num_blocks,
+            max_tokens_per_step=256,  # as in the harness
+        )
+        self.loop = StepLoop(scheduler)
         self._last_id = 0
-        take = self.steps.pool.get_new_blocks
+        allocate = self.loop.pool.get_new_blocks
 
         def watch(count: int) -> Any:
-            blocks = take(count)
+            blocks = allocate(count)
             self._last_id = max([self._last_id, *(block.block_id for block in blocks)])
             return blocks
 
-        self.steps.pool.get_new_blocks = watch
+        self.loop.pool.get_new_blocks = watch
         self.prefills: dict[str, Any] = {}
 
     def add(self, request: Request) -> None:
         made = make_request(request.name, list(request.tokens), None, request.max_tokens)
         self.prefills[request.name] = made.prefill_stats  # vLLM fills it in
-        self.steps.scheduler.add_request(made)
+        self.loop.add(made)
 
     def step(self) -> None:
-        if self.steps.scheduler.has_requests() or self.steps.under_way:
-            self.steps.step()
+        if self.loop.scheduler.has_requests():
+            self.loop.step()
 
     def run(self) -> None:
-        self.steps.run()
-        self.steps.step()  # with async scheduling blocks come free a step later
+        self.loop.run()
 
     def abort(self, name: str) -> None:
-        from vllm.v1.request import RequestStatus
+        _abort(self.loop, name)
 
-        self.steps.scheduler.finish_requests(name, RequestStatus.FINISHED_ABORTED)
-
-    def tell(self, *events: Any) -> None:
-        """Stock vLLM has no ear for them."""
+    def send(self, *events: Any) -> None:
+        """Stock vLLM takes no events."""
 
     def wait(self, seconds: float) -> None:
         self.run()
 
     @property
     def blocks_used(self) -> int:
-        """Blocks that a device must have so that nothing of this run is displaced: it takes fresh ones by their ids."""
+        """Blocks that a device must have for this run to evict nothing: vLLM takes unused blocks by their ids."""
         return self._last_id + 1
 
 
-def found(engine: Ours | Stock) -> dict[str, int]:
-    """Prompt tokens that each request found cached, on the device or on the host."""
+def _abort(loop: StepLoop, name: str) -> None:
+    from vllm.v1.request import RequestStatus
+
+    loop.scheduler.finish_requests(name, RequestStatus.FINISHED_ABORTED)
+
+
+def cached_tokens(engine: PluginEngine | StockEngine) -> dict[str, int]:
+    """Prompt tokens of each request that were cached, on the device or on the host."""
     return {
         name: stats.num_local_cached_tokens + stats.num_external_cached_tokens
         for name, stats in engine.prefills.items()
@@ -167,13 +170,13 @@ actions = st.one_of(
 class Chats:
     """Plays actions on some engines at once."""
 
-    def __init__(self, *engines: Ours | Stock) -> None:
+    def __init__(self, *engines: PluginEngine | StockEngine) -> None:
         self.engines = engines
         self.threads = [Thread() for _ in range(4)]
         self.made = 0
         self.held: list[Any] = []
         """Events that come late."""
-        self.told: list[Any] = []
+        self.sent: list[Any] = []
         self.prompt_blocks = 0
         """Blocks that all requests would fill if they shared none."""
         self.largest = 0
@@ -191,9 +194,9 @@ class Chats:
         if len(chat.history) > LONGEST:
             chat.history, chat.checkpoints = [], []
         session = f"thread-{thread}//agent-{agent}"
-        told = {"session": session, "app": app, "agent": f"agent-{agent}", "node": "model", "reuse": reuse}
+        fields = {"session": session, "app": app, "agent": f"agent-{agent}", "node": "model", "reuse": reuse}
         if chat.open_tool is not None:  # the human's answer
-            self._tell(protocol.ToolEnd(chat.open_tool, "t", duration_s=5.0))
+            self._send(protocol.ToolEnd(chat.open_tool, "t", duration_s=5.0))
             chat.open_tool = None
         if shape == "fork" and chat.checkpoints:
             chat.history = list(chat.checkpoints[words % len(chat.checkpoints)])
@@ -203,30 +206,30 @@ class Chats:
         self._end_early(app, end)
         match shape:
             case "tool" | "interrupt":
-                call = self._call(chat.history, output, expects_tools={"build": 5.0}, **told)
+                call = self._call(chat.history, output, expects_tools={"build": 5.0}, **fields)
                 chat.history += [ANSWER] * output
-                self._tell(protocol.ToolStart(call, "t", "build"))
+                self._send(protocol.ToolStart(call, "t", "build"))
                 if shape == "interrupt":
                     chat.open_tool = call
                 else:
-                    self._tell(protocol.ToolEnd(call, "t", duration_s=1.0))
+                    self._send(protocol.ToolEnd(call, "t", duration_s=1.0))
                     chat.history += self._words(words // 2 + 1)
-                    self._call(chat.history, output, **told)
+                    self._call(chat.history, output, **fields)
                     chat.history += [ANSWER] * output
             case "parallel":
                 for _ in range(2):
-                    self._add(chat.history, output, **told)
+                    self._add(chat.history, output, **fields)
                 self._run()
                 chat.history += [ANSWER] * output
             case "retry" | "crash":
-                call = self._add(chat.history, output, **told)
+                call = self._add(chat.history, output, **fields)
                 self._each(lambda engine: engine.step())
                 self._each(lambda engine: engine.abort(call))
                 if shape == "retry":
-                    self._call(chat.history, output, **told)
+                    self._call(chat.history, output, **fields)
                     chat.history += [ANSWER] * output
             case _:
-                self._call(chat.history, output, **told)
+                self._call(chat.history, output, **fields)
                 chat.history += [ANSWER] * output
         chat.checkpoints.append(list(chat.history))
         self._end(app, end)
@@ -234,13 +237,13 @@ class Chats:
     def alone(self, agent: int, topic: int, words: int, output: int, reuse: str | None, end: str) -> None:
         """One run of a graph without a checkpointer: its session is its own."""
         app = self._name("run")
-        told = {"session": f"{app}//agent-{agent}", "app": app, "agent": f"agent-{agent}", "node": "model"}
+        fields = {"session": f"{app}//agent-{agent}", "app": app, "agent": f"agent-{agent}", "node": "model"}
         text = [100 + agent] * 40 + [200 + topic] * 30 + self._words(words)
         self._end_early(app, end)
-        call = self._call(text, output, expects_tools={"build": 0.01}, **told)
-        self._tell(protocol.ToolStart(call, "t", "build"), protocol.ToolEnd(call, "t", duration_s=0.01))
+        call = self._call(text, output, expects_tools={"build": 0.01}, **fields)
+        self._send(protocol.ToolStart(call, "t", "build"), protocol.ToolEnd(call, "t", duration_s=0.01))
         text += [ANSWER] * output + self._words(10)
-        self._call(text, output, reuse=reuse, **told)
+        self._call(text, output, reuse=reuse, **fields)
         self._end(app, end)
 
     def plain(self, topic: int, words: int) -> None:
@@ -248,26 +251,26 @@ class Chats:
         self._request(Request(self._name("plain"), tuple([100] * 40 + [300 + topic] * words), 5, None))
         self._run()
 
-    # --- what else is told ---------------------------------------------------------------------------
+    # --- other events ---------------------------------------------------------------------------------
 
     def session_end(self, thread: int, agent: int) -> None:
-        self._tell(protocol.SessionEnd(f"thread-{thread}//agent-{agent}"))
+        self._send(protocol.SessionEnd(f"thread-{thread}//agent-{agent}"))
 
     def again(self, index: int) -> None:
-        """An event comes once more, or at last."""
+        """An event comes again, or at last."""
         if self.held:
-            self._tell(self.held.pop(index % len(self.held)))
-        elif self.told:
-            self._tell(self.told[-1 - index % len(self.told)])
+            self._send(self.held.pop(index % len(self.held)))
+        elif self.sent:
+            self._send(self.sent[-1 - index % len(self.sent)])
 
     def stray(self, kind: int) -> None:
         """An event of something that the engine does not know."""
-        self._tell(
+        self._send(
             (
-                protocol.SessionEnd("nobody"),
+                protocol.SessionEnd("unknown"),
                 protocol.AppEnd("thread-1"),
                 protocol.AppEnd("run"),
-                protocol.ToolEnd("nobody", "t"),
+                protocol.ToolEnd("unknown", "t"),
                 protocol.StallStart("thread-2//agent-0", "human"),
                 protocol.AppEnd("thread-2//agent-0"),
             )[kind]
@@ -286,18 +289,18 @@ class Chats:
         self.made += 1
         return [1_000 + self.made] * count
 
-    def _add(self, tokens: list[int], output: int, **told: Any) -> str:
+    def _add(self, tokens: list[int], output: int, **fields: Any) -> str:
         call = self._name("call")
-        self._request(Request(call, tuple(tokens), output, protocol.Hint(call=call, **told)))
+        self._request(Request(call, tuple(tokens), output, protocol.Hint(call=call, **fields)))
         return call
 
-    def _call(self, tokens: list[int], output: int, **told: Any) -> str:
-        call = self._add(tokens, output, **told)
+    def _call(self, tokens: list[int], output: int, **fields: Any) -> str:
+        call = self._add(tokens, output, **fields)
         self._run()
         return call
 
     def _request(self, request: Request) -> None:
-        blocks = -(-(len(request.tokens) + request.max_tokens) // BLOCK_SIZE)
+        blocks = -(-(len(request.tokens) + request.max_tokens) // BLOCK_TOKENS)
         self.prompt_blocks += blocks
         self.largest = max(self.largest, blocks)
         self._each(lambda engine: engine.add(request))
@@ -307,21 +310,21 @@ class Chats:
 
     def _end_early(self, app: str, end: str) -> None:
         if end == "early":
-            self._tell(protocol.AppEnd(app))
+            self._send(protocol.AppEnd(app))
 
     def _end(self, app: str, end: str) -> None:
         match end:
             case "now":
-                self._tell(protocol.AppEnd(app))
+                self._send(protocol.AppEnd(app))
             case "twice":
-                self._tell(protocol.AppEnd(app), protocol.AppEnd(app))
+                self._send(protocol.AppEnd(app), protocol.AppEnd(app))
             case "late":
                 self.held.append(protocol.AppEnd(app))
 
-    def _tell(self, *events: Any) -> None:
-        self.told += events
-        self._each(lambda engine: engine.tell(*events))
+    def _send(self, *events: Any) -> None:
+        self.sent += events
+        self._each(lambda engine: engine.send(*events))
 
-    def _each(self, do: Callable[[Ours | Stock], None]) -> None:
+    def _each(self, do: Callable[[PluginEngine | StockEngine], None]) -> None:
         for engine in self.engines:
             do(engine)

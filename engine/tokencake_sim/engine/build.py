@@ -10,7 +10,7 @@ import logging
 import os
 import tempfile
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -51,6 +51,15 @@ def quiet_vllm() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     logging.getLogger("transformers").setLevel(logging.ERROR)
+
+
+@cache
+def seed_block_hashes() -> None:
+    """Draw the seed of vLLM's block hashes, once per process: with a new seed, earlier requests would match no more."""
+    from vllm.utils.hashing import sha256  # noqa: PLC0415  heavy, and an optional dependency
+    from vllm.v1.core.kv_cache_utils import init_none_hash  # noqa: PLC0415  as above
+
+    init_none_hash(sha256)
 
 
 @lru_cache(maxsize=8)
@@ -103,8 +112,6 @@ def build_scheduler(
         SchedulerConfig,
         VllmConfig,
     )
-    from vllm.utils.hashing import sha256  # noqa: PLC0415  as above
-    from vllm.v1.core.kv_cache_utils import init_none_hash  # noqa: PLC0415  as above
     from vllm.v1.kv_cache_interface import (  # noqa: PLC0415  as above
         FullAttentionSpec,
         KVCacheConfig,
@@ -112,7 +119,7 @@ def build_scheduler(
     )
     from vllm.v1.structured_output import StructuredOutputManager  # noqa: PLC0415  as above
 
-    init_none_hash(sha256)
+    seed_block_hashes()
     transfer = None
     if connector is not None:
         transfer = KVTransferConfig(

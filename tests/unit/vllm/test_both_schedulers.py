@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,32 +11,22 @@ from hypothesis import strategies as st
 
 pytest.importorskip("vllm", reason="the plug-in's tests need vLLM")
 
-from tests.harness.stall_bench import PROMPT, Bench, as_json
+from tests.harness.kv_worker import PROMPT, MakeHarness, SchedulerHarness
+from tests.harness.steps import as_json
 from tests.unit.vllm.time_scheduler.test_traces import Trace, actions
 from tokencake import protocol
-from tokencake_vllm.scheduler import create_scheduler
 from tokencake_vllm.vllm_adapter.block_accounting import STATES
 
 
-def with_space(**values: Any) -> Callable[..., Any]:
-    """The factory for an engine whose Space Scheduler is on too."""
-
-    def create(**kwargs: Any) -> Any:
-        kwargs["vllm_config"].additional_config["tokencake"]["space"] = {"enabled": True, **values}
-        return create_scheduler(**kwargs)
-
-    return create
-
-
 @pytest.fixture
-def bench(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Bench]:
-    def make(space: dict[str, Any] | None = None, **options: Any) -> Bench:
-        return Bench(tiny_model, monkeypatch, create=with_space(**(space or {})), **options)
+def make_harness(monkeypatch: pytest.MonkeyPatch) -> Callable[..., SchedulerHarness]:
+    def make(space: dict[str, Any] | None = None, **options: Any) -> SchedulerHarness:
+        return SchedulerHarness(monkeypatch, {"enabled": True, **(space or {})}, **options)
 
     return make
 
 
-def check_budget(engine: Bench) -> None:
+def check_budget(engine: SchedulerHarness) -> None:
     budget = engine.scheduler.block_budget()
     assert tuple(budget) == STATES
     assert sum(budget.values()) == engine.pool.num_gpu_blocks - 1
@@ -49,7 +38,7 @@ def check_budget(engine: Bench) -> None:
         assert budget["running"] == budget["leaving"] == 0
 
 
-def play_out(engine: Bench, trace: list[tuple[Any, ...]], *, limit: int) -> None:
+def play_out(engine: SchedulerHarness, trace: list[tuple[Any, ...]], *, limit: int) -> None:
     """Every block is accounted for after each action, and in the end nobody is left."""
     player = Trace(engine)
     for action in trace:
@@ -61,8 +50,8 @@ def play_out(engine: Bench, trace: list[tuple[Any, ...]], *, limit: int) -> None
     assert engine.scheduler.admission.applications.calls == {}
 
 
-def test_every_block_is_somebodys_at_each_stage_of_a_call(bench: Callable[..., Bench]) -> None:
-    engine = bench()
+def test_every_block_is_somebodys_at_each_stage_of_a_call(make_harness: MakeHarness) -> None:
+    engine = make_harness()
     budgets = [engine.scheduler.block_budget()]
     name = engine.call(PROMPT, expects_tools={"build": 60.0}, reuse="extends")
     engine.step()
@@ -71,10 +60,10 @@ def test_every_block_is_somebodys_at_each_stage_of_a_call(bench: Callable[..., B
         engine.step()
     budgets.append(engine.scheduler.block_budget())
     engine.run()
-    engine.tell(protocol.ToolStart(name, "t", "build"))
+    engine.send(protocol.ToolStart(name, "t", "build"))
     budgets.append(engine.scheduler.block_budget())
     engine.wipe()
-    engine.tell(protocol.ToolEnd(name, "t", duration_s=60.0))
+    engine.send(protocol.ToolEnd(name, "t", duration_s=60.0))
     engine.step()
     budgets.append(engine.scheduler.block_budget())
     engine.run()
@@ -93,8 +82,8 @@ def test_every_block_is_somebodys_at_each_stage_of_a_call(bench: Callable[..., B
     assert (brought["uploading"], brought["pinned"] + brought["cached"], brought["empty"]) == (0, 6, 57)
 
 
-def test_a_load_that_a_call_waits_for_is_told_apart(bench: Callable[..., Bench]) -> None:
-    engine = bench()
+def test_a_load_that_a_call_waits_for_is_told_apart(make_harness: MakeHarness) -> None:
+    engine = make_harness()
     name = engine.answer(PROMPT, expects_tools={"build": 60.0}, reuse="extends")
     engine.wipe()
     engine.call(engine.follow_up(name))
@@ -104,8 +93,8 @@ def test_a_load_that_a_call_waits_for_is_told_apart(bench: Callable[..., Bench])
     engine.run()
 
 
-def test_the_account_is_in_the_state_and_in_the_metrics(bench: Callable[..., Bench]) -> None:
-    engine = bench()
+def test_the_account_is_in_the_state_and_in_the_metrics(make_harness: MakeHarness) -> None:
+    engine = make_harness()
     engine.call(PROMPT, max_tokens=40)
     engine.step()
     engine.clock.now += 7.0
@@ -124,16 +113,15 @@ def test_the_account_is_in_the_state_and_in_the_metrics(bench: Callable[..., Ben
 @pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
 @pytest.mark.parametrize("space", [{}, {"guarded": 0, "short_s": 0.0}, {"policy": "paper"}])
 def test_whatever_happens_every_block_is_accounted_for_and_every_call_ends(
-    tiny_model: Path, space: dict[str, Any], is_async: bool
+    space: dict[str, Any], is_async: bool
 ) -> None:
     @given(st.lists(actions, min_size=10, max_size=50))
     @settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
     def play(trace: list[tuple[Any, ...]]) -> None:
         with pytest.MonkeyPatch.context() as patch:
-            engine = Bench(
-                tiny_model,
+            engine = SchedulerHarness(
                 patch,
-                create=with_space(**space),
+                {"enabled": True, **space},
                 num_blocks=40,
                 host_blocks=30,
                 keep_share=0.5,
@@ -144,9 +132,11 @@ def test_whatever_happens_every_block_is_accounted_for_and_every_call_ends(
     play()
 
 
-def test_what_is_held_for_a_stalled_agent_gives_way_before_a_call_that_runs(bench: Callable[..., Bench]) -> None:
+def test_what_is_held_for_a_stalled_agent_gives_way_before_a_call_that_runs(
+    make_harness: MakeHarness,
+) -> None:
     """The pin was left when a short call was first in line; the long one that comes to its place needs it."""
-    engine = bench({"short_s": 0.0}, num_blocks=31, keep_share=0.9)
+    engine = make_harness({"short_s": 0.0}, num_blocks=31, keep_share=0.9)
     engine.answer([1] * 20, session="old", app="old")
     engine.answer([3] * 150, session="held", app="held", expects_tools={"ls": 0.05}, reuse="extends")
     engine.call([5] * 100, "young", 60, app="young")

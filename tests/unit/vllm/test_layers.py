@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
-from tests.harness.steps import Steps, hint, with_settings
+from tests.harness.scheduler import build_scheduler, make_request
+from tests.harness.steps import StepLoop, hint
 from tokencake import protocol
 from tokencake_vllm.component import SchedulerComponent
-from tokencake_vllm.scheduler import TokenCakeMixin, create_scheduler
+from tokencake_vllm.scheduler import TokenCakeMixin
 
 LAYERS = ["steps", "offload", "admission", "recorder"]
 HOOKS = [name for name in vars(SchedulerComponent) if name.startswith(("on_", "before_", "after_"))]
@@ -42,12 +43,12 @@ class Watched:
 
 
 @pytest.fixture
-def steps(make_scheduler: Callable[..., Any]) -> Steps:
-    return Steps(make_scheduler(with_settings(create_scheduler, {"swap_patience_tokens": 0}), num_blocks=24))
+def steps() -> StepLoop:
+    return StepLoop(build_scheduler(space={"swap_patience_tokens": 0}, num_blocks=24))
 
 
 def test_components_are_called_outside_in_before_vllm_and_inside_out_after_it(
-    steps: Steps, make_request: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    steps: StepLoop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     watched = Watched(steps.scheduler, monkeypatch)
 
@@ -62,9 +63,7 @@ def test_components_are_called_outside_in_before_vllm_and_inside_out_after_it(
     assert watched.around("before_free", "_free_request", None) == [*LAYERS, "vllm"]
 
 
-def test_a_preemption_is_told_before_and_after(
-    steps: Steps, make_request: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_preemption_is_told_before_and_after(steps: StepLoop, monkeypatch: pytest.MonkeyPatch) -> None:
     steps.add(*(make_request(f"r{n}", [n] * 100, hint(f"a{n}"), max_tokens=150) for n in range(3)))
     watched = Watched(steps.scheduler, monkeypatch)
 
@@ -75,7 +74,7 @@ def test_a_preemption_is_told_before_and_after(
 
 
 def test_only_events_that_the_registry_has_applied_reach_the_components(
-    steps: Steps, make_request: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    steps: StepLoop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     heard: list[Any] = []
     monkeypatch.setattr(steps.scheduler.admission, "on_events", lambda events, now: heard.extend(events))
@@ -89,7 +88,7 @@ def test_only_events_that_the_registry_has_applied_reach_the_components(
 
 
 def test_an_error_in_one_component_is_counted_and_stops_no_other(
-    steps: Steps, make_request: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    steps: StepLoop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: Any) -> None:
         raise RuntimeError("a defect")
@@ -100,5 +99,5 @@ def test_an_error_in_one_component_is_counted_and_stops_no_other(
     steps.add(make_request("r1", list(range(100)), hint("a")))
     steps.run()
 
-    assert steps.told["r1"] == 4
+    assert steps.received["r1"] == 4
     assert steps.scheduler.registry.counts["errors",] > len(LAYERS)

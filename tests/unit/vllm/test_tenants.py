@@ -21,13 +21,13 @@ pytest.importorskip("vllm", reason="the plug-in's tests need vLLM")
 
 from fastapi import FastAPI
 
-from tests.harness.steps import Steps, with_settings
+from tests.harness.scheduler import build_scheduler, make_request
+from tests.harness.steps import StepLoop
 from tests.harness.tenancy import TENANTS, mark_of, prefix_of
 from tokencake import protocol
 from tokencake_proxy.tenants import TenantScope
 from tokencake_proxy.upstream import ForwardedRequest
 from tokencake_vllm.api.routes import TokenCakeEndpoints
-from tokencake_vllm.scheduler import create_scheduler
 
 SPACE = {"enabled": True, "tenant_mark": "::", "decisions": 40}
 LONG = 150
@@ -36,12 +36,9 @@ LONG = 150
 class World:
     """An engine, and clients that reach it through the proxy, each named like its key."""
 
-    def __init__(
-        self, scheduler: Any, make_request: Any, space: dict[str, Any], *, shares_prefixes: bool = False
-    ) -> None:
+    def __init__(self, scheduler: Any, space: dict[str, Any], *, shares_prefixes: bool = False) -> None:
         self.scheduler = scheduler
-        self._make_request = make_request
-        self.steps = Steps(scheduler)
+        self.steps = StepLoop(scheduler)
         self._scope = TenantScope(TENANTS, shares_prefixes=shares_prefixes)
         self._app = FastAPI()
         endpoints = TokenCakeEndpoints()
@@ -73,7 +70,7 @@ class World:
         """A request by a way that the proxy has left as it is, or without the proxy."""
         self._made += 1
         name = f"r{self._made}"
-        self.scheduler.add_request(self._make_request(name, tokens, text, max_tokens, salt))
+        self.scheduler.add_request(make_request(name, tokens, text, max_tokens, salt))
         return name
 
     def _http(self, method: str, target: str, body: bytes | None = None) -> httpx.Response:
@@ -114,11 +111,11 @@ class World:
 
 
 @pytest.fixture
-def world(make_scheduler: Any, make_request: Any) -> Callable[..., World]:
+def world() -> Callable[..., World]:
     def make(num_blocks: int = 24, *, shares_prefixes: bool = False, **space: Any) -> World:
         settings = {**SPACE, "tenants_share_prefixes": shares_prefixes, **space}
-        scheduler = make_scheduler(with_settings(create_scheduler, settings), num_blocks=num_blocks)
-        return World(scheduler, make_request, settings, shares_prefixes=shares_prefixes)
+        scheduler = build_scheduler(space=settings, num_blocks=num_blocks)
+        return World(scheduler, settings, shares_prefixes=shares_prefixes)
 
     return make
 
@@ -188,14 +185,12 @@ def test_an_engine_that_knows_no_tenants_says_so_to_a_proxy_that_does(world: Any
     assert "tenant_mark" in here.see("alice", protocol.DECISIONS_PATH).text
 
 
-def test_a_secret_that_comes_later_counts_from_then_on(
-    make_scheduler: Any, make_request: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
-) -> None:
+def test_a_secret_that_comes_later_counts_from_then_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     now = [100.0]
     monkeypatch.setattr("tokencake_vllm.tenant_secret.time.monotonic", lambda: now[0])
     monkeypatch.delenv("TOKENCAKE_TENANT_SECRET")
     monkeypatch.setenv("TOKENCAKE_TENANT_SECRET_FILE", str(tmp_path / "secret"))
-    here = World(make_scheduler(with_settings(create_scheduler, SPACE)), make_request, SPACE)
+    here = World(build_scheduler(space=SPACE), SPACE)
     here.call("alice", tokens(1), {"session": "s"})
 
     (tmp_path / "secret").write_text("the secret of the tests\n")

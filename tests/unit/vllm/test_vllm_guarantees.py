@@ -18,8 +18,8 @@ from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.parallel_sampling import ParentRequest
 from vllm.v1.request import Request, RequestStatus
 
-from tests.harness.steps import Steps, hint, in_steps, with_settings
-from tokencake_vllm.scheduler import create_scheduler
+from tests.harness.scheduler import build_scheduler, make_request
+from tests.harness.steps import StepLoop, hint, tokens_by_step
 
 SPACE: dict[str, dict[str, Any] | None] = {
     "stock": None,
@@ -37,20 +37,20 @@ def is_async(request: pytest.FixtureRequest) -> bool:
 
 
 @pytest.fixture(params=list(SPACE))
-def engine(request: pytest.FixtureRequest, is_async: bool, make_scheduler: Any) -> Callable[..., Steps]:
+def engine(request: pytest.FixtureRequest, is_async: bool) -> Callable[..., StepLoop]:
     """`engine(num_blocks=, **fields of the scheduler's config)` is a fresh engine."""
     space = SPACE[request.param]
     stock = AsyncScheduler if is_async else Scheduler
 
-    def make(num_blocks: int = 200, **scheduler: Any) -> Steps:
-        create = with_settings(stock if space is None else create_scheduler, space, **scheduler)
-        return Steps(make_scheduler(create, is_async=is_async, num_blocks=num_blocks))
+    def make(num_blocks: int = 200, **scheduler: Any) -> StepLoop:
+        create = stock if space is None else None
+        return StepLoop(build_scheduler(create, is_async=is_async, num_blocks=num_blocks, space=space, **scheduler))
 
     return make
 
 
 @pytest.fixture
-def call(make_request: Any) -> Callable[..., Request]:
+def call() -> Callable[..., Request]:
     """`call("r1", 90)` is a request of an application of its own, with a prompt of 90 tokens that nobody shares."""
 
     def make(name: str, tokens: int | list[int], *, app: str | None = None, answer: int = 4, **fields: Any) -> Request:
@@ -72,7 +72,7 @@ def test_never_more_calls_run_than_max_num_seqs(engine: Any, call: Any) -> None:
     steps.run()
 
     assert max(len(tokens) for tokens in steps.trace) == 3
-    assert steps.told == {f"r{n}": 9 for n in range(10)}
+    assert steps.received == {f"r{n}": 9 for n in range(10)}
     steps.check_empty()
 
 
@@ -82,7 +82,7 @@ def test_no_step_has_more_tokens_than_the_budget(engine: Any, call: Any) -> None
     steps.run()
 
     assert max(sum(tokens.values()) for tokens in steps.trace) <= 64
-    assert set(steps.told.values()) == {9}
+    assert set(steps.received.values()) == {9}
     steps.check_empty()
 
 
@@ -93,10 +93,10 @@ def test_a_long_prompt_is_computed_in_chunks_beside_the_calls_that_run(engine: A
     steps.add(call("long", 300, answer=2))
     steps.run()
 
-    chunks = in_steps(steps.trace, "long")
+    chunks = tokens_by_step(steps.trace, "long")
     assert chunks[:4] == [63] * 4
     assert sum(chunks) == 300 + 2 - 1  # the last token of an answer is never computed
-    assert steps.told == {"short": 30, "long": 2}
+    assert steps.received == {"short": 30, "long": 2}
     steps.check_empty()
 
 
@@ -105,7 +105,7 @@ def test_a_long_prompt_takes_no_more_than_its_threshold_while_others_wait(engine
     steps.add(call("a", 200), call("b", 200))
     steps.run()
 
-    assert max(in_steps(steps.trace, "a")[:2] + in_steps(steps.trace, "b")[:2]) <= 40
+    assert max(tokens_by_step(steps.trace, "a")[:2] + tokens_by_step(steps.trace, "b")[:2]) <= 40
     steps.check_empty()
 
 
@@ -114,7 +114,7 @@ def test_an_answer_ends_at_its_limit_and_at_the_models(engine: Any, call: Any) -
     steps.add(call("limit", 30, answer=5), call("model", 2_040, answer=100))
     steps.run()
 
-    assert steps.told == {"limit": 5, "model": 8}
+    assert steps.received == {"limit": 5, "model": 8}
     assert steps.ends == {"limit": ["length"], "model": ["length"]}
     steps.check_empty()
 
@@ -127,7 +127,7 @@ def test_an_answer_ends_at_a_stop_token(engine: Any, call: Any) -> None:
     steps.add(request)
     steps.run()
 
-    assert (steps.told["r"], steps.ends["r"]) == (1, ["stop"])
+    assert (steps.received["r"], steps.ends["r"]) == (1, ["stop"])
     steps.check_empty()
 
 
@@ -155,8 +155,8 @@ def test_a_prompt_seen_before_is_not_computed_again_but_for_its_end(engine: Any,
     steps.run()
 
     # Whatever is cached, the last token is computed: its logits are wanted, and blocks of 16 are whole.
-    assert in_steps(steps.trace, "same")[0] == 16
-    assert in_steps(steps.trace, "longer")[0] == 40
+    assert tokens_by_step(steps.trace, "same")[0] == 16
+    assert tokens_by_step(steps.trace, "longer")[0] == 40
     steps.check_empty()
 
 
@@ -164,7 +164,7 @@ def test_a_prefix_is_shared_by_calls_that_run_at_the_same_time(engine: Any, call
     steps = engine(num_blocks=40)
     prompt = list(range(320))
     steps.add(call("first", [*prompt, 1_000], answer=30))
-    steps.run(until=lambda: steps.told["first"] > 0)
+    steps.run(until=lambda: steps.received["first"] > 0)
     steps.add(*(call(f"r{n}", [*prompt, 2_000 + n], answer=4) for n in range(5)))
     steps.step()
 
@@ -182,7 +182,7 @@ def test_a_call_that_reads_no_cache_computes_its_whole_prompt(engine: Any, call:
     steps.add(call("fresh", prompt, skip_reading_prefix_cache=True))
     steps.run()
 
-    assert in_steps(steps.trace, "fresh")[0] == 96
+    assert tokens_by_step(steps.trace, "fresh")[0] == 96
 
 
 def test_the_cache_is_reset_only_while_nobody_runs(engine: Any, call: Any) -> None:
@@ -197,14 +197,14 @@ def test_the_cache_is_reset_only_while_nobody_runs(engine: Any, call: Any) -> No
     steps.add(call("again", prompt))
     steps.run()
 
-    assert in_steps(steps.trace, "again")[0] == 96
+    assert tokens_by_step(steps.trace, "again")[0] == 96
     steps.check_empty()
 
 
 def test_a_reset_with_running_calls_makes_them_compute_again_and_lose_no_token(engine: Any, call: Any) -> None:
     steps = engine(num_blocks=40)
     steps.add(*(call(f"r{n}", 90, answer=20) for n in range(4)))
-    steps.run(until=lambda: min(steps.told[f"r{n}"] for n in range(4)) > 3)
+    steps.run(until=lambda: min(steps.received[f"r{n}"] for n in range(4)) > 3)
     while steps.under_way:
         steps.complete()
     before = steps.computed("r0")
@@ -214,7 +214,7 @@ def test_a_reset_with_running_calls_makes_them_compute_again_and_lose_no_token(e
 
     assert steps.computed("r0") - before >= 90
 
-    assert steps.told == {f"r{n}": 20 for n in range(4)}
+    assert steps.received == {f"r{n}": 20 for n in range(4)}
     steps.check_empty()
 
 
@@ -227,7 +227,7 @@ def test_a_preempted_call_goes_on_where_it_was(engine: Any, call: Any) -> None:
     steps.run()
 
     assert steps.preempted
-    assert steps.told == {f"r{n}": 60 for n in range(6)}
+    assert steps.received == {f"r{n}": 60 for n in range(6)}
     steps.check_empty()
 
 
@@ -243,7 +243,7 @@ def test_nobody_is_preempted_while_everything_fits(engine: Any, call: Any) -> No
 # --- abort ------------------------------------------------------------------------------------------
 
 
-def _wait_for_the_victim(steps: Steps) -> str:
+def _wait_for_the_victim(steps: StepLoop) -> str:
     steps.run(until=lambda: bool(steps.preempted))
     return next(iter(steps.preempted))
 
@@ -255,7 +255,7 @@ def test_a_call_can_be_aborted_while_it_waits(engine: Any, call: Any) -> None:
     steps.scheduler.finish_requests("waits", ABORTED)
     steps.run()
 
-    assert steps.told == {"runs": 20}
+    assert steps.received == {"runs": 20}
     steps.check_empty()
 
 
@@ -277,7 +277,7 @@ def test_a_call_can_be_aborted_in_its_answer_and_what_it_held_is_for_the_next(en
     steps.scheduler.finish_requests("runs", ABORTED)
     steps.run()
 
-    assert steps.told["waits"] == 6
+    assert steps.received["waits"] == 6
     steps.check_empty()
 
 
@@ -288,7 +288,7 @@ def test_a_call_can_be_aborted_after_it_was_preempted(engine: Any, call: Any) ->
     steps.scheduler.finish_requests(victim, ABORTED)
     steps.run()
 
-    assert {name: count for name, count in steps.told.items() if name != victim} == {
+    assert {name: count for name, count in steps.received.items() if name != victim} == {
         f"r{n}": 60 for n in range(6) if f"r{n}" != victim
     }
     steps.check_empty()
@@ -319,42 +319,40 @@ class Grammar:
         return False
 
 
-def _structured(make_request: Any, name: str, answer: int = 4) -> Request:
+def _structured(name: str, answer: int = 4) -> Request:
     plain = make_request(name, list(range(40)), hint(name), max_tokens=answer)
     params = plain.sampling_params.clone()
     params.structured_outputs = StructuredOutputsParams(json="{}")
     return Request(name, list(range(40)), params, None, arrival_time=0.0, block_hasher=plain._block_hasher)
 
 
-def test_a_call_waits_for_its_grammar_and_others_do_not(engine: Any, call: Any, make_request: Any) -> None:
+def test_a_call_waits_for_its_grammar_and_others_do_not(engine: Any, call: Any) -> None:
     steps = engine()
-    waits = _structured(make_request, "waits")
+    waits = _structured("waits")
     steps.add(waits, call("passes", 40))
-    steps.run(until=lambda: steps.told["passes"] == 4)
-    assert steps.told["waits"] == 0
+    steps.run(until=lambda: steps.received["passes"] == 4)
+    assert steps.received["waits"] == 0
     waits.structured_output_request.grammar = Grammar()
     steps.run()
 
-    assert steps.told == {"waits": 4, "passes": 4}
+    assert steps.received == {"waits": 4, "passes": 4}
     steps.check_empty()
 
 
-def test_a_call_whose_grammar_fails_ends_with_an_error_and_others_go_on(
-    engine: Any, call: Any, make_request: Any
-) -> None:
+def test_a_call_whose_grammar_fails_ends_with_an_error_and_others_go_on(engine: Any, call: Any) -> None:
     steps = engine()
-    fails = _structured(make_request, "fails")
+    fails = _structured("fails")
     steps.add(fails, call("passes", 40))
     fails.structured_output_request.grammar = ValueError("no such schema")
     steps.run()
 
-    assert (steps.ends["fails"], steps.told["passes"]) == (["error"], 4)
+    assert (steps.ends["fails"], steps.received["passes"]) == (["error"], 4)
     steps.check_empty()
 
 
-def test_a_call_can_be_aborted_while_its_grammar_is_made(engine: Any, make_request: Any) -> None:
+def test_a_call_can_be_aborted_while_its_grammar_is_made(engine: Any) -> None:
     steps = engine()
-    steps.add(_structured(make_request, "r"))
+    steps.add(_structured("r"))
     steps.step()
     steps.scheduler.finish_requests("r", ABORTED)
 
@@ -378,14 +376,14 @@ def test_never_more_adapters_run_than_max_loras_and_others_pass_those_that_wait(
     steps.run()
 
     assert all(len({of[name] for name in tokens} - {"-"}) <= 1 for tokens in steps.trace)
-    assert set(steps.told.values()) == {6}
+    assert set(steps.received.values()) == {6}
     steps.check_empty()
 
 
 # --- streaming input --------------------------------------------------------------------------------
 
 
-def _turn(make_request: Any, tokens: list[int], answer: int = 4, *, is_last: bool = False) -> Request:
+def _turn(tokens: list[int], answer: int = 4, *, is_last: bool = False) -> Request:
     plain = make_request("talk", tokens, hint("talk", call="talk"), max_tokens=answer)
     return Request(
         "talk",
@@ -398,72 +396,70 @@ def _turn(make_request: Any, tokens: list[int], answer: int = 4, *, is_last: boo
     )
 
 
-def test_a_talk_goes_on_with_what_it_has_computed(engine: Any, call: Any, make_request: Any) -> None:
+def test_a_talk_goes_on_with_what_it_has_computed(engine: Any, call: Any) -> None:
     steps = engine()
-    steps.add(_turn(make_request, list(range(64))))
+    steps.add(_turn(list(range(64))))
     steps.run(until=lambda: steps.ends.get("talk") == ["stop"] or steps.ends.get("talk") == ["length"])
     while steps.under_way:
         steps.complete()
     held = steps.pool.num_gpu_blocks - 1 - steps.free_blocks
     assert held == 5  # its blocks stay its own while it waits for its user
     assert not steps.scheduler.has_unfinished_requests()
-    assert steps.told["talk"] == 4
+    assert steps.received["talk"] == 4
 
     steps.add(call("other", 40))
     steps.run()
     before = steps.computed("talk")
-    steps.add(_turn(make_request, list(range(900, 920))))
-    steps.run(until=lambda: steps.told["talk"] == 8)
+    steps.add(_turn(list(range(900, 920))))
+    steps.run(until=lambda: steps.received["talk"] == 8)
     while steps.under_way:
         steps.complete()
     assert steps.computed("talk") - before <= 20 + 4  # nothing of the first turn was computed again
 
-    steps.add(_turn(make_request, [], is_last=True))
+    steps.add(_turn([], is_last=True))
     steps.check_empty()
 
 
-def test_turns_that_come_early_wait_in_line(engine: Any, make_request: Any) -> None:
+def test_turns_that_come_early_wait_in_line(engine: Any) -> None:
     steps = engine()
-    steps.add(_turn(make_request, list(range(64))), _turn(make_request, list(range(500, 520))))
-    steps.add(_turn(make_request, [1], is_last=True))
+    steps.add(_turn(list(range(64))), _turn(list(range(500, 520))))
+    steps.add(_turn([1], is_last=True))
     steps.run()
 
-    assert steps.told["talk"] == 8
+    assert steps.received["talk"] == 8
     steps.check_empty()
 
 
-def test_a_talk_that_waits_for_its_user_takes_a_slot(engine: Any, call: Any, make_request: Any) -> None:
+def test_a_talk_that_waits_for_its_user_takes_a_slot(engine: Any, call: Any) -> None:
     steps = engine(max_num_seqs=2)
-    steps.add(_turn(make_request, list(range(64))))
-    steps.run(until=lambda: steps.told["talk"] == 4)
+    steps.add(_turn(list(range(64))))
+    steps.run(until=lambda: steps.received["talk"] == 4)
     steps.add(*(call(f"r{n}", 40, answer=6) for n in range(4)))
-    steps.run(until=lambda: steps.told["r0"] == 1)
+    steps.run(until=lambda: steps.received["r0"] == 1)
     assert [len(tokens) for tokens in steps.trace[-2:]] == [1, 1]
-    steps.run(until=lambda: all(steps.told[f"r{n}"] == 6 for n in range(4)))
+    steps.run(until=lambda: all(steps.received[f"r{n}"] == 6 for n in range(4)))
     steps.scheduler.finish_requests("talk", ABORTED)
 
     steps.check_empty()
 
 
-def test_a_talk_outlives_a_crowd_that_wants_its_memory(engine: Any, call: Any, make_request: Any) -> None:
+def test_a_talk_outlives_a_crowd_that_wants_its_memory(engine: Any, call: Any) -> None:
     steps = engine(num_blocks=24)
-    steps.add(_turn(make_request, list(range(64)), answer=40))
+    steps.add(_turn(list(range(64)), answer=40))
     steps.add(*(call(f"r{n}", 90, answer=40) for n in range(6)))
-    steps.run(until=lambda: steps.told["talk"] == 40)
-    steps.add(_turn(make_request, list(range(900, 930)), answer=40))
-    steps.add(_turn(make_request, [], is_last=True))
+    steps.run(until=lambda: steps.received["talk"] == 40)
+    steps.add(_turn(list(range(900, 930)), answer=40))
+    steps.add(_turn([], is_last=True))
     steps.run()
 
-    assert steps.told == {"talk": 80} | {f"r{n}": 40 for n in range(6)}
+    assert steps.received == {"talk": 80} | {f"r{n}": 40 for n in range(6)}
     steps.check_empty()
 
 
 # --- several answers --------------------------------------------------------------------------------
 
 
-def test_the_answers_of_one_request_are_each_on_their_own_and_share_their_prompt(
-    engine: Any, make_request: Any
-) -> None:
+def test_the_answers_of_one_request_are_each_on_their_own_and_share_their_prompt(engine: Any) -> None:
     plain = make_request("r", list(range(96)), hint("a", call="c"), max_tokens=6)
     params = plain.sampling_params.clone()
     params.n = 4
@@ -486,8 +482,8 @@ def test_the_answers_of_one_request_are_each_on_their_own_and_share_their_prompt
         steps.add(Request(name, list(range(96)), child, None, arrival_time=0.0, block_hasher=plain._block_hasher))
     steps.run()
 
-    assert steps.told == {f"{index}_r": 6 for index in range(4)}
-    assert sum(in_steps(steps.trace, f"{index}_r")[0] for index in range(4)) == 96 + 3 * 16
+    assert steps.received == {f"{index}_r": 6 for index in range(4)}
+    assert sum(tokens_by_step(steps.trace, f"{index}_r")[0] for index in range(4)) == 96 + 3 * 16
     if (registry := getattr(steps.scheduler, "registry", None)) is not None:
         assert list(registry.calls) == ["c"]
         assert registry.calls["c"].output_tokens == 24
@@ -504,13 +500,13 @@ def test_a_paused_engine_schedules_nothing_and_takes_nothing_away(engine: Any, c
     running = {request.request_id for request in steps.scheduler.running}
     steps.scheduler.set_pause_state(PauseState.PAUSED_ALL)
     for _ in range(40):
-        assert steps.step() == {}
+        assert steps.step().num_scheduled_tokens == {}
     assert {request.request_id for request in steps.scheduler.running} == running
     assert not steps.preempted
     steps.scheduler.set_pause_state(PauseState.UNPAUSED)
     steps.run()
 
-    assert steps.told == {f"r{n}": 30 for n in range(6)}
+    assert steps.received == {f"r{n}": 30 for n in range(6)}
     steps.check_empty()
 
 
@@ -521,18 +517,18 @@ def test_an_engine_that_takes_nobody_new_lets_those_that_run_come_to_their_end(e
     running = {request.request_id for request in steps.scheduler.running}
     steps.scheduler.set_pause_state(PauseState.PAUSED_NEW)
     steps.run()
-    assert {name for name, count in steps.told.items() if count == 10} == running
+    assert {name for name, count in steps.received.items() if count == 10} == running
     steps.scheduler.set_pause_state(PauseState.UNPAUSED)
     steps.run()
 
-    assert steps.told == {f"r{n}": 10 for n in range(8)}
+    assert steps.received == {f"r{n}": 10 for n in range(8)}
     steps.check_empty()
 
 
 # --- embeddings -------------------------------------------------------------------------------------
 
 
-def test_a_request_for_an_embedding_has_no_hint_and_is_served(engine: Any, make_request: Any) -> None:
+def test_a_request_for_an_embedding_has_no_hint_and_is_served(engine: Any) -> None:
     import torch
     from vllm.pooling_params import PoolingParams
     from vllm.v1.outputs import ModelRunnerOutput
@@ -560,10 +556,10 @@ def test_with_vllms_own_priorities_the_least_urgent_is_the_victim(engine: Any, c
 
     assert steps.preempted
     assert set(steps.preempted) <= {"r3", "r2"}
-    assert steps.told == {f"r{n}": 60 for n in range(4)}
+    assert steps.received == {f"r{n}": 60 for n in range(4)}
 
 
-def test_sampling_parameters_are_passed_on_untouched(engine: Any, make_request: Any) -> None:
+def test_sampling_parameters_are_passed_on_untouched(engine: Any) -> None:
     steps = engine()
     request = make_request("r", list(range(40)), hint("a"))
     before = request.sampling_params.clone()

@@ -14,13 +14,13 @@ pytest.importorskip("vllm", reason="the plug-in's tests need vLLM")
 import httpx
 from fastapi import FastAPI
 
-from tests.harness.steps import Steps, hint, with_settings
+from tests.harness.scheduler import build_scheduler, make_request
+from tests.harness.steps import StepLoop, hint
 from tokencake import protocol
 from tokencake.registry import state_view
 from tokencake.registry.timeline import MAX_VISITED, MAX_WEIGHT
 from tokencake.time_scheduler.host_tier import leading
 from tokencake_vllm.api.routes import MAX_PAGE, STEPS_PATH, TokenCakeEndpoints
-from tokencake_vllm.scheduler import create_scheduler
 from tokencake_vllm.step_log import Step
 
 PATHS = {"calls": protocol.STATE_PATH, "decisions": protocol.DECISIONS_PATH, "steps": STEPS_PATH}
@@ -70,8 +70,8 @@ def calls(scheduler: Any, names: list[str], tools: int = 0, **fields: Any) -> No
 
 
 @pytest.fixture
-def scheduler(make_scheduler: Any) -> Any:
-    return make_scheduler(create_scheduler)
+def scheduler() -> Any:
+    return build_scheduler()
 
 
 def names(page: list[Any]) -> list[str]:
@@ -85,8 +85,8 @@ def test_pages_have_each_call_once_the_newest_last_though_all_came_at_one_moment
     assert [name for page in reversed(pages) for name in names(page)] == [f"c{number}" for number in range(25)]
 
 
-def test_pages_of_several_engines_are_one_order_without_gaps(make_scheduler: Any) -> None:
-    engines = [make_scheduler(create_scheduler) for _ in range(3)]
+def test_pages_of_several_engines_are_one_order_without_gaps() -> None:
+    engines = [build_scheduler() for _ in range(3)]
     for number in range(60):
         at_s = 5.0 + number
         engine = engines[(number * 7 % 11) % 3]
@@ -146,8 +146,8 @@ def test_where_a_long_chain_lies_is_found_in_few_looks() -> None:
     assert [leading(keys[:n], is_here) for n in (0, 1, 777, 778)] == [0, 1, 777, 777]
 
 
-def test_decisions_come_in_pages(make_scheduler: Any, make_request: Any) -> None:
-    steps = Steps(make_scheduler(with_settings(create_scheduler, {"short_s": 0.0}), num_blocks=12))
+def test_decisions_come_in_pages() -> None:
+    steps = StepLoop(build_scheduler(space={"short_s": 0.0}, num_blocks=12))
     for number in range(12):
         steps.add(make_request(f"r{number}", [number] * 100, hint(f"app{number}"), max_tokens=8))
     steps.run()
@@ -173,12 +173,8 @@ def test_steps_come_in_pages(scheduler: Any) -> None:
     assert pages[0][0] == {"prefill_tokens": 15, "decode_seqs": 0, "kv_tokens_read": 0, "seconds": 0.5}
 
 
-def test_measured_steps_have_times_that_grow(make_scheduler: Any, make_request: Any) -> None:
-    def create(**kwargs: Any) -> Any:
-        kwargs["vllm_config"].additional_config = {"tokencake": {"measure": {"steps": 100}}}
-        return create_scheduler(**kwargs)
-
-    steps = Steps(make_scheduler(create))
+def test_measured_steps_have_times_that_grow() -> None:
+    steps = StepLoop(build_scheduler(measure={"steps": 100}))
     steps.add(make_request("r", [1] * 40, None, max_tokens=8))
     steps.run()
     answer = steps.scheduler.tokencake_steps(100)
@@ -204,9 +200,9 @@ def test_a_bad_page_is_refused_with_its_name_and_value(scheduler: Any, path: str
 
 @pytest.mark.parametrize(("num_blocks", "counts"), [(200, 4), (10_000, 1)])
 def test_the_blocks_of_a_large_device_are_counted_once_a_second(
-    make_scheduler: Any, monkeypatch: pytest.MonkeyPatch, num_blocks: int, counts: int
+    monkeypatch: pytest.MonkeyPatch, num_blocks: int, counts: int
 ) -> None:
-    scheduler = make_scheduler(create_scheduler, num_blocks=num_blocks)
+    scheduler = build_scheduler(num_blocks=num_blocks)
     now = [100.0]
     monkeypatch.setattr("tokencake_vllm.scheduler.time.monotonic", lambda: now[0])
     counted: list[float] = []

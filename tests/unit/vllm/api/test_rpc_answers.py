@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,10 +11,10 @@ pytest.importorskip("vllm", reason="the plug-in's tests need vLLM")
 
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder, UtilityResult
 
-from tests.harness.stall_bench import Bench, long_stall
-from tests.harness.steps import Steps, hint
+from tests.harness.kv_worker import MakeHarness
+from tests.harness.scheduler import build_scheduler, make_request
+from tests.harness.steps import StepLoop, hint
 from tokencake import protocol
-from tokencake_vllm.scheduler import create_scheduler
 
 
 def through_vllm(answer: Any) -> Any:
@@ -40,15 +39,13 @@ def answers_of(scheduler: Any, call: str) -> dict[str, Any]:
 @pytest.mark.parametrize("serializes_anything", ["0", "1"])
 def test_every_answer_arrives_as_it_was_given(
     serializes_anything: str,
-    bench: Callable[..., Bench],
-    make_scheduler: Callable[..., Any],
-    make_request: Callable[..., Any],
+    make_harness: MakeHarness,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", serializes_anything)
-    engine = bench()
-    with_time = answers_of(engine.scheduler, long_stall(engine))
-    steps = Steps(make_scheduler(create_scheduler, num_blocks=20))
+    engine = make_harness()
+    with_time = answers_of(engine.scheduler, engine.long_stall())
+    steps = StepLoop(build_scheduler(num_blocks=20))
     steps.add(*(make_request(f"r{n}", [n] * 100, hint(f"app{n}", call=f"c{n}", agent="a")) for n in range(8)))
     steps.run()
     with_space = answers_of(steps.scheduler, "c1")

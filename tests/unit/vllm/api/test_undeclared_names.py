@@ -14,12 +14,12 @@ pytest.importorskip("vllm", reason="the plug-in's tests need vLLM")
 
 from prometheus_client import REGISTRY
 
-from tests.harness.steps import Steps, hint
+from tests.harness.scheduler import build_scheduler, make_request
+from tests.harness.steps import StepLoop, hint
 from tokencake.registry import metric_names
 from tokencake.registry.metric_names import COUNTERS, GAUGES, HISTOGRAMS, LABELLED_GAUGES
 from tokencake.space_scheduler.policy import REFUSALS, Refusal
 from tokencake_vllm.api import metrics
-from tokencake_vllm.scheduler import create_scheduler
 
 
 @pytest.fixture
@@ -58,9 +58,9 @@ def test_every_name_that_type_checks_is_described(names: Any, table: dict[str, A
     assert set(get_args(names)) == set(table)
 
 
-def test_every_number_of_a_scheduler_has_a_metric(make_scheduler: Any, errors: list[logging.LogRecord]) -> None:
+def test_every_number_of_a_scheduler_has_a_metric(errors: list[logging.LogRecord]) -> None:
     before = value("tokencake:undeclared_metrics_total")
-    metrics._add("test", make_scheduler(create_scheduler).tokencake_metrics())
+    metrics._add("test", build_scheduler().tokencake_metrics())
     assert value("tokencake:undeclared_metrics_total") == before
     assert not errors
 
@@ -118,8 +118,8 @@ def test_metrics_are_shown_where_the_plug_in_was_never_started() -> None:
     assert answered == ["/metrics"]
 
 
-def waiting_beside_a_running_one(make_scheduler: Any, make_request: Any) -> Steps:
-    steps = Steps(make_scheduler(create_scheduler))
+def waiting_beside_a_running_one() -> StepLoop:
+    steps = StepLoop(build_scheduler())
     steps.add(make_request("runs", [1] * 40, hint("old"), max_tokens=20))
     steps.step()
     steps.add(make_request("waits", [2] * 40, hint("young"), max_tokens=2))
@@ -128,11 +128,11 @@ def waiting_beside_a_running_one(make_scheduler: Any, make_request: Any) -> Step
 
 @pytest.mark.parametrize("reason", ["made up", "", 7, False, ["unhashable"]])
 def test_a_call_refused_for_a_reason_that_is_not_declared_is_passed_over(
-    make_scheduler: Any, make_request: Any, errors: list[logging.LogRecord], reason: Any
+    errors: list[logging.LogRecord], reason: Any
 ) -> None:
-    steps = waiting_beside_a_running_one(make_scheduler, make_request)
+    steps = waiting_beside_a_running_one()
     steps.scheduler.admission.policy.refusal = lambda *_: reason
-    assert ["waits" in steps.step() for _ in range(3)] == [False] * 3
+    assert ["waits" in steps.step().num_scheduled_tokens for _ in range(3)] == [False] * 3
     assert steps.scheduler.registry.counts["space_refusals", "undeclared"] == 3
     assert not steps.scheduler.registry.counts["errors",]
     assert len(errors) == 1
@@ -143,11 +143,11 @@ def test_a_call_refused_for_a_reason_that_is_not_declared_is_passed_over(
     assert not steps.scheduler.has_unfinished_requests()
 
 
-def test_a_defect_in_what_is_noted_of_a_refusal_lets_no_call_in(make_scheduler: Any, make_request: Any) -> None:
-    steps = waiting_beside_a_running_one(make_scheduler, make_request)
+def test_a_defect_in_what_is_noted_of_a_refusal_lets_no_call_in() -> None:
+    steps = waiting_beside_a_running_one()
     steps.scheduler.admission.policy.refusal = lambda *_: "full"
     steps.scheduler.admission.explainer.note_skipped = None  # calling it raises
-    assert "waits" not in steps.step()
+    assert "waits" not in steps.step().num_scheduled_tokens
     assert steps.scheduler.registry.counts["errors",] > 0
     steps.scheduler.admission.swap.may_start = lambda *_: False
-    assert "waits" not in steps.step()
+    assert "waits" not in steps.step().num_scheduled_tokens

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,34 +15,12 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
 
+from tests.harness.scheduler import build_scheduler, make_request
+from tests.harness.steps import hint, run_all, run_step
 from tests.harness.tenancy import marked
 from tokencake import protocol
-from tokencake_vllm.scheduler import create_scheduler
 from tokencake_vllm.space_scheduler.admission_gate import ADMISSIBLE
 from tokencake_vllm.space_scheduler.ranked_queue import RankedQueue
-
-
-def hint(app: str, **fields: object) -> str:
-    return protocol.Hint(session=f"{app}/session", app=app, **fields).to_json()
-
-
-def with_space(**values: object) -> Callable[..., Any]:
-    """The factory for an engine started with `--additional-config '{"tokencake": {"space": values}}'`."""
-
-    def create(**kwargs: Any) -> Any:
-        kwargs["vllm_config"].additional_config = {"tokencake": {"space": values}}
-        return create_scheduler(**kwargs)
-
-    return create
-
-
-def run(scheduler: Any, step: Any, limit: int = 2_000) -> list[dict[str, int]]:
-    """Step until nothing is left; how many tokens each request got in each step."""
-    trace = []
-    while scheduler.has_unfinished_requests():
-        assert len(trace) < limit, "some call never ends"
-        trace.append(dict(step(scheduler).num_scheduled_tokens))
-    return trace
 
 
 def first_runs(trace: list[dict[str, int]]) -> list[str]:
@@ -54,76 +31,66 @@ ON = {"enabled": True}
 
 
 @pytest.mark.parametrize(("stock", "is_async"), [(Scheduler, False), (AsyncScheduler, True)])
-def test_switched_off_every_step_is_that_of_stock_vllm(
-    make_scheduler: Any, make_request: Any, step: Any, stock: Any, is_async: bool
-) -> None:
+def test_switched_off_every_step_is_that_of_stock_vllm(stock: Any, is_async: bool) -> None:
     traces = []
-    for create in (stock, with_space(enabled=False)):
-        scheduler = make_scheduler(create, is_async=is_async, num_blocks=60)
+    for create in (stock, None):
+        scheduler = build_scheduler(create, is_async=is_async, num_blocks=60, space={"enabled": False})
         for number in range(12):
             text = hint(f"app{number % 5}", critical=True, remaining=number) if number % 3 else None
             tokens = [number % 4] * 64 + [100 + number] * 60
             scheduler.add_request(make_request(f"r{number}", tokens, text, max_tokens=50))
-        traces.append(run(scheduler, step))
+        traces.append(run_all(scheduler))
     assert traces[0] == traces[1]
 
 
 @pytest.mark.parametrize(("stock", "is_async"), [(Scheduler, False), (AsyncScheduler, True)])
-def test_where_no_call_has_a_hint_every_step_is_that_of_stock_vllm(
-    make_scheduler: Any, make_request: Any, step: Any, stock: Any, is_async: bool
-) -> None:
+def test_where_no_call_has_a_hint_every_step_is_that_of_stock_vllm(stock: Any, is_async: bool) -> None:
     """Short and long prompts, shared ones too, with preemptions: the defaults leave the order alone."""
     traces = []
-    for create in (stock, create_scheduler):
-        scheduler = make_scheduler(create, is_async=is_async, num_blocks=60)
+    for create in (stock, None):
+        scheduler = build_scheduler(create, is_async=is_async, num_blocks=60)
         for number in range(14):
             tokens = [number % 3] * 64 + [100 + number] * (10 + 37 * (number * 5 % 7))
             scheduler.add_request(make_request(f"r{number}", tokens, None, max_tokens=20 + number * 5 % 50))
         requests = list(scheduler.requests.values())
-        traces.append([list(tokens_of.items()) for tokens_of in run(scheduler, step)])
+        traces.append([list(tokens_of.items()) for tokens_of in run_all(scheduler)])
     assert traces[0] == traces[1]
     assert any(request.num_preemptions for request in requests)
 
 
-def test_the_older_application_and_in_it_the_longer_way_goes_first(
-    make_scheduler: Any, make_request: Any, step: Any
-) -> None:
-    scheduler = make_scheduler(with_space(**ON, short_s=0.0), num_blocks=12)
+def test_the_older_application_and_in_it_the_longer_way_goes_first() -> None:
+    scheduler = build_scheduler(space={**ON, "short_s": 0.0}, num_blocks=12)
     arrivals = [("a1", "a", 1), ("b1", "b", 9), ("a2", "a", 5), ("a3", "a", 7)]
     for number, (name, app, remaining) in enumerate(arrivals):
         scheduler.add_request(make_request(name, [number] * 120, hint(app, remaining=remaining)))
 
-    assert first_runs(run(scheduler, step)) == ["a3", "a2", "a1", "b1"]
+    assert first_runs(run_all(scheduler)) == ["a3", "a2", "a1", "b1"]
 
 
-def test_calls_without_hints_run_in_the_order_of_their_arrival(
-    make_scheduler: Any, make_request: Any, step: Any
-) -> None:
-    scheduler = make_scheduler(with_space(**ON), num_blocks=12)
+def test_calls_without_hints_run_in_the_order_of_their_arrival() -> None:
+    scheduler = build_scheduler(space=ON, num_blocks=12)
     names = [f"r{number}" for number in range(6)]
     for number, name in enumerate(names):
         scheduler.add_request(make_request(name, [number] * 120))
 
-    assert first_runs(run(scheduler, step)) == names
+    assert first_runs(run_all(scheduler)) == names
 
 
-def test_the_victim_is_of_the_youngest_application_whoever_came_last(
-    make_scheduler: Any, make_request: Any, step: Any
-) -> None:
-    scheduler = make_scheduler(with_space(**ON, short_s=0.0), num_blocks=14)
+def test_the_victim_is_of_the_youngest_application_whoever_came_last() -> None:
+    scheduler = build_scheduler(space={**ON, "short_s": 0.0}, num_blocks=14)
     scheduler.add_request(make_request("old1", [1] * 15, hint("old"), max_tokens=2))
-    step(scheduler)
+    run_step(scheduler)
     for number, (name, app) in enumerate([("young", "young"), ("old2", "old")]):
         scheduler.add_request(make_request(name, [5 + number] * 90, hint(app), max_tokens=80))
     preempted = []
     while scheduler.has_unfinished_requests():
-        preempted += sorted(step(scheduler).preempted_req_ids or ())
+        preempted += sorted(run_step(scheduler).preempted_req_ids or ())
 
     assert preempted
     assert set(preempted) == {"young"}
 
 
-def test_what_is_peeked_is_what_is_popped_however_ranks_change(make_request: Any) -> None:
+def test_what_is_peeked_is_what_is_popped_however_ranks_change() -> None:
     queue = RankedQueue()
     requests = {name: make_request(name, [1]) for name in "abcd"}
     ranks = {"a": (3.0,), "b": (1.0,), "c": (2.0,)}
@@ -142,24 +109,24 @@ def test_what_is_peeked_is_what_is_popped_however_ranks_change(make_request: Any
     assert (len(queue), bool(queue)) == (2, True)
 
 
-def test_requests_of_one_call_run_each_on_its_own(make_scheduler: Any, make_request: Any, step: Any) -> None:
+def test_requests_of_one_call_run_each_on_its_own() -> None:
     """`n` > 1 is several requests with one hint."""
-    scheduler = make_scheduler(with_space(**ON), num_blocks=40)
+    scheduler = build_scheduler(space=ON, num_blocks=40)
     requests = [make_request(f"{n}_r", [1] * 60, hint("a", call="c"), max_tokens=20) for n in range(4)]
     for request in requests:
         scheduler.add_request(request)
-    run(scheduler, step)
+    run_all(scheduler)
 
     assert [request.num_output_tokens for request in requests] == [20] * 4
     assert scheduler.admission.applications.calls == {}
 
 
 @pytest.mark.parametrize("is_async", [False, True])
-def test_an_abort_leaves_nothing_behind(make_scheduler: Any, make_request: Any, step: Any, is_async: bool) -> None:
-    scheduler = make_scheduler(with_space(**ON), num_blocks=20, is_async=is_async)
+def test_an_abort_leaves_nothing_behind(is_async: bool) -> None:
+    scheduler = build_scheduler(space=ON, num_blocks=20, is_async=is_async)
     for number in range(6):
         scheduler.add_request(make_request(f"r{number}", [number] * 90, hint(f"a{number}"), max_tokens=50))
-    step(scheduler)
+    run_step(scheduler)
     scheduler.finish_requests([f"r{number}" for number in range(6)], RequestStatus.FINISHED_ABORTED)
 
     assert scheduler.admission.applications.calls == {}
@@ -167,48 +134,42 @@ def test_an_abort_leaves_nothing_behind(make_scheduler: Any, make_request: Any, 
     assert scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == 19
 
 
-def test_the_prefix_cache_can_be_reset_while_calls_run(make_scheduler: Any, make_request: Any, step: Any) -> None:
-    scheduler = make_scheduler(with_space(**ON), num_blocks=40)
+def test_the_prefix_cache_can_be_reset_while_calls_run() -> None:
+    scheduler = build_scheduler(space=ON, num_blocks=40)
     for number in range(4):
         scheduler.add_request(make_request(f"r{number}", [number] * 90, hint("a"), max_tokens=20))
-    step(scheduler)
+    run_step(scheduler)
     assert scheduler.reset_prefix_cache(reset_running_requests=True)
 
-    assert first_runs(run(scheduler, step)) == [f"r{number}" for number in range(4)]
+    assert first_runs(run_all(scheduler)) == [f"r{number}" for number in range(4)]
 
 
-def test_a_user_of_vllms_own_priorities_gets_them(make_scheduler: Any, make_request: Any, step: Any) -> None:
-    def create(**kwargs: Any) -> Any:
-        kwargs["vllm_config"].scheduler_config.policy = "priority"
-        return with_space(**ON)(**kwargs)
-
-    scheduler = make_scheduler(create, num_blocks=12)
+def test_a_user_of_vllms_own_priorities_gets_them() -> None:
+    scheduler = build_scheduler(space=ON, num_blocks=12, policy="priority")
     for number in range(3):
         request = make_request(f"r{number}", [number] * 120, hint(f"a{number}"))
         request.priority = -number
         scheduler.add_request(request)
 
-    assert first_runs(run(scheduler, step)) == ["r2", "r1", "r0"]
+    assert first_runs(run_all(scheduler)) == ["r2", "r1", "r0"]
 
 
-def test_a_defect_of_the_space_scheduler_never_reaches_a_request(
-    make_scheduler: Any, make_request: Any, step: Any
-) -> None:
-    scheduler = make_scheduler(with_space(**ON), num_blocks=40)
+def test_a_defect_of_the_space_scheduler_never_reaches_a_request() -> None:
+    scheduler = build_scheduler(space=ON, num_blocks=40)
     scheduler.admission.policy.rank = None  # calling it raises
     request = make_request("r", list(range(100)), hint("a"))
     scheduler.add_request(request)
-    run(scheduler, step)
+    run_all(scheduler)
 
     assert request.num_output_tokens == 4
     assert scheduler.registry.counts["errors",] > 0
 
 
-def test_the_log_says_why_a_call_waits(make_scheduler: Any, make_request: Any, step: Any) -> None:
-    scheduler = make_scheduler(with_space(**ON, short_s=0.0), num_blocks=12)
+def test_the_log_says_why_a_call_waits() -> None:
+    scheduler = build_scheduler(space={**ON, "short_s": 0.0}, num_blocks=12)
     for number, app in enumerate(["old", "young", "younger"]):
         scheduler.add_request(make_request(f"r{number}", [number] * 120, hint(app, agent="writer"), max_tokens=30))
-    step(scheduler)
+    run_step(scheduler)
     answer = scheduler.tokencake_decisions(None, None, 100)
     words = {(entry["app"], entry["kind"]): entry["words"] for entry in answer["decisions"]}
 
@@ -217,7 +178,7 @@ def test_the_log_says_why_a_call_waits(make_scheduler: Any, make_request: Any, s
     assert words["younger", "waits"].startswith("waits behind young (its application is more senior)")
     assert answer["longest_wait_s"] >= 0
     assert json.loads(json.dumps(answer)) == answer
-    run(scheduler, step)
+    run_all(scheduler)
     assert scheduler.tokencake_decisions(None, "young", 1)["decisions"][0]["kind"] == "started"
 
 
@@ -253,10 +214,10 @@ ARRIVAL = st.tuples(
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(arrivals=st.lists(ARRIVAL, min_size=1, max_size=14))
 def test_every_call_ends_and_nothing_admissible_waits_while_nothing_runs(
-    make_scheduler: Any, make_request: Any, step: Any, policy: str, is_async: bool, guarded: int, arrivals: Any
+    policy: str, is_async: bool, guarded: int, arrivals: Any
 ) -> None:
-    create = with_space(**ON, policy=policy, guarded=guarded)
-    scheduler = make_scheduler(create, is_async=is_async, num_blocks=24)
+    space = {**ON, "policy": policy, "guarded": guarded}
+    scheduler = build_scheduler(is_async=is_async, num_blocks=24, space=space)
     requests = {}
     for number, (_, app, fields, tokens, answer, _) in enumerate(arrivals):
         text = None if app is None else hint(app, call=f"c{number}", **fields)
@@ -270,7 +231,7 @@ def test_every_call_ends_and_nothing_admissible_waits_while_nothing_runs(
         if not scheduler.has_unfinished_requests() and now > 40:
             break
         waits = any(request.status in ADMISSIBLE for request in scheduler.waiting)
-        tokens = step(scheduler).total_num_scheduled_tokens
+        tokens = run_step(scheduler).total_num_scheduled_tokens
         assert tokens or not waits or scheduler.running
     assert not scheduler.has_unfinished_requests()
     assert all(r.num_output_tokens == r.max_tokens for n, r in requests.items() if not arrivals[n][-1])
@@ -278,13 +239,11 @@ def test_every_call_ends_and_nothing_admissible_waits_while_nothing_runs(
     assert scheduler.admission.applications.calls == {}
 
 
-def test_a_tenant_that_lies_gains_nothing_over_one_that_tells_the_truth(
-    make_scheduler: Any, make_request: Any, step: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_tenant_that_lies_gains_nothing_over_one_that_tells_the_truth(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both want the same work, all of it at once; the liar claims age, weight, and that all is critical and short."""
     now = [1_000.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
-    scheduler = make_scheduler(with_space(**ON, tenant_quantum_s=0.2, tenant_mark="::"), num_blocks=24)
+    scheduler = build_scheduler(space={**ON, "tenant_quantum_s": 0.2, "tenant_mark": "::"}, num_blocks=24)
     requests = {}
     for number in range(20):
         liar, honest = f"liar{number}", f"honest{number}"
@@ -299,7 +258,7 @@ def test_a_tenant_that_lies_gains_nothing_over_one_that_tells_the_truth(
     ended: dict[str, int] = {}
     for count in range(2_000):
         now[0] += 0.1
-        step(scheduler)
+        run_step(scheduler)
         ended |= {name: count for name, request in requests.items() if request.is_finished() and name not in ended}
         if len(ended) == len(requests):
             break

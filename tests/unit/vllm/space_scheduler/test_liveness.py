@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,17 +13,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from vllm.v1.request import Request, RequestStatus
 
-from tests.harness.stall_bench import Bench, as_json
-from tests.harness.steps import Steps, hint, with_settings
+from tests.harness.kv_worker import SchedulerHarness
+from tests.harness.scheduler import build_scheduler, make_request
+from tests.harness.steps import StepLoop, as_json, hint
 from tests.harness.tenancy import prefix_of
 from tokencake import protocol
-from tokencake_vllm.scheduler import create_scheduler
 
 STEP_S = 0.1
 
 
-class Clocked(Steps):
-    """Steps of `STEP_S` on a clock of their own, and when each call had its first token."""
+class Clocked(StepLoop):
+    """StepLoop of `STEP_S` on a clock of their own, and when each call had its first token."""
 
     def __init__(self, scheduler: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         super().__init__(scheduler)
@@ -33,21 +32,24 @@ class Clocked(Steps):
         self.ended_s: dict[str, float] = {}
         monkeypatch.setattr("time.monotonic", lambda: self.now)
 
-    def step(self) -> dict[str, int]:
+    def step(self, **how: bool) -> Any:
         self.now += STEP_S
-        tokens = super().step()
-        for name in tokens:
+        output = super().step(**how)
+        for name in output.num_scheduled_tokens:
             self.began_s.setdefault(name, self.now)
+        return output
+
+    def complete(self) -> None:
+        super().complete()
         for name in self.ends:
             self.ended_s.setdefault(name, self.now)
-        return tokens
 
 
 @pytest.fixture
-def clocked(make_scheduler: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Clocked]:
+def clocked(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Clocked]:
     def make(num_blocks: int = 24, *, is_async: bool = False, **space: Any) -> Clocked:
-        create = with_settings(create_scheduler, {"enabled": True, **space})
-        return Clocked(make_scheduler(create, is_async=is_async, num_blocks=num_blocks), monkeypatch)
+        scheduler = build_scheduler(is_async=is_async, num_blocks=num_blocks, space={"enabled": True, **space})
+        return Clocked(scheduler, monkeypatch)
 
     return make
 
@@ -100,11 +102,9 @@ DEED = st.one_of(
 @pytest.mark.parametrize("policy", ["ours", "paper"])
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(deeds=st.lists(DEED, min_size=3, max_size=30))
-def test_every_call_ends_whatever_hints_and_events_say(
-    make_scheduler: Any, make_request: Any, policy: str, is_async: bool, deeds: list[Any]
-) -> None:
-    create = with_settings(create_scheduler, {"enabled": True, "policy": policy, "tenant_mark": "::"})
-    steps = Steps(make_scheduler(create, is_async=is_async, num_blocks=24))
+def test_every_call_ends_whatever_hints_and_events_say(policy: str, is_async: bool, deeds: list[Any]) -> None:
+    space = {"enabled": True, "policy": policy, "tenant_mark": "::"}
+    steps = StepLoop(build_scheduler(is_async=is_async, num_blocks=24, space=space))
     wanted: dict[str, int] = {}
     for number, (kind, *what) in enumerate(deeds):
         match kind:
@@ -126,7 +126,7 @@ def test_every_call_ends_whatever_hints_and_events_say(
                 wanted.pop(name)
     steps.run()
 
-    assert all(steps.told[name] == answer for name, answer in wanted.items())
+    assert all(steps.received[name] == answer for name, answer in wanted.items())
     steps.check_empty()
 
 
@@ -155,7 +155,7 @@ BOUND_S = 4.0 + 2.0 + 10 * 0.2 + 2.0
 )
 @pytest.mark.parametrize("is_shared", [False, True], ids=["apart", "siblings"])
 def test_nobody_who_came_after_the_bound_begins_before_a_call_that_waits(
-    clocked: Any, make_request: Any, flood: dict[str, Any], is_shared: bool
+    clocked: Any, flood: dict[str, Any], is_shared: bool
 ) -> None:
     """A call that needs most of the memory, in an endless stream of small ones that would always fit."""
     steps = clocked(num_blocks=24, **SHORT_WAITS)
@@ -182,7 +182,7 @@ def test_nobody_who_came_after_the_bound_begins_before_a_call_that_waits(
     assert bypassed == []
 
 
-def test_the_later_turns_of_a_talk_have_not_waited_since_its_first(clocked: Any, make_request: Any) -> None:
+def test_the_later_turns_of_a_talk_have_not_waited_since_its_first(clocked: Any) -> None:
     steps = clocked()
     for _ in range(2):
         plain = make_request("talk", list(range(40)), hint("talk"), max_tokens=4)
@@ -192,7 +192,7 @@ def test_the_later_turns_of_a_talk_have_not_waited_since_its_first(clocked: Any,
             steps.step()
         steps.now += 1_000.0
 
-    assert steps.told["talk"] == 8
+    assert steps.received["talk"] == 8
     assert steps.scheduler.tokencake_decisions(None, None, 10)["longest_wait_s"] <= STEP_S
     steps.scheduler.finish_requests("talk", RequestStatus.FINISHED_ABORTED)
     steps.check_empty()
@@ -210,9 +210,7 @@ LIES: dict[str, dict[str, Any]] = {
 }
 
 
-def _means(
-    clocked: Any, make_request: Any, lie: dict[str, Any], names: Callable[[int], str], *, has_tenants: bool
-) -> Any:
+def _means(clocked: Any, lie: dict[str, Any], names: Callable[[int], str], *, has_tenants: bool) -> Any:
     """Mean seconds to the end of either side's calls; both want the same, a call each three steps."""
     steps = clocked(tenant_quantum_s=0.2, tenant_mark="::" if has_tenants else None)
     began = {}
@@ -231,23 +229,21 @@ def _means(
 
 
 @pytest.mark.parametrize("lie", list(LIES))
-def test_a_tenant_gains_nothing_by_a_lie_that_it_would_not_have_by_the_truth(
-    clocked: Any, make_request: Any, lie: str
-) -> None:
+def test_a_tenant_gains_nothing_by_a_lie_that_it_would_not_have_by_the_truth(clocked: Any, lie: str) -> None:
     def evil(number: int) -> str:
         return f"evil{number}"
 
-    truth = _means(clocked, make_request, {}, evil, has_tenants=True)
-    lying = _means(clocked, make_request, LIES[lie], evil, has_tenants=True)
+    truth = _means(clocked, {}, evil, has_tenants=True)
+    lying = _means(clocked, LIES[lie], evil, has_tenants=True)
 
     assert lying["honest"] <= 1.1 * truth["honest"]
     assert lying["liar"] >= 0.9 * truth["liar"]
     assert lying["liar"] >= 0.9 * lying["honest"]
 
 
-def test_whoever_calls_himself_many_tenants_is_one_unless_the_proxy_says_so(clocked: Any, make_request: Any) -> None:
-    truth = _means(clocked, make_request, {}, lambda number: f"evil{number}", has_tenants=False)
-    lying = _means(clocked, make_request, {}, lambda number: f"tenant{number}::x", has_tenants=False)
+def test_whoever_calls_himself_many_tenants_is_one_unless_the_proxy_says_so(clocked: Any) -> None:
+    truth = _means(clocked, {}, lambda number: f"evil{number}", has_tenants=False)
+    lying = _means(clocked, {}, lambda number: f"tenant{number}::x", has_tenants=False)
 
     assert lying == truth
 
@@ -258,21 +254,17 @@ def test_whoever_calls_himself_many_tenants_is_one_unless_the_proxy_says_so(cloc
 @pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
 @pytest.mark.parametrize("policy", ["ours", "paper"])
 def test_loads_that_hold_what_the_other_needs_do_not_stop_the_engine(
-    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, policy: str, is_async: bool
+    monkeypatch: pytest.MonkeyPatch, policy: str, is_async: bool
 ) -> None:
     """20 blocks; one call needs 16 and one 10, and the first 8 of either come from the host at the same time."""
-
-    def create(**kwargs: Any) -> Any:
-        kwargs["vllm_config"].additional_config["tokencake"]["space"] = {"enabled": True, "policy": policy}
-        return create_scheduler(**kwargs)
-
-    bench = Bench(tiny_model, monkeypatch, create=create, num_blocks=21, is_async=is_async, upload=False)
+    space = {"enabled": True, "policy": policy}
+    engine = SchedulerHarness(monkeypatch, space, num_blocks=21, is_async=is_async, upload=False)
     for name in "ab":
-        bench.answer([ord(name)] * 126, session=name, app=name, expects_tools={"build": 60.0}, reuse="extends")
-        bench.wipe()
-    large = bench.call([ord("a")] * 126 + [7] * 4 + [3] * 124, "a", 2, app="a")
-    small = bench.call([ord("b")] * 126 + [7] * 4 + [4] * 28, "b", 2, app="b")
-    bench.run(400)
+        engine.answer([ord(name)] * 126, session=name, app=name, expects_tools={"build": 60.0}, reuse="extends")
+        engine.wipe()
+    large = engine.call([ord("a")] * 126 + [7] * 4 + [3] * 124, "a", 2, app="a")
+    small = engine.call([ord("b")] * 126 + [7] * 4 + [4] * 28, "b", 2, app="b")
+    engine.run(400)
 
-    assert [bench.tokens_found(name)[1] for name in (large, small)] == [128, 128]
-    bench.check()
+    assert [engine.cached_tokens(name)[1] for name in (large, small)] == [128, 128]
+    engine.check()

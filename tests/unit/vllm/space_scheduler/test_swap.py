@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,23 +14,31 @@ pytest.importorskip("vllm", reason="the plug-in's tests need vLLM")
 
 from vllm.v1.core.sched.interface import PauseState
 
-from tests.harness.stall_bench import Bench, make_request
-from tests.unit.vllm.test_both_schedulers import play_out, with_space
+from tests.harness.kv_worker import MakeHarness, SchedulerHarness
+from tests.harness.scheduler import make_request
+from tests.unit.vllm.test_both_schedulers import play_out
 from tests.unit.vllm.time_scheduler.test_traces import Trace, actions
 
-EAGER = {"swap_oldest": 9, "swap_from": 1, "swap_share": 0.0, "swap_patience_tokens": 0, "short_s": 0.0}
+EAGER = {
+    "enabled": True,
+    "swap_oldest": 9,
+    "swap_from": 1,
+    "swap_share": 0.0,
+    "swap_patience_tokens": 0,
+    "short_s": 0.0,
+}
 """Swaps out whenever it can."""
 
 
 @pytest.fixture
-def bench(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Bench]:
-    def make(space: dict[str, Any] | None = None, **options: Any) -> Bench:
-        return Bench(tiny_model, monkeypatch, create=with_space(**{**EAGER, **(space or {})}), **options)
+def make_harness(monkeypatch: pytest.MonkeyPatch) -> Callable[..., SchedulerHarness]:
+    def make(space: dict[str, Any] | None = None, **options: Any) -> SchedulerHarness:
+        return SchedulerHarness(monkeypatch, {**EAGER, **(space or {})}, **options)
 
     return make
 
 
-def old_young_and_younger(engine: Bench) -> None:
+def old_young_and_younger(engine: SchedulerHarness) -> None:
     """Two young calls fill the device, after a call of an old application."""
     engine.answer([1] * 20, session="old", app="old")
     engine.call([5] * 100, "young", 60, app="young")
@@ -40,7 +47,7 @@ def old_young_and_younger(engine: Bench) -> None:
         engine.step(finish_jobs=True)
 
 
-def steps_until_started(engine: Bench, name: str, *, limit: int = 60, finish_jobs: bool = True) -> int:
+def steps_until_started(engine: SchedulerHarness, name: str, *, limit: int = 60, finish_jobs: bool = True) -> int:
     for number in range(limit):
         if engine.step(finish_jobs=finish_jobs).num_scheduled_tokens.get(name):
             return number
@@ -49,9 +56,9 @@ def steps_until_started(engine: Bench, name: str, *, limit: int = 60, finish_job
 
 @pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
 def test_a_young_application_is_swapped_out_for_an_old_one_and_loses_nothing(
-    bench: Callable[..., Bench], is_async: bool
+    make_harness: MakeHarness, is_async: bool
 ) -> None:
-    engine = bench(num_blocks=20, is_async=is_async)
+    engine = make_harness(num_blocks=20, is_async=is_async)
     old_young_and_younger(engine)
     engine.call([9] * 150, "old", 2, app="old")
     swapped = engine.step(finish_jobs=True)
@@ -72,10 +79,8 @@ def test_a_young_application_is_swapped_out_for_an_old_one_and_loses_nothing(
 
 
 @pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
-def test_nobody_takes_what_was_given_up_while_the_copy_is_under_way(
-    bench: Callable[..., Bench], is_async: bool
-) -> None:
-    engine = bench(num_blocks=20, is_async=is_async)
+def test_nobody_takes_what_was_given_up_while_the_copy_is_under_way(make_harness: MakeHarness, is_async: bool) -> None:
+    engine = make_harness(num_blocks=20, is_async=is_async)
     old_young_and_younger(engine)
     head = engine.call([9] * 150, "old", 2, app="old")
     engine.call([8] * 10, "newcomer", 2, app="newcomer")
@@ -88,8 +93,10 @@ def test_nobody_takes_what_was_given_up_while_the_copy_is_under_way(
     engine.check()
 
 
-def test_a_branch_beside_its_running_sibling_does_not_come_back_first(bench: Callable[..., Bench]) -> None:
-    engine = bench({"swap_patience_tokens": 20}, num_blocks=120, max_tokens_per_step=2_000)
+def test_a_branch_beside_its_running_sibling_does_not_come_back_first(
+    make_harness: MakeHarness,
+) -> None:
+    engine = make_harness({"swap_patience_tokens": 20}, num_blocks=120, max_tokens_per_step=2_000)
     engine.answer([1] * 20, session="old", app="old")
     for branch in range(2):
         text = [3] * 640 + [50 + branch] * 400
@@ -105,8 +112,8 @@ def test_a_branch_beside_its_running_sibling_does_not_come_back_first(bench: Cal
 
 
 @pytest.mark.parametrize("claim", [None, 1])
-def test_a_claim_to_be_nearly_done_holds_until_it_is_broken(bench: Callable[..., Bench], claim: int | None) -> None:
-    engine = bench({"swap_patience_tokens": 128}, num_blocks=20)
+def test_a_claim_to_be_nearly_done_holds_until_it_is_broken(make_harness: MakeHarness, claim: int | None) -> None:
+    engine = make_harness({"swap_patience_tokens": 128}, num_blocks=20)
     engine.answer([1] * 20, session="old", app="old")
     engine.call([5] * 100, "young", 190, app="young", expected_output_tokens=claim)
     engine.call([6] * 60, "younger", 190, app="younger", expected_output_tokens=claim)
@@ -119,11 +126,9 @@ def test_a_claim_to_be_nearly_done_holds_until_it_is_broken(bench: Callable[...,
 
 
 @pytest.mark.parametrize("is_v2", [False, True], ids=["runner-v1", "runner-v2"])
-def test_what_has_to_be_computed_again_is_counted_and_ends_the_swapping(
-    bench: Callable[..., Bench], is_v2: bool
-) -> None:
+def test_what_has_to_be_computed_again_is_counted_and_ends_the_swapping(make_harness: MakeHarness, is_v2: bool) -> None:
     """The V2 runner is told of calls that come back as of new ones."""
-    engine = bench(num_blocks=20, host_blocks=1)
+    engine = make_harness(num_blocks=20, host_blocks=1)
     engine.scheduler.use_v2_model_runner = is_v2
     old_young_and_younger(engine)
     engine.call([9] * 150, "old", 2, app="old")
@@ -136,9 +141,9 @@ def test_what_has_to_be_computed_again_is_counted_and_ends_the_swapping(
     assert engine.count("space_swaps") == swaps
 
 
-def test_blocks_that_others_hold_too_are_not_counted_as_freed(bench: Callable[..., Bench]) -> None:
+def test_blocks_that_others_hold_too_are_not_counted_as_freed(make_harness: MakeHarness) -> None:
     """All have one system prompt of 20 blocks: the young ones together would free far too little."""
-    engine = bench({"swap_from": 2}, num_blocks=50)
+    engine = make_harness({"swap_from": 2}, num_blocks=50)
     engine.answer([1] * 20, session="old", app="old")
     for name in ("keep", "a", "b", "c"):
         engine.call([3] * 320 + [ord(name[0])] * 20, name, 300, app=name)
@@ -152,10 +157,10 @@ def test_blocks_that_others_hold_too_are_not_counted_as_freed(bench: Callable[..
 
 
 def test_nobody_gives_way_where_the_first_in_line_would_lose_what_it_shares_with_them(
-    bench: Callable[..., Bench],
+    make_harness: MakeHarness,
 ) -> None:
     """What it was to hit goes with the call that holds it: both together would not make room."""
-    engine = bench(num_blocks=60, max_tokens_per_step=2_000)
+    engine = make_harness(num_blocks=60, max_tokens_per_step=2_000)
     engine.answer([1] * 20, session="old", app="old")
     engine.call([4] * 300, "middle", 300, app="middle")
     engine.call([3] * 320 + [5] * 40, "young", 300, app="young")
@@ -170,8 +175,8 @@ def test_nobody_gives_way_where_the_first_in_line_would_lose_what_it_shares_with
     engine.run(1_500)
 
 
-def test_a_slow_copy_is_no_reason_never_to_ask_again(bench: Callable[..., Bench]) -> None:
-    engine = bench(num_blocks=20)
+def test_a_slow_copy_is_no_reason_never_to_ask_again(make_harness: MakeHarness) -> None:
+    engine = make_harness(num_blocks=20)
     old_young_and_younger(engine)
     head = engine.call([9] * 150, "old", 2, app="old")
     engine.step()
@@ -184,9 +189,9 @@ def test_a_slow_copy_is_no_reason_never_to_ask_again(bench: Callable[..., Bench]
     engine.run(600)
 
 
-def test_only_an_application_that_came_earlier_is_given_way_to(bench: Callable[..., Bench]) -> None:
+def test_only_an_application_that_came_earlier_is_given_way_to(make_harness: MakeHarness) -> None:
     """A client that names each call another application, and calls it short, pushes nobody out."""
-    engine = bench({"short_s": 1.5}, num_blocks=30)
+    engine = make_harness({"short_s": 1.5}, num_blocks=30)
     engine.call([5] * 200, "veteran", 250, app="veteran")
     for _ in range(50):
         engine.step(finish_jobs=True)
@@ -199,8 +204,10 @@ def test_only_an_application_that_came_earlier_is_given_way_to(bench: Callable[.
     engine.run(1_500)
 
 
-def test_a_call_that_does_not_start_for_another_reason_is_given_way_to_once(bench: Callable[..., Bench]) -> None:
-    engine = bench(num_blocks=20)
+def test_a_call_that_does_not_start_for_another_reason_is_given_way_to_once(
+    make_harness: MakeHarness,
+) -> None:
+    engine = make_harness(num_blocks=20)
     engine.scheduler.lora_config = SimpleNamespace(max_loras=1)
 
     def with_lora(name: str, number: int) -> str:
@@ -226,8 +233,8 @@ def test_a_call_that_does_not_start_for_another_reason_is_given_way_to_once(benc
     engine.check()
 
 
-def test_a_call_that_loads_its_prefix_for_long_has_started(bench: Callable[..., Bench]) -> None:
-    engine = bench(num_blocks=20)
+def test_a_call_that_loads_its_prefix_for_long_has_started(make_harness: MakeHarness) -> None:
+    engine = make_harness(num_blocks=20)
     name = engine.answer([1] * 130, session="old", app="old", expects_tools={"build": 60.0}, reuse="extends")
     engine.wipe()
     engine.call([5] * 100, "young", 60, app="young")
@@ -249,8 +256,8 @@ def test_a_call_that_loads_its_prefix_for_long_has_started(bench: Callable[..., 
     engine.check()
 
 
-def test_calls_without_a_hint_neither_push_nor_are_pushed(bench: Callable[..., Bench]) -> None:
-    engine = bench(num_blocks=20)
+def test_calls_without_a_hint_neither_push_nor_are_pushed(make_harness: MakeHarness) -> None:
+    engine = make_harness(num_blocks=20)
     engine.answer([1] * 20, session="old", app="old")
     for number in (5, 6):
         engine.scheduler.add_request(make_request(f"plain{number}", [number] * 100, None, 60))
@@ -264,9 +271,9 @@ def test_calls_without_a_hint_neither_push_nor_are_pushed(bench: Callable[..., B
     assert engine.count("space_swaps") == 0
 
 
-def test_nobody_is_swapped_out_for_a_call_that_needs_little(bench: Callable[..., Bench]) -> None:
+def test_nobody_is_swapped_out_for_a_call_that_needs_little(make_harness: MakeHarness) -> None:
     for share, swaps in ((0.6, 0), (0.5, 1)):
-        engine = bench({"swap_share": share}, num_blocks=20)
+        engine = make_harness({"swap_share": share}, num_blocks=20)
         old_young_and_younger(engine)
         engine.call([9] * 150, "old", 2, app="old")  # 10 of 19 blocks
         engine.step(finish_jobs=True)
@@ -274,16 +281,18 @@ def test_nobody_is_swapped_out_for_a_call_that_needs_little(bench: Callable[...,
         engine.run(600)
 
 
-def test_nobody_is_swapped_out_where_the_host_cannot_bring_it_back(bench: Callable[..., Bench]) -> None:
-    engine = bench(num_blocks=20, host_blocks=0)
+def test_nobody_is_swapped_out_where_the_host_cannot_bring_it_back(
+    make_harness: MakeHarness,
+) -> None:
+    engine = make_harness(num_blocks=20, host_blocks=0)
     old_young_and_younger(engine)
     engine.call([9] * 150, "old", 2, app="old")
     engine.run(600)
     assert engine.count("space_swaps") == 0
 
 
-def test_nobody_is_swapped_out_while_the_engine_is_paused(bench: Callable[..., Bench]) -> None:
-    engine = bench(num_blocks=20)
+def test_nobody_is_swapped_out_while_the_engine_is_paused(make_harness: MakeHarness) -> None:
+    engine = make_harness(num_blocks=20)
     old_young_and_younger(engine)
     running = [request.request_id for request in engine.scheduler.running]
     engine.scheduler.set_pause_state(PauseState.PAUSED_NEW)
@@ -296,8 +305,8 @@ def test_nobody_is_swapped_out_while_the_engine_is_paused(bench: Callable[..., B
     assert engine.count("space_swaps") > 0
 
 
-def test_a_pin_goes_before_anybody_is_swapped_out(bench: Callable[..., Bench]) -> None:
-    engine = bench(num_blocks=31, keep_share=0.9)
+def test_a_pin_goes_before_anybody_is_swapped_out(make_harness: MakeHarness) -> None:
+    engine = make_harness(num_blocks=31, keep_share=0.9)
     engine.answer([1] * 20, session="old", app="old")
     engine.answer([3] * 150, session="held", app="held", expects_tools={"ls": 0.05}, reuse="extends")
     engine.call([5] * 100, "young", 60, app="young")
@@ -317,9 +326,7 @@ crowded = st.one_of(
 
 
 @pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
-def test_whatever_happens_beside_swaps_every_block_is_accounted_for_and_every_call_ends(
-    tiny_model: Path, is_async: bool
-) -> None:
+def test_whatever_happens_beside_swaps_every_block_is_accounted_for_and_every_call_ends(is_async: bool) -> None:
     swaps = []
 
     @given(st.lists(crowded, min_size=20, max_size=60))
@@ -328,7 +335,7 @@ def test_whatever_happens_beside_swaps_every_block_is_accounted_for_and_every_ca
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("tokencake_vllm.space_scheduler.swap._MAX_RECOMPUTED_SHARE", 1.0)
             patch.setattr(Trace, "_call", with_an_application_each)
-            engine = Bench(tiny_model, patch, create=with_space(**EAGER), num_blocks=30, is_async=is_async)
+            engine = SchedulerHarness(patch, EAGER, num_blocks=30, is_async=is_async)
             play_out(engine, trace, limit=3_000)
             swaps.append(engine.count("space_swaps"))
 

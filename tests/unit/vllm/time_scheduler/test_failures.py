@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +14,8 @@ pytest.importorskip("vllm", reason="the plug-in's tests need vLLM")
 import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 
-from tests.harness.stall_bench import PROMPT, Bench
+from tests.harness.kv_worker import PROMPT, MakeHarness, SchedulerHarness
+from tests.harness.scheduler import build_scheduler
 from tokencake import protocol
 from tokencake_vllm.connector import TokenCakeConnector
 from tokencake_vllm.transfer import host_memory
@@ -25,7 +25,7 @@ from tokencake_vllm.transfer.jobs import NoCopier, TransferJob
 from tokencake_vllm.transfer.step_messages import StepJobs, StepReports
 
 
-def stalled_elsewhere(engine: Bench) -> str:
+def stalled_elsewhere(engine: SchedulerHarness) -> str:
     """A call whose prefix is on the host only."""
     name = engine.answer(PROMPT, expects_tools={"build": 60.0}, reuse="extends")
     engine.wipe()
@@ -41,29 +41,29 @@ def broken(*_: Any, **__: Any) -> Any:
 
 @pytest.mark.parametrize("place", ["match", "admit", "store", "forget_match", "upload", "pin", "unpin", "on_device"])
 def test_a_defect_in_the_cache_costs_no_call(
-    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch, place: str
+    make_harness: MakeHarness, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
-    engine = bench()
+    engine = make_harness()
     name = stalled_elsewhere(engine)
     with monkeypatch.context() as patch:
         patch.setattr(engine.cache, place, broken)
-        engine.tell(protocol.ToolStart(name, "t", "build"), protocol.ToolEnd(name, "t", duration_s=60.0))
+        engine.send(protocol.ToolStart(name, "t", "build"), protocol.ToolEnd(name, "t", duration_s=60.0))
         engine.run()
         calls = [
             engine.answer(engine.follow_up(name), expects_tools={"ls": 0.01}),
             engine.answer([900 + i for i in range(100)], session="u", expects_tools={"build": 60.0}),
         ]
         assert {engine.scheduler.registry.calls[call].status for call in calls} == {"finished"}
-    assert engine.told[engine.answer(PROMPT, session="t")] is not None
+    assert engine.kv_params[engine.answer(PROMPT, session="t")] is not None
     assert engine.scheduler.registry.counts.pop(("errors",), 0) > 0
     assert engine.scheduler.reset_prefix_cache()  # nothing is held for ever
     engine.check()
 
 
 def test_a_load_that_could_not_be_queued_fails_instead_of_being_waited_for(
-    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+    make_harness: MakeHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = bench()
+    engine = make_harness()
     name = stalled_elsewhere(engine)
     monkeypatch.setattr("tokencake_vllm.transfer.in_flight.InFlightTransfers.begin", broken)
     follow_up = engine.call(engine.follow_up(name), reuse="final")
@@ -76,9 +76,9 @@ def test_a_load_that_could_not_be_queued_fails_instead_of_being_waited_for(
 
 
 def test_a_defect_at_the_end_of_a_copy_does_not_stop_the_others(
-    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+    make_harness: MakeHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = bench()
+    engine = make_harness()
     for number in range(2):
         engine.call([1_000 * number + i for i in range(40)], session=f"s{number}", expects_tools={"build": 60.0})
     while len(engine.worker.jobs) < 2:
@@ -96,8 +96,8 @@ def test_a_defect_at_the_end_of_a_copy_does_not_stop_the_others(
     assert not engine.cache.is_busy
 
 
-def test_a_copy_that_fails_halfway_is_no_hit_on_either_side(bench: Callable[..., Bench]) -> None:
-    engine = bench(job_mib=0.008)  # a chain of six blocks takes several jobs
+def test_a_copy_that_fails_halfway_is_no_hit_on_either_side(make_harness: MakeHarness) -> None:
+    engine = make_harness(job_mib=0.008)  # a chain of six blocks takes several jobs
     name = engine.call(PROMPT, expects_tools={"build": 60.0}, reuse="extends")
     while not engine.worker.jobs:
         engine.step()
@@ -108,16 +108,16 @@ def test_a_copy_that_fails_halfway_is_no_hit_on_either_side(bench: Callable[...,
     keys = engine.scheduler.offload.stalls.prefixes.by_id[name].block_hashes
     assert len(engine.cache.tier.ready(keys)) == 2  # what is before the failed part
     engine.wipe()
-    assert engine.tokens_found(engine.answer(engine.follow_up(name))) == (0, 32)
+    assert engine.cached_tokens(engine.answer(engine.follow_up(name))) == (0, 32)
     engine.check()
 
 
-def test_an_upload_that_fails_on_one_of_two_ranks_is_no_hit(bench: Callable[..., Bench]) -> None:
-    engine = bench()
+def test_an_upload_that_fails_on_one_of_two_ranks_is_no_hit(make_harness: MakeHarness) -> None:
+    engine = make_harness()
     name = stalled_elsewhere(engine)
     transfers = engine.cache.transfers
     transfers.world_size = 2
-    engine.tell(protocol.ToolStart(name, "t", "build"), protocol.ToolEnd(name, "t", duration_s=60.0))
+    engine.send(protocol.ToolStart(name, "t", "build"), protocol.ToolEnd(name, "t", duration_s=60.0))
     engine.step()
     (job,) = engine.worker.jobs
     transfers.report(job.id, 1, 0.1, ok=True)
@@ -138,10 +138,8 @@ class BrokenCopier:
     start = pace = finished = drain = close = broken
 
 
-def worker(tiny_model: Path, **options: Any) -> TokenCakeConnector:
-    from tests.harness.stall_bench import build
-
-    scheduler = build(tiny_model, **options)
+def worker(**options: Any) -> TokenCakeConnector:
+    scheduler = build_scheduler(num_blocks=64, host_blocks=200, **options)
     return TokenCakeConnector(scheduler.vllm_config, KVConnectorRole.WORKER, scheduler.kv_cache_config)
 
 
@@ -164,16 +162,16 @@ JOBS = (
 )
 
 
-def test_every_hook_of_the_worker_survives_a_broken_copier(tiny_model: Path) -> None:
-    connector = worker(tiny_model)
+def test_every_hook_of_the_worker_survives_a_broken_copier() -> None:
+    connector = worker()
     connector._copier = BrokenCopier()
     assert one_step(connector, *JOBS) == ({"r"}, {"r"}, {1: False, 2: False, 3: False})
     connector.unregister_kv_caches()
     connector.shutdown()
 
 
-def test_sleep_waits_for_the_copies_and_calls_find_the_same_memory_after_it(tiny_model: Path) -> None:
-    connector = worker(tiny_model)
+def test_sleep_waits_for_the_copies_and_calls_find_the_same_memory_after_it() -> None:
+    connector = worker()
     caches = torch.arange(64.0).reshape(64, 1, 1, 1).repeat(1, 1, 16, 128)
     connector.register_kv_caches({"layer": caches})
     connector.bind_connector_metadata(StepJobs([TransferJob(1, "store", (1,), (0,))]))
@@ -191,12 +189,12 @@ def test_sleep_waits_for_the_copies_and_calls_find_the_same_memory_after_it(tiny
 
 
 def test_without_host_memory_every_job_is_reported_as_failed(
-    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def refuse(*_: Any, **__: Any) -> Any:
         raise RuntimeError("[enforce fail at alloc_cpu.cpp] can't allocate memory")
 
-    connector = worker(tiny_model)
+    connector = worker()
     monkeypatch.setattr("tokencake_vllm.transfer.block_memory.new_rows", refuse)
     with caplog.at_level(logging.ERROR, "vllm.tokencake"):
         connector.register_kv_caches({"layer": torch.zeros(64, 1, 16, 128)})
@@ -210,12 +208,12 @@ def slots_told(connector: TokenCakeConnector) -> Any:
     return None if report is None else report.slots
 
 
-def test_a_worker_tells_once_how_much_host_memory_it_has(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    connector = worker(tiny_model)
+def test_a_worker_tells_once_how_much_host_memory_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    connector = worker()
     connector.register_kv_caches({"layer": torch.zeros(64, 1, 16, 128)})
     assert [slots_told(connector), slots_told(connector)] == [(200, 200), None]
     connector.shutdown()
-    poor = worker(tiny_model)
+    poor = worker()
     monkeypatch.setattr("tokencake_vllm.transfer.block_memory.new_rows", broken)
     poor.register_kv_caches({"layer": torch.zeros(64, 1, 16, 128)})
     assert slots_told(poor) == (0, 0)
@@ -229,22 +227,22 @@ def test_reports_of_ranks_name_the_fewest_and_the_most_slots() -> None:
 
 @pytest.mark.parametrize(("fewest", "most", "words"), [(0, 200, "`time.host_kv_gib` is 64"), (100, 200, "100 to 200")])
 def test_the_time_scheduler_is_off_where_the_workers_count_other_slots(
-    bench: Callable[..., Bench], caplog: pytest.LogCaptureFixture, fewest: int, most: int, words: str
+    make_harness: MakeHarness, caplog: pytest.LogCaptureFixture, fewest: int, most: int, words: str
 ) -> None:
-    engine = bench()
+    engine = make_harness()
     name = stalled_elsewhere(engine)
     with caplog.at_level(logging.ERROR, "vllm.tokencake"):
         engine.cache.compare_slots(fewest, most, host_kv_gib=64.0)
     assert words in caplog.text
     assert words in engine.scheduler.tokencake_state(None, None, 10)["time"]["off"]
     follow_up = engine.answer(engine.follow_up(name), expects_tools={"build": 60.0})
-    assert engine.tokens_found(follow_up) == (0, 0)  # nothing is loaded
+    assert engine.cached_tokens(follow_up) == (0, 0)  # nothing is loaded
     assert not engine.cache.is_busy  # and nothing stored
     engine.check()
 
 
-def test_as_many_slots_on_every_side_leave_the_time_scheduler_on(bench: Callable[..., Bench]) -> None:
-    engine = bench()
+def test_as_many_slots_on_every_side_leave_the_time_scheduler_on(make_harness: MakeHarness) -> None:
+    engine = make_harness()
     engine.cache.compare_slots(200, 200, host_kv_gib=4.0)
     found = engine.scheduler.tokencake_state(None, None, 10)["time"]
     assert found == {"off": None, "host_blocks": 200, "self_check": None}
@@ -262,8 +260,8 @@ def test_as_many_slots_on_every_side_leave_the_time_scheduler_on(bench: Callable
         TransferJob(1, "wipe", (64,)),
     ],
 )
-def test_a_job_with_a_block_that_does_not_exist_never_reaches_the_device(tiny_model: Path, job: TransferJob) -> None:
-    connector = worker(tiny_model)
+def test_a_job_with_a_block_that_does_not_exist_never_reaches_the_device(job: TransferJob) -> None:
+    connector = worker()
     connector.register_kv_caches({"layer": torch.zeros(64, 1, 16, 128)})
     started: list[TransferJob] = []
     connector._copier.start = started.append
@@ -281,9 +279,9 @@ def test_a_job_with_a_block_that_does_not_exist_never_reaches_the_device(tiny_mo
     ],
 )
 def test_more_host_memory_than_there_is_is_refused_before_it_is_promised(
-    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, memory: Memory, words: str
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, memory: Memory, words: str
 ) -> None:
-    connector = worker(tiny_model)
+    connector = worker()
     monkeypatch.setattr("tokencake_vllm.transfer.host_memory.host_memory", lambda: memory)
     monkeypatch.setattr("tokencake_vllm.connector.make_copier", broken)  # it is not asked
     with caplog.at_level(logging.ERROR, "vllm.tokencake"):
@@ -309,9 +307,9 @@ def test_the_memory_of_a_container_counts_without_files_that_it_has_read(
 
 @pytest.mark.parametrize("change", ["is_gone", "is_ready"])
 def test_a_host_block_that_left_between_match_and_admission_is_computed(
-    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch, change: str
+    make_harness: MakeHarness, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
-    engine = bench()
+    engine = make_harness()
     name = stalled_elsewhere(engine)
     match = engine.cache.match
 
@@ -330,20 +328,20 @@ def test_a_host_block_that_left_between_match_and_admission_is_computed(
     assert not engine.count("errors")
 
 
-def test_a_worker_without_caches_refuses_instead_of_keeping_calls_waiting(tiny_model: Path) -> None:
-    connector = worker(tiny_model)
+def test_a_worker_without_caches_refuses_instead_of_keeping_calls_waiting() -> None:
+    connector = worker()
     assert one_step(connector, *JOBS)[1] == {"r"}
 
 
-def test_a_load_of_nothing_fails(tiny_model: Path) -> None:
-    connector = worker(tiny_model)
+def test_a_load_of_nothing_fails() -> None:
+    connector = worker()
     connector.register_kv_caches({"layer": torch.zeros(64, 1, 16, 128)})
     assert one_step(connector, TransferJob(0, "load", (), (), "r"))[:2] == ({"r"}, {"r"})
     connector.shutdown()
 
 
-def test_jobs_of_a_connector_that_is_not_ours_are_nobodys(tiny_model: Path) -> None:
-    connector = worker(tiny_model)
+def test_jobs_of_a_connector_that_is_not_ours_are_nobodys() -> None:
+    connector = worker()
     assert connector.get_transfer_results(set()).finished_recving == set()
     connector.start_load_kv(SimpleNamespace())
     assert connector.build_connector_worker_meta() is None
@@ -352,8 +350,8 @@ def test_jobs_of_a_connector_that_is_not_ours_are_nobodys(tiny_model: Path) -> N
 # --- every rank comes to the same ---------------------------------------------------------------------
 
 
-def test_stages_of_different_length_have_the_same_slots(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    connector = worker(tiny_model)
+def test_stages_of_different_length_have_the_same_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    connector = worker()
     config, settings = connector._vllm_config, connector.settings
     monkeypatch.setattr(config.parallel_config, "pipeline_parallel_size", 2)
     monkeypatch.setattr(config.parallel_config, "world_size", 2)
@@ -369,7 +367,7 @@ def test_stages_of_different_length_have_the_same_slots(tiny_model: Path, monkey
     assert slots[0] == slots[1]
 
 
-def test_unlike_layers_are_judged_and_sized_alike_by_scheduler_and_workers(tiny_model: Path) -> None:
+def test_unlike_layers_are_judged_and_sized_alike_by_scheduler_and_workers() -> None:
     from vllm.v1.core.kv_cache_utils import generate_scheduler_kv_cache_config
     from vllm.v1.kv_cache_interface import (
         FullAttentionSpec,
@@ -380,7 +378,7 @@ def test_unlike_layers_are_judged_and_sized_alike_by_scheduler_and_workers(tiny_
         UniformTypeKVCacheSpecs,
     )
 
-    connector = worker(tiny_model)
+    connector = worker()
     vllm_config, settings = connector._vllm_config, connector.settings
     vllm_config.kv_transfer_config.kv_connector_extra_config.clear()
     wide = FullAttentionSpec(block_size=16, num_kv_heads=4, head_size=64, dtype=torch.bfloat16)
@@ -409,10 +407,8 @@ def test_unlike_layers_are_judged_and_sized_alike_by_scheduler_and_workers(tiny_
 
 
 @pytest.mark.parametrize("name", ["decode_context_parallel_size", "prefill_context_parallel_size"])
-def test_with_context_parallelism_the_time_scheduler_stays_off(
-    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    connector = worker(tiny_model)
+def test_with_context_parallelism_the_time_scheduler_stays_off(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    connector = worker()
     assert unsupported_reason(connector._vllm_config, connector._kv_cache_config) is None
     monkeypatch.setattr(connector._vllm_config.parallel_config, name, 2)
     assert unsupported_reason(connector._vllm_config, connector._kv_cache_config) is not None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import queue
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,13 +14,14 @@ from hypothesis import strategies as st
 from vllm.v1.engine import EngineCoreRequestType
 from vllm.v1.engine.core import EngineCoreProc
 
-from tests.harness.stall_bench import BLOCK_SIZE, PROMPT, Bench
+from tests.harness.kv_worker import PROMPT, MakeHarness, SchedulerHarness
+from tests.harness.scheduler import BLOCK_TOKENS
 from tokencake_vllm.plugin import register
 
 POOL = 40
 
 
-def on_the_host_only(engine: Bench, sessions: int, tokens: int) -> dict[str, list[int]]:
+def on_the_host_only(engine: SchedulerHarness, sessions: int, tokens: int) -> dict[str, list[int]]:
     """Sessions whose prefix only the host holds, each with the prompt of its first call."""
     prompts = {f"s{n}": [10_000 * (n + 1) + i for i in range(tokens)] for n in range(sessions)}
     for session, prompt in prompts.items():
@@ -30,8 +30,8 @@ def on_the_host_only(engine: Bench, sessions: int, tokens: int) -> dict[str, lis
     return prompts
 
 
-def come_to_an_end(engine: Bench, names: list[str], delay: int) -> None:
-    """Steps in which each copy takes `delay` steps, until no call is left."""
+def come_to_an_end(engine: SchedulerHarness, names: list[str], delay: int) -> None:
+    """StepLoop in which each copy takes `delay` steps, until no call is left."""
     ages: dict[int, int] = {}
     for _ in range(3_000):
         if not engine.scheduler.has_requests():
@@ -49,13 +49,13 @@ def come_to_an_end(engine: Bench, names: list[str], delay: int) -> None:
 @pytest.mark.parametrize("is_async", [False, True])
 @pytest.mark.parametrize("delay", [1, 5, 40])
 def test_calls_that_wait_for_loads_and_hold_all_blocks_come_to_their_end(
-    bench: Callable[..., Bench], is_async: bool, delay: int
+    make_harness: MakeHarness, is_async: bool, delay: int
 ) -> None:
     """All prefixes together fill the device; each call needs more than its prefix before it can run."""
-    engine = bench(num_blocks=POOL, is_async=is_async, max_tokens_per_step=64)
-    prompts = on_the_host_only(engine, sessions=8, tokens=5 * BLOCK_SIZE + 1)
+    engine = make_harness(num_blocks=POOL, is_async=is_async, max_tokens_per_step=64)
+    prompts = on_the_host_only(engine, sessions=8, tokens=5 * BLOCK_TOKENS + 1)
     names = [
-        engine.call(prompt + [7] * 4 + [999] * 12 * BLOCK_SIZE, session=session, max_tokens=40)
+        engine.call(prompt + [7] * 4 + [999] * 12 * BLOCK_TOKENS, session=session, max_tokens=40)
         for session, prompt in prompts.items()
     ]
     come_to_an_end(engine, names, delay)
@@ -63,10 +63,10 @@ def test_calls_that_wait_for_loads_and_hold_all_blocks_come_to_their_end(
 
 
 @pytest.mark.parametrize("delay", [1, 5, 40])
-def test_running_calls_that_grow_and_calls_that_load_come_to_their_end(bench: Callable[..., Bench], delay: int) -> None:
+def test_running_calls_that_grow_and_calls_that_load_come_to_their_end(make_harness: MakeHarness, delay: int) -> None:
     """Running calls are preempted for want of blocks that loads hold, and wait behind those loads."""
-    engine = bench(num_blocks=POOL, max_tokens_per_step=64)
-    prompts = on_the_host_only(engine, sessions=6, tokens=5 * BLOCK_SIZE + 1)
+    engine = make_harness(num_blocks=POOL, max_tokens_per_step=64)
+    prompts = on_the_host_only(engine, sessions=6, tokens=5 * BLOCK_TOKENS + 1)
     names = [
         engine.call([500_000 + 1_000 * n + i for i in range(60)], session=f"new{n}", max_tokens=200) for n in range(4)
     ]
@@ -87,7 +87,7 @@ def test_running_calls_that_grow_and_calls_that_load_come_to_their_end(bench: Ca
 )
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 def test_whatever_is_loaded_under_pressure_the_engine_comes_to_rest(
-    bench: Callable[..., Bench],
+    make_harness: MakeHarness,
     sessions: int,
     prefix: int,
     more: list[int],
@@ -95,8 +95,8 @@ def test_whatever_is_loaded_under_pressure_the_engine_comes_to_rest(
     strangers: int,
     delay: int,
 ) -> None:
-    engine = bench(num_blocks=POOL, max_tokens_per_step=64)
-    prompts = on_the_host_only(engine, sessions, prefix * BLOCK_SIZE + 1)
+    engine = make_harness(num_blocks=POOL, max_tokens_per_step=64)
+    prompts = on_the_host_only(engine, sessions, prefix * BLOCK_TOKENS + 1)
     names: list[Any] = []
     for number in range(strangers):
         names.append(
@@ -108,8 +108,10 @@ def test_whatever_is_loaded_under_pressure_the_engine_comes_to_rest(
     come_to_an_end(engine, names, delay)
 
 
-def test_an_idle_engine_that_was_never_asked_anything_wakes_when_something_is_due(bench: Callable[..., Bench]) -> None:
-    engine = bench()
+def test_an_idle_engine_that_was_never_asked_anything_wakes_when_something_is_due(
+    make_harness: MakeHarness,
+) -> None:
+    engine = make_harness()
     woken: list[Any] = []
     core: Any = EngineCoreProc.__new__(EngineCoreProc)
     core.scheduler, core.input_queue, core.aborts_queue = engine.scheduler, queue.Queue(), queue.Queue()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +13,7 @@ pytest.importorskip("vllm", reason="the plug-in's tests need vLLM")
 
 from vllm.v1.request import RequestStatus
 
-from tests.harness.stall_bench import Bench
+from tests.harness.kv_worker import SchedulerHarness
 from tokencake import protocol
 
 SESSIONS = 4
@@ -45,7 +44,7 @@ actions = st.one_of(
 class Trace:
     """Plays actions on a bench."""
 
-    def __init__(self, engine: Bench) -> None:
+    def __init__(self, engine: SchedulerHarness) -> None:
         self.engine = engine
         self.names: list[str] = []
         self.last: dict[int, list[int]] = {}
@@ -93,20 +92,20 @@ class Trace:
 
     def start(self, index: int, estimate_s: float | None) -> None:
         if self.names:
-            self.engine.tell(protocol.ToolStart(self.names[-1 - index % len(self.names)], "t", "build", estimate_s))
+            self.engine.send(protocol.ToolStart(self.names[-1 - index % len(self.names)], "t", "build", estimate_s))
 
     def progress(self, index: int, fraction: float) -> None:
         if self.names:
-            self.engine.tell(protocol.ToolProgress(self.names[-1 - index % len(self.names)], "t", fraction=fraction))
+            self.engine.send(protocol.ToolProgress(self.names[-1 - index % len(self.names)], "t", fraction=fraction))
 
     def end(self, index: int, duration_s: float | None) -> None:
         # Often without a start, twice, or while the call is still waiting or running.
         if self.names:
-            self.engine.tell(protocol.ToolEnd(self.names[-1 - index % len(self.names)], "t", duration_s=duration_s))
+            self.engine.send(protocol.ToolEnd(self.names[-1 - index % len(self.names)], "t", duration_s=duration_s))
 
     def stall(self, session: int, is_start: bool) -> None:
         kind = protocol.StallStart if is_start else protocol.StallEnd
-        self.engine.tell(kind(f"s{session}", "human"))
+        self.engine.send(kind(f"s{session}", "human"))
 
     def talk(self, session: int, length: int) -> None:
         """A call from its arrival to its end, copies included."""
@@ -124,7 +123,7 @@ class Trace:
         self.away()
         if session in self.latest:
             name = self.latest[session]
-            self.engine.tell(protocol.ToolStart(name, "t", "build"), protocol.ToolEnd(name, "t"))
+            self.engine.send(protocol.ToolStart(name, "t", "build"), protocol.ToolEnd(name, "t"))
             self.step(2)
 
     def twins(self, session: int, more: int, is_cut: bool) -> None:
@@ -140,10 +139,10 @@ class Trace:
                 self.engine.scheduler.finish_requests(self.names[-2], RequestStatus.FINISHED_ABORTED)
 
     def session_end(self, session: int) -> None:
-        self.engine.tell(protocol.SessionEnd(f"s{session}"))
+        self.engine.send(protocol.SessionEnd(f"s{session}"))
 
     def app_end(self, app: int) -> None:
-        self.engine.tell(protocol.AppEnd(f"a{app}"))
+        self.engine.send(protocol.AppEnd(f"a{app}"))
 
     def wait(self, seconds: float) -> None:
         self.engine.clock.now += seconds
@@ -164,16 +163,14 @@ class Trace:
     ("policy", "num_blocks", "host_blocks"),
     [("ours", 40, 30), ("ours", 28, 300), ("ours", 40, 1), ("ours", 40, 0), ("lru", 40, 30), ("paper", 28, 40)],
 )
-def test_no_block_is_lost_or_owned_twice(
-    tiny_model: Path, policy: str, num_blocks: int, host_blocks: int, is_async: bool
-) -> None:
+def test_no_block_is_lost_or_owned_twice(policy: str, num_blocks: int, host_blocks: int, is_async: bool) -> None:
     options = {"policy": policy, "num_blocks": num_blocks, "host_blocks": host_blocks, "is_async": is_async}
 
     @given(st.lists(actions, min_size=10, max_size=60))
     @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
     def play(trace: list[tuple[Any, ...]]) -> None:
         with pytest.MonkeyPatch.context() as patch:
-            engine = Bench(tiny_model, patch, keep_share=0.5, job_mib=0.03, **options)
+            engine = SchedulerHarness(patch, keep_share=0.5, job_mib=0.03, **options)
             player = Trace(engine)
             for action in trace:
                 player.play(action)

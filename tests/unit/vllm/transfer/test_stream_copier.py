@@ -46,7 +46,7 @@ class Immediate:
         return contextlib.nullcontext()
 
 
-class Bench:
+class CopierHarness:
     """A device with three layers, each of them by itself, and one copier."""
 
     def __init__(self, *, every: int = 0) -> None:
@@ -106,68 +106,68 @@ def switch_interval() -> Iterator[None]:
 
 
 def test_a_store_reads_what_the_device_was_given_to_compute_before() -> None:
-    bench = Bench()
-    bench.compute(1, 10.0)
-    bench.start(TransferJob(1, "store", (1,), (0,)))
-    for stream in bench.device.sides:  # the copy may not overtake
+    harness = CopierHarness()
+    harness.compute(1, 10.0)
+    harness.start(TransferJob(1, "store", (1,), (0,)))
+    for stream in harness.device.sides:  # the copy may not overtake
         for _ in range(20):
             stream.advance()
-    assert bench.copier.finished() == []
-    (done,) = bench.run()
+    assert harness.copier.finished() == []
+    (done,) = harness.run()
     assert (done.ok, done.seconds) == (True, 0.002)
-    bench.start(TransferJob(2, "load", (5,), (0,)))
-    bench.run()
-    assert bench.value(5) == 10.0
+    harness.start(TransferJob(2, "load", (5,), (0,)))
+    harness.run()
+    assert harness.value(5) == 10.0
 
 
 def test_the_computation_waits_for_no_copy() -> None:
-    bench = Bench()
-    bench.start(TransferJob(1, "store", (1,), (0,)))
-    bench.compute(2, 7.0)
-    bench.device.compute.synchronize()
-    assert bench.value(2) == 7.0
-    assert any(stream.todo for stream in bench.device.sides)
+    harness = CopierHarness()
+    harness.start(TransferJob(1, "store", (1,), (0,)))
+    harness.compute(2, 7.0)
+    harness.device.compute.synchronize()
+    assert harness.value(2) == 7.0
+    assert any(stream.todo for stream in harness.device.sides)
 
 
 def test_a_load_is_told_only_when_all_of_it_is_there() -> None:
-    bench = Bench(every=1)
+    harness = CopierHarness(every=1)
     for block in range(5):
-        bench.compute(block, 10.0 * block)
-    bench.start(TransferJob(1, "store", (0, 1, 2, 3, 4), (5, 0, 1, 3, 2)))
-    bench.run()
-    bench.start(TransferJob(2, "wipe", (0, 1, 2, 3, 4)))
-    bench.run()
-    bench.start(TransferJob(3, "load", (4, 3, 2, 1, 0), (5, 0, 1, 3, 2)))
-    bench.device.compute.synchronize()
-    while not (done := bench.copier.finished()):
-        assert any(stream.todo for stream in bench.device.sides)
-        for stream in bench.device.sides:
+        harness.compute(block, 10.0 * block)
+    harness.start(TransferJob(1, "store", (0, 1, 2, 3, 4), (5, 0, 1, 3, 2)))
+    harness.run()
+    harness.start(TransferJob(2, "wipe", (0, 1, 2, 3, 4)))
+    harness.run()
+    harness.start(TransferJob(3, "load", (4, 3, 2, 1, 0), (5, 0, 1, 3, 2)))
+    harness.device.compute.synchronize()
+    while not (done := harness.copier.finished()):
+        assert any(stream.todo for stream in harness.device.sides)
+        for stream in harness.device.sides:
             stream.advance()
     assert done[0].ok
-    assert [bench.value(block) for block in range(5)] == [40.0, 30.0, 20.0, 10.0, 0.0]
+    assert [harness.value(block) for block in range(5)] == [40.0, 30.0, 20.0, 10.0, 0.0]
 
 
 def test_a_failed_copy_is_told_only_when_what_it_began_is_over() -> None:
-    bench = Bench()
-    bench.device.fails_at = 1
-    bench.start(TransferJob(1, "load", (1, 2), (0, 1)))
-    assert bench.copier.finished() == []  # the first transfer still writes
-    (done,) = bench.run()
+    harness = CopierHarness()
+    harness.device.fails_at = 1
+    harness.start(TransferJob(1, "load", (1, 2), (0, 1)))
+    assert harness.copier.finished() == []  # the first transfer still writes
+    (done,) = harness.run()
     assert not done.ok
-    bench.device.fails_at = None
-    bench.start(TransferJob(2, "store", (1,), (0,)))
-    assert [done.ok for done in bench.run()] == [True]
+    harness.device.fails_at = None
+    harness.start(TransferJob(2, "store", (1,), (0,)))
+    assert [done.ok for done in harness.run()] == [True]
 
 
 def test_before_the_device_s_memory_goes_every_copy_has_ended() -> None:
-    bench = Bench()
-    bench.compute(1, 10.0)
-    bench.start(TransferJob(1, "store", (1,), (0,)))
-    bench.start(TransferJob(2, "load", (2,), (3,)))
-    bench.copier.drain()
-    assert not any(stream.todo for stream in bench.device.sides)
-    assert [(done.job.id, done.ok) for done in bench.copier.finished()] == [(1, True), (2, True)]
-    bench.copier.drain()  # twice is once
+    harness = CopierHarness()
+    harness.compute(1, 10.0)
+    harness.start(TransferJob(1, "store", (1,), (0,)))
+    harness.start(TransferJob(2, "load", (2,), (3,)))
+    harness.copier.drain()
+    assert not any(stream.todo for stream in harness.device.sides)
+    assert [(done.job.id, done.ok) for done in harness.copier.finished()] == [(1, True), (2, True)]
+    harness.copier.drain()  # twice is once
 
 
 def test_what_is_queued_is_submitted_before_the_device_s_memory_goes() -> None:
@@ -181,26 +181,26 @@ def test_what_is_queued_is_submitted_before_the_device_s_memory_goes() -> None:
 
 
 def test_a_dead_device_fails_every_copy_and_nothing_raises(monkeypatch: pytest.MonkeyPatch) -> None:
-    bench = Bench()
+    harness = CopierHarness()
 
     def dead(*_: Any) -> Any:
         raise RuntimeError("CUDA error: device-side assert triggered")
 
-    bench.start(TransferJob(1, "store", (1,), (0,)))
+    harness.start(TransferJob(1, "store", (1,), (0,)))
     monkeypatch.setattr(Event, "query", dead)
-    assert [done.ok for done in bench.copier.finished()] == [False]
+    assert [done.ok for done in harness.copier.finished()] == [False]
     monkeypatch.setattr(Event, "record", dead)
-    bench.start(TransferJob(2, "load", (1,), (0,)))
-    assert [done.ok for done in bench.copier.finished()] == [False]
+    harness.start(TransferJob(2, "load", (1,), (0,)))
+    assert [done.ok for done in harness.copier.finished()] == [False]
 
 
 def test_a_block_that_changed_on_the_host_fails_its_checksum() -> None:
-    bench = Bench(every=1)
-    bench.start(TransferJob(1, "store", (1,), (2,)))
-    bench.run()
-    bench.rows[2] += 1
-    bench.start(TransferJob(2, "load", (3,), (2,)))
-    assert [done.ok for done in bench.run()] == [False]
+    harness = CopierHarness(every=1)
+    harness.start(TransferJob(1, "store", (1,), (2,)))
+    harness.run()
+    harness.rows[2] += 1
+    harness.start(TransferJob(2, "load", (3,), (2,)))
+    assert [done.ok for done in harness.run()] == [False]
 
 
 @pytest.mark.parametrize(
@@ -265,65 +265,65 @@ def test_an_error_of_the_driver_fails_the_transfer() -> None:
 
 
 def test_a_load_that_a_request_waits_for_passes_uploads_started_before_it() -> None:
-    bench = Bench()
-    bench.start(TransferJob(1, "store", (0, 1, 2, 3, 4, 5), (0, 1, 2, 3, 4, 5)))
-    bench.run()
-    bench.queue(TransferJob(2, "load", (0, 1, 2), (0, 1, 2)))
-    bench.queue(TransferJob(3, "load", (3, 4), (3, 4)))
-    bench.queue(TransferJob(4, "load", (5,), (5,), "a request"))
-    bench.copier.pace(is_computing=True, urgent=(3,))
-    assert [done.job.id for done in bench.run()] == [3, 4, 2]
+    harness = CopierHarness()
+    harness.start(TransferJob(1, "store", (0, 1, 2, 3, 4, 5), (0, 1, 2, 3, 4, 5)))
+    harness.run()
+    harness.queue(TransferJob(2, "load", (0, 1, 2), (0, 1, 2)))
+    harness.queue(TransferJob(3, "load", (3, 4), (3, 4)))
+    harness.queue(TransferJob(4, "load", (5,), (5,), "a request"))
+    harness.copier.pace(is_computing=True, urgent=(3,))
+    assert [done.job.id for done in harness.run()] == [3, 4, 2]
 
 
 def test_a_job_is_submitted_in_pieces_and_told_once_behind_the_last() -> None:
-    bench = Bench()
-    bench.queue(TransferJob(1, "store", (0, 1, 2, 3, 4, 5), (0, 1, 2, 3, 4, 5)))
-    bench.submit()
-    for stream in bench.device.sides:
+    harness = CopierHarness()
+    harness.queue(TransferJob(1, "store", (0, 1, 2, 3, 4, 5), (0, 1, 2, 3, 4, 5)))
+    harness.submit()
+    for stream in harness.device.sides:
         stream.synchronize()
-    assert bench.copier.finished() == []  # the second piece is not submitted yet
-    assert [done.job.id for done in bench.run()] == [1]
+    assert harness.copier.finished() == []  # the second piece is not submitted yet
+    assert [done.job.id for done in harness.run()] == [1]
 
 
 def test_no_more_pieces_are_under_way_than_the_ring_of_ids_has_rows() -> None:
-    bench = Bench()
+    harness = CopierHarness()
     for number in range(20):
-        bench.queue(TransferJob(number, "load", (0,), (0,)))
-    with bench.device:
-        while bench.copier.advance():
-            for half in bench.copier._lanes["load"].halves:
+        harness.queue(TransferJob(number, "load", (0,), (0,)))
+    with harness.device:
+        while harness.copier.advance():
+            for half in harness.copier._lanes["load"].halves:
                 assert len(half._ends) <= copy_lane.DEPTH
-    assert sorted(done.job.id for done in bench.run()) == list(range(20))
+    assert sorted(done.job.id for done in harness.run()) == list(range(20))
 
 
 def test_a_copier_that_is_closed_leaves_the_rest_undone() -> None:
-    bench = Bench()
-    bench.queue(TransferJob(1, "store", (0, 1, 2, 3, 4, 5), (0, 1, 2, 3, 4, 5)))
-    bench.submit()
-    bench.copier.close()
-    assert not any(stream.todo for stream in bench.device.sides)
-    assert bench.copier.finished() == []
+    harness = CopierHarness()
+    harness.queue(TransferJob(1, "store", (0, 1, 2, 3, 4, 5), (0, 1, 2, 3, 4, 5)))
+    harness.submit()
+    harness.copier.close()
+    assert not any(stream.todo for stream in harness.device.sides)
+    assert harness.copier.finished() == []
 
 
 def test_the_threads_submit_by_themselves_and_end_with_the_copier() -> None:
-    bench = Bench()
-    copier = StreamCopier(bench.views, bench.rows, checksums=Checksums(0, SLOTS), cuda=Immediate())
+    harness = CopierHarness()
+    copier = StreamCopier(harness.views, harness.rows, checksums=Checksums(0, SLOTS), cuda=Immediate())
     copier.start(TransferJob(1, "store", (1, 2), (3, 4)))
     until = time.monotonic() + 60
     while not (done := copier.finished()):
         assert time.monotonic() < until
         time.sleep(0.001)
     assert done[0].ok
-    assert torch.equal(bench.rows[3], torch.full_like(bench.rows[3], int(bench.views[0][1].flatten()[0])))
+    assert torch.equal(harness.rows[3], torch.full_like(harness.rows[3], int(harness.views[0][1].flatten()[0])))
     copier.close()
     assert not any(thread is not None and thread.is_alive() for thread in copier._threads)
 
 
 def test_while_there_are_copies_a_busy_thread_lets_theirs_go_on_sooner() -> None:
     before_s = sys.getswitchinterval()
-    bench = Bench()
+    harness = CopierHarness()
     assert sys.getswitchinterval() <= stream_copier.SWITCH_S < before_s
-    bench.copier.close()
+    harness.copier.close()
     assert sys.getswitchinterval() == before_s
 
 
@@ -382,7 +382,7 @@ moves = st.lists(
 @settings(max_examples=100)
 def test_with_pins_as_the_scheduler_holds_them_every_order_gives_the_same(trace: list[tuple[Any, ...]]) -> None:
     """The scheduler never touches a block or slot of a copy under way: then no order of the streams matters."""
-    bench = Bench()
+    harness = CopierHarness()
     blocks, slots = [-1.0] * BLOCKS, [-1.0] * SLOTS
     busy: dict[int, TransferJob] = {}
     stored: set[int] = set()
@@ -392,7 +392,7 @@ def test_with_pins_as_the_scheduler_holds_them_every_order_gives_the_same(trace:
         match move:
             case "compute" if arguments[0] not in busy_blocks:
                 blocks[arguments[0]] = float(number)
-                bench.compute(arguments[0], float(number))
+                harness.compute(arguments[0], float(number))
             case "store" | "load":
                 some = [block for block in arguments[0] if block not in busy_blocks]
                 allowed = set(range(SLOTS)) if move == "store" else stored
@@ -400,21 +400,21 @@ def test_with_pins_as_the_scheduler_holds_them_every_order_gives_the_same(trace:
                 count = min(arguments[2], len(some), len(into))
                 if count:
                     job = TransferJob(number, move, tuple(some[:count]), tuple(into[:count]))
-                    bench.queue(job)
+                    harness.queue(job)
                     busy[number] = job
             case "advance":
-                stream = [bench.device.compute, *bench.device.sides][arguments[0]]
+                stream = [harness.device.compute, *harness.device.sides][arguments[0]]
                 for _ in range(arguments[1]):
                     stream.advance()
             case "submit":
                 for _ in range(arguments[0]):
-                    bench.submit()
-        for done in bench.copier.finished():
+                    harness.submit()
+        for done in harness.copier.finished():
             _settle(busy.pop(done.job.id), blocks, slots, stored)
-    for done in bench.run():
+    for done in harness.run():
         _settle(busy.pop(done.job.id), blocks, slots, stored)
     assert not busy
-    assert [bench.value(block) if value >= 0 else value for block, value in enumerate(blocks)] == blocks
+    assert [harness.value(block) if value >= 0 else value for block, value in enumerate(blocks)] == blocks
 
 
 def _settle(job: TransferJob, blocks: list[float], slots: list[float], stored: set[int]) -> None:
